@@ -1,0 +1,111 @@
+"""Batches of images (B, C, H, W) in [0, 1] and labels (B,), on the training device."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from utils.errors import UserError
+from utils.seeds import generator
+
+from .readers import open_image
+
+Batch = tuple[Tensor, Tensor]
+
+
+def shuffled(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of the images in an epoch: a permutation of n keyed by (seed, epoch)."""
+    return torch.randperm(n, generator=generator("cpu", seed, epoch, "order"))
+
+
+class Resident:
+    """A split held on the device as one uint8 tensor and batched by index."""
+
+    def __init__(self, images: Tensor, labels: Tensor, device: torch.device):
+        self.images, self.labels = images.to(device), labels.to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[Batch]:
+        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order."""
+        if shuffle is None:
+            parts = (slice(i, i + batch_size) for i in range(start * batch_size, len(self), batch_size))
+        else:
+            order = shuffled(len(self), *shuffle).to(self.images.device)
+            parts = order.split(batch_size)[start:]
+        for part in parts:
+            yield self.images[part].float() / 255, self.labels[part]
+
+
+class _Decoded(Dataset):
+    """Decodes and crops one image; its key (index, seed) makes random crops independent of the workers."""
+
+    def __init__(self, samples: list[tuple[str, int]], channels: int, size: int):
+        self.samples, self.channels = samples, channels
+        self.random_crop = v2.Compose([v2.RandomResizedCrop(size), v2.PILToTensor()])
+        self.centre_crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, seed = key
+        path, label = self.samples[index]
+        try:
+            image = open_image(path, self.channels)
+        except OSError as e:
+            raise UserError(f"{path}: damaged image ({e})") from e
+        if seed is None:
+            return self.centre_crop(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.random_crop(image), label
+
+
+def _worker_signals(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when they end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Streamed:
+    """A split decoded from its files by worker processes, ahead of the training.
+
+    Training images are random resized crops, others the centre crop of the image resized.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
+        self.samples, self.device = samples, device
+        self.decoded = _Decoded(samples, channels=shape[0], size=shape[1])
+        self.workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([label for _, label in self.samples])
+
+    def batches(self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[Batch]:
+        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order."""
+        if shuffle is None:
+            keys = [(i, None) for i in range(len(self))]
+        else:
+            seeds = np.random.SeedSequence(shuffle).generate_state(len(self))
+            keys = [(i, int(seeds[i])) for i in shuffled(len(self), *shuffle).tolist()]
+        loader = DataLoader(
+            self.decoded,
+            batch_sampler=[keys[i : i + batch_size] for i in range(start * batch_size, len(keys), batch_size)],
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4,
+            worker_init_fn=_worker_signals,
+        )
+        try:
+            for images, labels in loader:
+                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+                yield images.float() / 255, labels
+        except UserError as e:  # from a worker it comes wrapped in that worker's traceback
+            raise UserError(str(e).rsplit("UserError: ", 1)[-1]) from e

@@ -1,0 +1,140 @@
+"""The two-layer hierarchical VAE with top-down inference (Xiao & Bamler, ICLR 2023), and its objective.
+
+Two latents: `z`, the top one (the paper's z_2), and `y`, the bottom one (the paper's z_1); x is an image.
+
+    generative model  p(z) p(y|z) p(x|y)          inference  q(z|x) q(y|z,x)
+
+Because both factorise in the same order, the rate splits into one for each layer (all in nats per image):
+
+    R(z) = KL[q(z|x) || p(z)]    R(y|z) = E_q(z|x) KL[q(y|z,x) || p(y|z)]    D = -E_q log p(x|y)
+    loss = D + beta_y R(y|z) + beta_z R(z)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+from . import networks
+from .latents import LATENTS, Gaussian
+from .likelihoods import LIKELIHOODS
+
+
+class Terms(NamedTuple):
+    """Log-likelihood and the two rates of each image, nats; (B,), or (M, B) for M models."""
+
+    ll: Tensor
+    kl_y: Tensor
+    kl_z: Tensor
+
+    def loss(self, beta_y: Tensor | float = 1.0, beta_z: Tensor | float = 1.0) -> Tensor:
+        """The objective of each image (paper, eq. 8); at betas 1 the negative ELBO."""
+        return -self.ll + beta_y * self.kl_y + beta_z * self.kl_z
+
+
+class Noise(NamedTuple):
+    """All that is random in a forward pass; drawn outside so that every cell of a grid sees the same."""
+
+    z: Tensor
+    y: Tensor
+    temperature: Tensor | None = None  # of a relaxed z; None evaluates it hard
+
+
+class HVAE(nn.Module):
+    """HVAE with a vector or a convolutional z; `q_z`, `q_y`, `p_y`, `p_x` return distributions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.family = LATENTS[config.qz_family]
+        self.gaussian, self.z_from_outputs = Gaussian.from_outputs, self.family.from_outputs
+        if config.use_conv_z:
+            nets = networks.ConvZ(config.image_shape, config.conv_channels)
+        else:
+            nets = networks.VectorZ(config.image_shape, config.conv_channels, config.z_dims, config.linear_y_with_dims)
+        self.z_shape, self.y_shape = nets.z_shape, nets.y_shape
+        likelihood = LIKELIHOODS[config.px_y_family_ll](config.image_shape[0], config.sigma)
+        self.build_inference(nets, config)
+        self.decoder = nets.decoder(likelihood.outputs, self.decoder_hidden(likelihood, config))
+        self.likelihood = likelihood
+
+    @staticmethod
+    def default_warmup(num_epochs: int) -> int:
+        """Epochs of warm-up when --warmup_epochs is not given."""
+        return 0
+
+    @staticmethod
+    def check(config) -> None:
+        """Raises UserError for settings that this model cannot have."""
+        if config.use_conv_z and not LATENTS[config.qz_family].convolutional:
+            raise UserError(f"--qz_family: {config.qz_family} is for a vector z, not for --use_conv_z or 256 pixels")
+
+    def build_inference(self, nets, config) -> None:
+        """The networks of q(z|x), q(y|z,x) and p(y|z)."""
+        self.trunk = nets.trunk()
+        self.z_head = nets.z_head(self.family.n_heads)
+        self.x_branch = nets.x_branch()
+        self.z_branch = nets.z_branch()
+        self.y_head = nets.y_joint()
+        self.y_prior = nets.y_prior()
+
+    def decoder_hidden(self, likelihood: nn.Module, config) -> int | None:
+        return likelihood.hidden
+
+    def features(self, x: Tensor) -> Tensor:
+        """What both q(z|x) and q(y|z,x) start from; here the image itself."""
+        return x
+
+    def q_z_given(self, h: Tensor):
+        return self.z_from_outputs(*self.z_head(self.trunk(h)))
+
+    def q_y_given(self, z: Tensor, h: Tensor, p_y: Gaussian) -> Gaussian:
+        return self.gaussian(*self.y_head(torch.cat([self.z_branch(z), self.x_branch(h)], dim=1)))
+
+    def q_z(self, x: Tensor):
+        """q(z|x): a Gaussian (B, *z_shape), or a RelaxedOneHot (B, Z)."""
+        return self.q_z_given(self.features(x))
+
+    def q_y(self, z: Tensor, x: Tensor) -> Gaussian:
+        """q(y|z,x): a Gaussian (B, *y_shape)."""
+        return self.q_y_given(z, self.features(x), self.p_y(z))
+
+    def p_y(self, z: Tensor) -> Gaussian:
+        """p(y|z): a Gaussian (B, *y_shape)."""
+        return self.gaussian(*self.y_prior(z))
+
+    def p_x(self, y: Tensor):
+        """p(x|y): a likelihood over images (B, C, H, W)."""
+        return self.likelihood(self.decoder(y))
+
+    def forward(self, x: Tensor, noise: Noise) -> Terms:
+        """ll, kl_y, kl_z of images x (B, C, H, W) in [0, 1], with one posterior sample each."""
+        h = self.features(x)
+        q_z = self.q_z_given(h)
+        z = q_z.sample(noise.z, noise.temperature)
+        p_y = self.p_y(z)
+        q_y = self.q_y_given(z, h, p_y)
+        y = q_y.sample(noise.y)
+        return Terms(ll=self.p_x(y).log_prob(x), kl_y=q_y.kl(p_y), kl_z=q_z.rate())
+
+    def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
+        """The noise of a forward pass over n images, on the generator's device."""
+        z = self.family.noise((n, *self.z_shape), generator)
+        return Noise(z, Gaussian.noise((n, *self.y_shape), generator), temperature)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Reconstructions in [0, 1] from the posterior's modes, deterministic; (B, C, H, W)."""
+        z = self.q_z(x).mode
+        return self.p_x(self.q_y(z, x).mode).mean.clamp(0, 1)
+
+    @torch.no_grad()
+    def sample(self, n: int | None = None, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """n ancestral samples, or one for each of the given z; images in [0, 1], (n, C, H, W)."""
+        if generator is None:
+            generator = torch.Generator(next(self.parameters()).device)
+            generator.seed()
+        noise = self.noise(n if z is None else len(z), generator)
+        z = self.family.from_prior(noise.z) if z is None else z
+        return self.p_x(self.p_y(z).sample(noise.y)).sample(generator).clamp(0, 1)

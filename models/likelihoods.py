@@ -1,0 +1,183 @@
+"""The likelihoods p(x|y): log-probability, mean image and sample, given the decoder's output.
+
+Images x are (B, C, H, W) in [0, 1]. A log-probability is in nats per image, (B,). Means and samples may
+leave [0, 1]; models/hvae.py clamps them.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .latents import sum_per_image
+from .networks import MOL_CHANNELS
+
+
+class BernoulliPixels(NamedTuple):
+    """Independent Bernoulli pixels; grey values count as probabilities."""
+
+    logits: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -sum_per_image(F.binary_cross_entropy_with_logits(self.logits, x, reduction="none"))
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logits)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """The mean image: as usual in the field, pixel noise is not part of the picture."""
+        return self.mean
+
+
+class GaussianPixels(NamedTuple):
+    """Independent Gaussian pixels of one standard deviation; a density, not a probability mass."""
+
+    mean: Tensor
+    log_sigma: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        scaled = (x - self.mean) * (-self.log_sigma).exp()
+        return sum_per_image(-0.5 * scaled**2 - self.log_sigma - 0.5 * math.log(2 * math.pi))
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """The mean image: as usual in the field, pixel noise is not part of the picture."""
+        return self.mean
+
+
+class MixtureOfLogistics(NamedTuple):
+    """Mixture of K discretised logistics over 256 levels (PixelCNN++; Salimans 2017).
+
+    Given a component, each colour's mean is shifted by the colours before it. Colours range over [-1, 1].
+    """
+
+    log_weights: Tensor  # (B, K, H, W)
+    means: Tensor  # (B, C, K, H, W), before the shifts
+    log_scales: Tensor  # (B, C, K, H, W)
+    coefficients: Tensor | None  # (B, 3, K, H, W): G by R, B by R, B by G; None for one channel
+
+    def _shifted_means(self, colours: Tensor) -> Tensor:
+        """Means given the colours (B, C, 1 or K, H, W) in [-1, 1] that each one depends on."""
+        if self.coefficients is None:
+            return self.means
+        r, g, _ = colours.unbind(1)
+        c = self.coefficients
+        shift = torch.stack([torch.zeros_like(c[:, 0]), c[:, 0] * r, c[:, 1] * r + c[:, 2] * g], 1)
+        return self.means + shift
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        colours = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
+        centred = colours - self._shifted_means(colours)
+        inv_scale = (-self.log_scales).exp()
+        upper = (centred + 1 / 255) * inv_scale
+        lower = (centred - 1 / 255) * inv_scale
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): exact however small the mass is
+        width = 2 / 255 * inv_scale
+        inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(-width)).log()
+        log_mass = torch.where(
+            colours < -1 + 1 / 255,
+            F.logsigmoid(upper),
+            torch.where(colours > 1 - 1 / 255, F.logsigmoid(-lower), inside),
+        )
+        return sum_per_image(torch.logsumexp(self.log_weights + log_mass.sum(1), dim=1))
+
+    def _clamped_mean(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """Mean of a logistic variable whose tails are moved to -1 and 1, which is what discretising does.
+
+        E clamp(X, -1, 1) = 1 - (integral of the CDF over [-1, 1]), the CDF's integral being a softplus.
+        """
+        s = log_scale.exp()
+        return 1 - s * (F.softplus((1 - mean) / s) - F.softplus((-1 - mean) / s))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean image in [0, 1]; within a component, a colour is shifted by the others' means."""
+        colours = self._clamped_mean(self.means, self.log_scales)
+        if self.coefficients is not None:  # each pass makes one more colour right: R, then G, then B
+            for _ in range(2):
+                colours = self._clamped_mean(self._shifted_means(colours), self.log_scales)
+        return ((self.log_weights.exp().unsqueeze(1) * colours).sum(2) + 1) / 2
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """An image of the 256 levels of [0, 1]."""
+        noise = torch.empty_like(self.log_weights).exponential_(generator=generator)
+        k = (self.log_weights - noise.log()).argmax(1)[:, None, None]  # Gumbel's trick; (B, 1, 1, H, W)
+        chosen = [t.gather(2, k.expand(-1, t.shape[1], -1, -1, -1)) for t in (self.means, self.log_scales)]
+        coefficients = self.coefficients
+        if coefficients is not None:
+            coefficients = coefficients.gather(2, k.expand(-1, 3, -1, -1, -1))
+        one = MixtureOfLogistics(torch.zeros_like(self.log_weights[:, :1]), *chosen, coefficients)
+        u = torch.empty_like(one.means).uniform_(1e-5, 1 - 1e-5, generator=generator)
+        logistic = one.log_scales.exp() * (u.log() - torch.log1p(-u))
+        colours = torch.zeros_like(one.means)
+        for _ in range(1 if coefficients is None else 3):  # R, then G given R, then B given both
+            colours = one._shifted_means(colours) + logistic
+            colours = ((colours.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        return (colours.squeeze(2) + 1) / 2
+
+
+class Bernoulli(nn.Module):
+    colour = False  # whether it is for colour images too
+    hidden = None  # hidden channels of the decoder's output head, if it has one
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__()
+        self.outputs = image_channels  # the decoder's output channels
+
+    def forward(self, outputs: Tensor) -> BernoulliPixels:
+        return BernoulliPixels(outputs)
+
+
+class GaussianFixedSigma(nn.Module):
+    colour = True
+    hidden = None
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__()
+        self.outputs = image_channels
+        self.log_sigma = math.log(sigma)
+
+    def forward(self, outputs: Tensor) -> GaussianPixels:
+        return GaussianPixels(outputs, torch.full((), self.log_sigma, dtype=outputs.dtype, device=outputs.device))
+
+
+class GaussianLearnedSigma(nn.Module):
+    """One shared log sigma, learned and softly limited from below at -6 (sigma-VAE; Rybkin 2020)."""
+
+    colour = True
+    hidden = None
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__()
+        self.outputs = image_channels
+        self.log_sigma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, outputs: Tensor) -> GaussianPixels:
+        return GaussianPixels(outputs, -6 + F.softplus(self.log_sigma + 6))
+
+
+class MoL(nn.Module):
+    """Channels of the output: K mixture logits, then for each colour K means, K log-scales, K coefficients."""
+
+    colour = True
+    hidden = MOL_CHANNELS
+    components = 10
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__()
+        self.colours = image_channels
+        self.per_colour = 3 if image_channels == 3 else 2
+        self.outputs = self.components * (1 + self.per_colour * image_channels)
+
+    def forward(self, outputs: Tensor) -> MixtureOfLogistics:
+        k = self.components
+        log_weights = F.log_softmax(outputs[:, :k], dim=1)
+        b, _, h, w = outputs.shape
+        slots = outputs[:, k:].reshape(b, self.colours, self.per_colour, k, h, w)
+        coefficients = torch.tanh(slots[:, :, 2]) if self.colours == 3 else None
+        return MixtureOfLogistics(log_weights, slots[:, :, 0], slots[:, :, 1].clamp_min(-7), coefficients)
+
+
+LIKELIHOODS = {c.__name__: c for c in (Bernoulli, GaussianFixedSigma, GaussianLearnedSigma, MoL)}

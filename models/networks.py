@@ -1,0 +1,165 @@
+"""The conv stacks that parametrise the models' distributions, for a vector z and for a convolutional z.
+
+Both classes below build the same eight networks, from which models/hvae.py, lvae.py and bvae.py put
+themselves together. A network that parametrises a distribution returns a tuple with one tensor for
+each of the distribution's parameters.
+"""
+
+from torch import Tensor, nn
+
+MOL_CHANNELS = 128  # hidden channels of the mixture of logistics' output head
+
+
+def relu_between(*layers: nn.Module) -> nn.Sequential:
+    """The layers with a ReLU between each two, none after the last."""
+    return nn.Sequential(*[m for layer in layers for m in (nn.ReLU(), layer)][1:])
+
+
+def relu_after(*layers: nn.Module) -> nn.Sequential:
+    """The layers with a ReLU after each."""
+    return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
+
+
+class Heads(nn.ModuleList):
+    """One layer for each of a distribution's parameters; returns their outputs as a tuple."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, ...]:
+        return tuple(head(h) for head in self)
+
+
+class Halves(nn.Module):
+    """Splits the channels into a distribution's two parameters."""
+
+    def forward(self, h: Tensor) -> tuple[Tensor, ...]:
+        return tuple(h.chunk(2, dim=1))
+
+
+class VectorZ:
+    """Networks of the models with a vector z, for images of 28 or 32 pixels; c channels, Z = z_dims.
+
+    `y_dims` > 0 makes y a vector too (`--linear_y_with_dims`).
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], c: int, z_dims: int, y_dims: int):
+        self.image_channels, size, _ = image_shape
+        self.c, self.z_dims, self.y_dims = c, z_dims, y_dims
+        self.side = size // 4  # 7 or 8
+        self.mid = {"kernel_size": 4, **({"stride": 1} if self.side == 7 else {"stride": 2, "padding": 1})}
+        self.z_shape = (z_dims,)
+        self.y_shape = (y_dims,) if y_dims > 0 else (c, 4, 4)
+
+    def _down(self, i: int, o: int) -> nn.Module:
+        return nn.Conv2d(i, o, 4, stride=2, padding=1)
+
+    def _up(self, i: int, o: int) -> nn.Module:
+        return nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
+
+    def trunk(self) -> nn.Module:
+        return relu_after(self._down(self.image_channels, self.c), self._down(self.c, self.c))
+
+    def z_head(self, n_heads: int) -> nn.Module:
+        heads = Heads(nn.Linear(self.c * 16, self.z_dims) for _ in range(n_heads))
+        return nn.Sequential(relu_after(nn.Conv2d(self.c, self.c, **self.mid)), nn.Flatten(), heads)
+
+    x_branch = trunk
+
+    def z_branch(self) -> nn.Module:
+        return nn.Sequential(
+            relu_after(nn.Linear(self.z_dims, self.c * 16)),
+            nn.Unflatten(1, (self.c, 4, 4)),
+            relu_after(nn.ConvTranspose2d(self.c, self.c, **self.mid)),
+        )
+
+    def y_joint(self) -> nn.Module:
+        return self._y_head(2 * self.c)
+
+    def y_bottom_up(self) -> nn.Module:
+        return self._y_head(self.c)
+
+    def _y_head(self, i: int) -> nn.Module:
+        c, shared = self.c, relu_after(nn.Conv2d(i, self.c, **self.mid))
+        if self.y_dims > 0:
+            return nn.Sequential(shared, nn.Flatten(), Heads(nn.Linear(c * 16, self.y_dims) for _ in range(2)))
+        return nn.Sequential(shared, Heads(nn.Conv2d(c, c, 3, padding=1) for _ in range(2)))
+
+    def y_prior(self) -> nn.Module:
+        dims = self.y_dims if self.y_dims > 0 else self.c * 16
+        heads = Heads(nn.Sequential(nn.Linear(dims // 2, dims), nn.Unflatten(1, self.y_shape)) for _ in range(2))
+        return nn.Sequential(relu_after(nn.Linear(self.z_dims, dims // 2)), heads)
+
+    def decoder(self, outputs: int, hidden: int | None) -> nn.Module:
+        c = self.c
+        if self.y_dims > 0:
+            first = relu_after(nn.Linear(self.y_dims, c * self.side**2))
+            first.append(nn.Unflatten(1, (c, self.side, self.side)))
+        else:
+            first = relu_after(nn.ConvTranspose2d(c, c, **self.mid))
+        if hidden is None:
+            return nn.Sequential(first, relu_between(self._up(c, c), self._up(c, outputs)))
+        head = nn.Conv2d(hidden, outputs, 3, padding=1)
+        return nn.Sequential(first, relu_between(self._up(c, c), self._up(c, hidden), head))
+
+
+class ConvZ:
+    """Networks of the models with a convolutional z, for images of 28, 32 or 256 pixels; c channels.
+
+    28 pixels shrink as 28-14-7-4, so the step from 4 back to 7 has no output padding.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], c: int):
+        self.image_channels, size, _ = image_shape
+        self.c = c
+        self.large = size == 256
+        side = 7 if size == 28 else 16 if self.large else 8
+        self.pad_from_4 = 0 if size == 28 else 1
+        self.z_shape, self.y_shape = (c, 4, 4), (c, side, side)
+
+    def _down(self, i: int, o: int) -> nn.Module:
+        return nn.Conv2d(i, o, 5, stride=2, padding=2)
+
+    def _same(self, i: int, o: int, kernel_size: int) -> nn.Module:
+        return nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2)
+
+    def _up(self, i: int, o: int, output_padding: int = 1) -> nn.Module:
+        return nn.ConvTranspose2d(i, o, 5, stride=2, padding=2, output_padding=output_padding)
+
+    def _if_large(self, layer, n: int = 1) -> list[nn.Module]:
+        return [layer(self.c, self.c) for _ in range(n)] if self.large else []
+
+    def trunk(self) -> nn.Module:
+        first = self._down(self.image_channels, self.c)
+        return relu_after(first, *self._if_large(self._down, 3), self._same(self.c, self.c, 3))
+
+    def z_head(self, n_heads: int) -> nn.Module:
+        c = self.c
+        return nn.Sequential(relu_between(self._down(c, 3 * c), self._down(3 * c, 2 * c)), Halves())
+
+    def x_branch(self) -> nn.Module:
+        c = self.c
+        return relu_after(self._down(self.image_channels, c), self._down(c, c), *self._if_large(self._down, 2))
+
+    def z_branch(self) -> nn.Module:
+        c = self.c
+        ups = [self._up(c, c, self.pad_from_4), *self._if_large(self._up)]
+        return relu_after(*ups, nn.ConvTranspose2d(c, c, 3, padding=1))
+
+    def y_joint(self) -> nn.Module:
+        n = 3 if self.large else 2
+        return nn.Sequential(relu_between(*[self._same(2 * self.c, 2 * self.c, 5) for _ in range(n)]), Halves())
+
+    def y_bottom_up(self) -> nn.Module:
+        c = self.c
+        return nn.Sequential(relu_between(self._down(c, 3 * c), self._same(3 * c, 2 * c, 5)), Halves())
+
+    def y_prior(self) -> nn.Module:
+        c, wide = self.c, self.c + self.c // 2
+        up = self._up(c, wide, self.pad_from_4)
+        last = nn.ConvTranspose2d(wide, 2 * c, 3, padding=1)
+        return nn.Sequential(relu_between(*self._if_large(self._up), up, last), Halves())
+
+    def decoder(self, outputs: int, hidden: int | None) -> nn.Module:
+        c = self.c
+        ups = [*self._if_large(self._up, 2), self._up(c, c)]
+        if hidden is None:
+            return relu_between(*ups, self._up(c, outputs))
+        return relu_between(*ups, self._up(c, hidden), self._same(hidden, outputs, 3))

@@ -1,0 +1,42 @@
+"""Weights of the paper's published code under our names. Nothing else in the project knows of them."""
+
+import re
+
+from torch import Tensor, nn
+
+# The paper's layer names (their stems, for numbered ones) in the order in which our models define theirs.
+ORDER = [
+    *("qz_conv1", "qz_conv2", "qz_conv2_dy", "qz_conv3", "qz_convs", "qz_convs_dy", "qz_convs_dz"),
+    *("qz_mu", "qz_pre_sp", "qz_logit"),
+    *("qy_conv1_x", "qy_conv2_x", "qy_conv_x", "qy_l1_z", "qy_conv1_z", "qy_deconv_z", "qy_conv1_zx", "qy_convs_zx"),
+    *("qy_conv1_dy", "qy_convs_dy", "qy_mu", "qy_pre_sp"),
+    *("py_l1", "py_mu", "py_pre_sp", "py_deconvs"),
+    *("px_l1", "px_conv1", "px_convs", "px_conv2", "px_conv3", "px_deconvs"),
+]
+LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
+
+
+def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state_dict of the paper's code as one of ours for that model; one that is ours already is returned as it is.
+
+    Raises ValueError if the layers do not correspond.
+    """
+    layers = {name.rpartition(".")[0] for name in state if name != "log_sigma"}
+    if not layers or not all(LAYER.fullmatch(layer) for layer in layers):
+        return state
+
+    def position(layer: str) -> tuple[int, int]:
+        stem, _, number = layer.partition(".")
+        return ORDER.index(stem), int(number or 0)
+
+    theirs = sorted(layers, key=position)
+    ours = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
+    ours = [layer for layer in ours if layer != "likelihood"]
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(theirs)} layers instead of {len(ours)}")
+    renamed = {
+        f"{o}.{part}": state[f"{t}.{part}"] for o, t in zip(ours, theirs, strict=True) for part in ("weight", "bias")
+    }
+    if "log_sigma" in state:
+        renamed["likelihood.log_sigma"] = state["log_sigma"]
+    return renamed

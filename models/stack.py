@@ -1,0 +1,69 @@
+"""M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from .hvae import Noise, Terms
+
+
+class Stack:
+    """M copies of a model that train independently and in step.
+
+    `parameters` maps the model's parameter names to leaf tensors (M, ...). All copies see the same images
+    and the same noise; each has its own betas, (M,). One Adam over the stacked tensors is M separate Adams.
+    """
+
+    def __init__(self, model: nn.Module, m: int):
+        self.model, self.m = model, m
+        self.parameters = {
+            name: p.detach().expand(m, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()
+        }
+
+    def terms(self, x: Tensor, noise: Noise) -> Terms:
+        """Terms (M, B) of images x (B, C, H, W) under every model."""
+        if self.m == 1:  # plain calls are faster than a vmap over one
+            alone = {name: p.squeeze(0) for name, p in self.parameters.items()}
+            return Terms(*[t.unsqueeze(0) for t in functional_call(self.model, alone, (x, noise))])
+        return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)
+
+    def step(self, optimizer, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+        """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4)."""
+        terms = self.terms(x, noise)
+        loss = terms.loss(beta_y[:, None], beta_z[:, None])
+        optimizer.zero_grad()
+        loss.mean(1).sum().backward()
+        optimizer.step()
+        return _sums(loss, terms)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], generator, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+        """Means over all images of loss, ll, kl_y, kl_z, with one posterior sample each: (M, 4), float64."""
+        n, sums = 0, 0.0
+        for x, _ in batches:
+            terms = self.terms(x, self.model.noise(len(x), generator))
+            sums = sums + _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms).double()
+            n += len(x)
+        return sums / n
+
+    def cell(self, m: int) -> dict[str, Tensor]:
+        """The state_dict of model m, a copy."""
+        return {name: p.detach()[m].clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_cell(self, m: int, state: dict[str, Tensor]) -> None:
+        """Sets model m from a state_dict."""
+        for name, p in self.parameters.items():
+            p[m] = state[name]
+
+    def plain(self, m: int) -> nn.Module:
+        """Model m as an ordinary module, until the next call."""
+        self.model.load_state_dict(self.cell(m))
+        return self.model
+
+
+def _sums(loss: Tensor, terms: Terms) -> Tensor:
+    """Sums over the images of loss, ll, kl_y, kl_z: (M, B) each -> (M, 4)."""
+    return torch.stack([loss, *terms], dim=-1).detach().sum(1)

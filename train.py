@@ -1,0 +1,178 @@
+"""Trains hierarchical VAEs whose two rates, R(z) and R(y|z), have weights of their own.
+
+    python train.py                                       one model of the bundled digits
+    python train.py --beta_y 0.1 1 10 --beta_z 0.1 1 10   a grid of nine, each in its own run folder
+
+The same command again continues whatever is unfinished and skips what is finished.
+"""
+
+import argparse
+import contextlib
+import shlex
+import sys
+
+import torch
+
+import datasets
+from models import build_model
+from utils.config import Config, Parser, add_config_flags, grid_configs
+from utils.errors import UserError, run_script
+from utils.runs import Run
+from utils.training import Chunk, Interrupted, Signals, train
+
+CELLS_ON_GPU = 49
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    add_config_flags(parser, grid=("beta_y", "beta_z", "seed"))
+    group = parser.add_argument_group("grid and files")
+    group.add_argument(
+        "--cells_at_once",
+        type=whole_or_auto,
+        default="auto",
+        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU, 49 on a GPU)",
+    )
+    group.add_argument(
+        "--save_every",
+        type=whole_or_auto,
+        default="auto",
+        help="epochs between saves of the resume state (default: auto: as often as takes 5 %% of the time)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="train the cells anew, even finished ones")
+    group.add_argument("--dry_run", action="store_true", help="print the cells, shapes and parameters, and stop")
+    return parser.parse(argv)
+
+
+def whole_or_auto(text: str) -> int | None:
+    """A whole number >= 1, or None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def describe(configs: list[Config], device: torch.device) -> None:
+    """Prints the resolved configuration and the model's size."""
+    for name in vars(configs[0]):
+        values = list(dict.fromkeys(getattr(c, name) for c in configs))
+        print(f"  {name:20s}", *values)
+    model = build_model(configs[0])
+    print(f"  {'device':20s} {device}")
+    print(f"  {'shapes':20s} x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}")
+    print(f"  {'parameters':20s} {sum(p.numel() for p in model.parameters()):,}")
+    print(f"  {'cells':20s} {len(configs)}", flush=True)
+
+
+def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> tuple[list, list[str]]:
+    """Locks the runs that are still to be trained; returns them with their resume states, and what is wrong."""
+    ready, problems = [], []
+    for run in runs:
+        try:
+            run.create()
+            held.enter_context(run.locked())
+            if overwrite:
+                run.restart()
+            if run.status in ("finished", "failed"):  # by another process, meanwhile
+                continue
+            state, damaged = run.load_state()
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        for line in damaged:
+            print(f"{line}; falling back to the state before it", file=sys.stderr)
+        ready.append((run, state))
+    return ready, problems
+
+
+def train_together(cells: list[tuple[Run, dict | None]], data, args, signals: Signals) -> None:
+    """Trains cells that are at one position in the data; in halves when the GPU's memory does not hold them."""
+    try:
+        chunk = Chunk([run for run, _ in cells], [state for _, state in cells], args.device)
+        if chunk.epoch or chunk.step:
+            print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
+        return train(chunk, data, signals, args.save_every)
+    except torch.OutOfMemoryError:
+        if len(cells) == 1:
+            raise UserError("--batch_size: one cell does not fit into the GPU's memory; try fewer") from None
+    torch.cuda.empty_cache()
+    print(f"{len(cells)} cells at once are too many for the GPU's memory; halving", flush=True)
+    args.cells_at_once = len(cells) // 2
+    for half in (cells[: len(cells) // 2], cells[len(cells) // 2 :]):
+        train_together([(run, run.load_state()[0]) for run, _ in half], data, args, signals)
+
+
+def train_all(runs: list[Run], data, args) -> list[str]:
+    """Trains the runs chunk by chunk; returns what went wrong."""
+    problems = []
+    with Signals() as signals:
+        while runs:
+            size = args.cells_at_once or (CELLS_ON_GPU if args.device.type == "cuda" else 1)
+            together = [run for run in runs if run.config.seed == runs[0].config.seed][:size]
+            runs = [run for run in runs if run not in together]
+            with contextlib.ExitStack() as held:
+                cells, wrong = open_cells(together, args.overwrite, held)
+                problems += wrong
+                positions = [(s["epoch"], s["step"]) if s else (0, 0) for _, s in cells]
+                for position in sorted(set(positions)):
+                    group = [cell for cell, p in zip(cells, positions, strict=True) if p == position]
+                    train_together(group, data, args, signals)
+    return problems
+
+
+def summarise(runs: list[Run]) -> None:
+    """Prints a table of the cells, and what to type next."""
+    print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
+    for run in runs:
+        result, status = run.result, run.status
+        line = f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} "
+        if status == "finished" and result:
+            t = result["test"]
+            line += f"{t['loss']:10.2f} {t['ll']:10.2f} {t['kl_y']:8.3f} {t['kl_z']:8.3f} {t['psnr']:6.2f} "
+            line += f"{result['seconds']:8.1f}"
+        elif status == "failed":
+            terms = ", ".join(f"{k} {v}" for k, v in result["terms"].items())
+            line += f"failed at epoch {result['epoch']}, step {result['step']}: {terms}"
+        else:
+            line += status
+        print(line)
+    print("(test images; nats per image, psnr in dB)")
+    if len(runs) == 1:
+        print(f"\nThe run is in {runs[0].path}")
+    else:
+        print(f"\nThe runs are in {runs[0].path.parent}")
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    configs = grid_configs(args)
+    describe(configs, args.device)
+    runs = [Run.of(config, args.runs_dir) for config in configs]
+    if args.dry_run:
+        for run in runs:
+            print(run.path)
+        return 0
+    data = datasets.load(configs[0], args.data_dir, args.device, args.download)
+    for run in runs:
+        run.check(args.overwrite)
+    todo = [r for r in runs if args.overwrite or r.status not in ("finished", "failed")]
+    for run in runs:
+        if run not in todo:
+            print(f"already complete: {run.path}" if run.status == "finished" else f"failed before: {run.path}")
+    torch.backends.cudnn.benchmark = True
+    try:
+        problems = train_all(todo, data, args)
+    except Interrupted as e:
+        command = shlex.join(["python", *sys.argv])
+        print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command}", file=sys.stderr)
+        return 128 + e.signal
+    summarise(runs)
+    print(f"Look at it: tensorboard --logdir {args.runs_dir}")
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if problems or any(r.status == "failed" for r in runs) else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,286 @@
+"""What a run is: the Config, its flags, its config.json, and the name of its folder."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from datasets import DATASETS, lookup
+from models import MODELS
+from models.latents import LATENTS
+from models.likelihoods import LIKELIHOODS
+from utils.errors import UserError, nearest
+
+
+def _flag(default, help, group, **kwargs):
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's settings, a field per flag; complete and valid once made (UserError otherwise)."""
+
+    vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
+    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of class folders of images", "data")
+    image_size: int | None = _flag(None, "for a folder: resize to 28, 32 or 256 pixels", "data", type=int)
+    image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data", type=int)
+    px_y_family_ll: str | None = _flag(
+        None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
+    )
+    sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model")
+    qz_family: str = _flag("DiagonalGaussian", "the family of z", "model", choices=LATENTS)
+    use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
+    linear_y_with_dims: int = _flag(-1, "make y a vector of so many dimensions (-1: convolutional y)", "model")
+    conv_channels: int = _flag(16, "channels of the conv layers", "model")
+    z_dims: int = _flag(10, "dimensions (or categories) of a vector z", "model")
+    num_epochs: int = _flag(200, "epochs to train", "training")
+    batch_size: int = _flag(256, "images a batch", "training")
+    learning_rate: float = _flag(3e-4, "Adam's learning rate", "training")
+    warmup_epochs: int | None = _flag(
+        None, "epochs over which both rates' weight rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
+        "training", type=int,
+    )  # fmt: skip
+    no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
+    beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "training")
+    beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "training")
+    seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
+    run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
+    run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            self._check(field.name, _kind(field), getattr(self, field.name), field.metadata.get("choices"))
+        self._check_data()
+        object.__setattr__(self, "px_y_family_ll", self.px_y_family_ll or lookup(self).likelihood)
+        object.__setattr__(self, "use_conv_z", self.use_conv_z or self.image_shape[1] == 256)
+        self._check_warmup()
+        if self.linear_y_with_dims > 0 and self.use_conv_z:
+            raise UserError("--linear_y_with_dims: goes with a vector z, not with --use_conv_z or 256 pixels")
+        if self.image_shape[0] == 3 and not LIKELIHOODS[self.px_y_family_ll].colour:
+            raise UserError(f"--px_y_family_ll: {self.px_y_family_ll} is for grey images, {self.dataset} is in colour")
+        MODELS[self.vae_type].check(self)
+        if len(self.folder_name.encode()) > 255:
+            raise UserError("--run_name: too long for a folder name")
+
+    def _check(self, name: str, kind: type, value, choices) -> None:
+        def need(right: str):
+            raise UserError(f"--{name}: must be {right}, got {value!r}")
+
+        if value is None and name in ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs"):
+            return
+        if kind is float and type(value) is int:
+            object.__setattr__(self, name, float(value))
+        elif type(value) is not kind:
+            need({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
+        if choices is not None and value not in choices:
+            raise UserError(f"--{name}: unknown {value!r}{nearest(value, choices)}")
+        if kind is float and not math.isfinite(value):
+            need("a finite number")
+        if name in ("beta_y", "beta_z", "seed", "warmup_epochs") and value < 0:
+            need("> 0 or 0")
+        if name in ("sigma", "learning_rate") and value <= 0:
+            need("> 0")
+        if name in ("conv_channels", "z_dims", "num_epochs", "batch_size") and value < 1:
+            need(">= 1")
+        if name == "linear_y_with_dims" and value != -1 and value < 2:
+            need("-1 (off) or >= 2")
+        if name.startswith("run_") and (set(value) & set("/\\\0\n") or value.startswith(".")):
+            need("a plain folder name, without slashes or a leading dot")
+        if name == "run_batch_name" and value in ("", "classifiers"):
+            need("a folder name other than 'classifiers'")
+
+    def _check_data(self) -> None:
+        if self.dataset in DATASETS:
+            for name in ("image_size", "image_channels"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
+            return
+        if not os.path.isdir(self.dataset) and os.sep not in self.dataset:
+            raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
+        object.__setattr__(self, "image_channels", self.image_channels or 3)
+        if self.image_size not in (28, 32, 256):
+            raise UserError(f"--image_size: must be 28, 32 or 256 for a folder of images, got {self.image_size}")
+        if self.image_channels not in (1, 3):
+            raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
+
+    def _check_warmup(self) -> None:
+        if self.no_warmup and self.warmup_epochs:
+            raise UserError("--no_warmup: contradicts --warmup_epochs")
+        if self.warmup_epochs is None:
+            epochs = 0 if self.no_warmup else MODELS[self.vae_type].default_warmup(self.num_epochs)
+            object.__setattr__(self, "warmup_epochs", epochs)
+        if self.warmup_epochs > self.num_epochs:
+            raise UserError(
+                f"--warmup_epochs: must be at most --num_epochs ({self.num_epochs}), got {self.warmup_epochs}"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H, W."""
+        return lookup(self).shape
+
+    @property
+    def data_name(self) -> str:
+        """The data set's name; for a folder its own name and the size its images are resized to."""
+        if self.dataset in DATASETS:
+            return self.dataset
+        return f"{Path(self.dataset).resolve().name}_{self.image_channels}x{self.image_size}x{self.image_size}"
+
+    @property
+    def folder_name(self) -> str:
+        """The run folder's name, which spells the configuration the way the paper's code does."""
+        default_warmup = MODELS[self.vae_type].default_warmup(self.num_epochs)
+        parts = [
+            f"Epochs_{self.num_epochs}-BatchSize_{self.batch_size}-c_{self.conv_channels}-{self.data_name}",
+            f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}",
+            f"Beta_y_{self.beta_y}-Beta_z_{self.beta_z}",
+            f"ll_sigma_{self.sigma}" * (self.px_y_family_ll == "GaussianFixedSigma"),
+            "use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}",
+            f"linear_y_dims_{self.linear_y_with_dims}" * (self.linear_y_with_dims > 0),
+            "no_warmup" * (default_warmup > 0 and self.warmup_epochs == 0),
+            f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
+            f"seed_{self.seed}" * (self.seed != Config.seed),
+        ]
+        return "-".join([self.run_name or "NoName", *filter(None, parts)])
+
+    def to_json(self) -> str:
+        """The text of config.json; `sha256` guards the settings against damage."""
+        settings = dataclasses.asdict(self)
+        return json.dumps({**settings, "sha256": _digest(settings)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> "Config":
+        """Reads config.json, ours or the paper's code's. Raises UserError naming the file."""
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: unreadable or damaged ({e})") from e
+        if not isinstance(settings, dict) or "dataset" not in settings:
+            raise UserError(f"{path}: damaged, or not a run's config.json")
+        digest = settings.pop("sha256", None)
+        if digest is not None and digest != _digest(settings):
+            raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{k: v for k, v in settings.items() if k in known})
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
+
+
+def _digest(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """The plain type of a Config field: `int | None` is an int."""
+    return field.metadata.get("type") or (str if field.type == str | None else field.type)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the flag."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+        )
+
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
+
+    def _add_machine_flags(self):
+        common = self.add_argument_group("machine")
+        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu ... (default: cuda if there, else cpu)")
+        common.add_argument(
+            "--data_dir",
+            default=os.environ.get("HIT_DATA_DIR", "data"),
+            help="where the data sets are (default: data, or the environment variable HIT_DATA_DIR)",
+        )
+        common.add_argument("--runs_dir", default="runs", help="where the run folders are (default: runs)")
+        common.add_argument("--download", action="store_true", help="fetch a missing data set from its authors")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parses; blank arguments (a backslash at the end of a pasted command) are dropped."""
+        self._add_machine_flags()
+        argv = [a for a in (sys.argv[1:] if argv is None else argv) if a.strip()]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [f for f in self._option_string_actions if f.startswith("--")]
+            raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
+        args.device = args.device or device("cuda" if torch.cuda.is_available() else "cpu")
+        return args
+
+
+def device(name: str) -> torch.device:
+    """The device of that name, after a look whether it is there."""
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
+    return found
+
+
+def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:
+    """A flag for each field of Config; those named in `grid` take several values."""
+    groups = {}
+    for field in dataclasses.fields(Config):
+        title, kind = field.metadata["group"], _kind(field)
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action="store_true", help=text)
+            continue
+        shown = {"default": field.default, "type": kind, "metavar": kind.__name__.upper()}
+        if "choices" in field.metadata:
+            shown["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        if field.name in grid:
+            several = "; several values (or LO:HI:N, N log-spaced ones) make a grid"
+            if kind is int:
+                several = "; several values train the grid once for each"
+            shown |= {"nargs": "+", "default": None, "type": axis if kind is float else int}
+            text += several
+        if field.default not in (None, ""):
+            text += f" (default: {field.default})"
+        group.add_argument(f"--{field.name}", help=text, **shown)
+
+
+def axis(text: str) -> list[float]:
+    """The values of a grid's axis: one number, or LO:HI:N for N log-spaced ones, to 8 decimals."""
+    if ":" not in text:
+        try:
+            return [float(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
+    try:
+        lo, hi, n = text.split(":")
+        lo, hi, n = float(lo), float(hi), int(n)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
+    if not (0 < lo < hi < math.inf and n >= 2):
+        raise argparse.ArgumentTypeError(f"LO:HI:N needs 0 < LO < HI and N >= 2, got {text!r}")
+    step = math.log10(hi / lo) / (n - 1)
+    return [round(lo * 10 ** (step * k), 8) for k in range(n)]
+
+
+def grid_configs(args: argparse.Namespace) -> list[Config]:
+    """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    betas_y, betas_z = (
+        [v for values in getattr(args, name) or [[1.0]] for v in values] for name in ("beta_y", "beta_z")
+    )
+    cells = [
+        Config(**settings | {"beta_y": by, "beta_z": bz, "seed": seed})
+        for seed in args.seed or [Config.seed]
+        for by in betas_y
+        for bz in betas_z
+    ]
+    return list(dict.fromkeys(cells))

@@ -1,0 +1,232 @@
+"""Run folders: their files, written whole or not at all; their state; one process at a time.
+
+config.json     the run's Config
+vae.pth         the trained weights: the model's state_dict, nothing else
+training.json   how the training ended: "finished", or "failed" with epoch and step
+resume.pth      while unfinished: weights, optimiser and position (resume.prev.pth: the one before)
+events.out.*    TensorBoard
+"""
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import os
+import pickle
+import secrets
+import shutil
+import socket
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import build_model
+from models.reference import translate
+from utils.config import Config
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and its Config."""
+
+    path: Path
+    config: Config
+
+    @classmethod
+    def of(cls, config: Config, runs_dir: str) -> "Run":
+        """Where the run of that Config is, or will be."""
+        return cls(Path(runs_dir) / config.run_batch_name / config.folder_name, config)
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """An existing run, ours or of the paper's code. Raises UserError naming the file that is wrong."""
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: no config.json there, so not a run folder")
+        return cls(path, Config.from_json(path / "config.json"))
+
+    @property
+    def status(self) -> str:
+        """Where the training stands: "new", "unfinished", "finished" or "failed"."""
+        if not (self.path / "config.json").exists():
+            return "new"
+        if (self.path / "resume.pth").exists() or not (self.path / "vae.pth").exists():
+            return "unfinished"
+        return self.result.get("status", "finished")  # the paper's code leaves no training.json
+
+    @property
+    def result(self) -> dict:
+        """What training.json holds; empty while there is none."""
+        path = self.path / "training.json"
+        return read_json(path) if path.exists() else {}
+
+    def check(self, overwrite: bool) -> None:
+        """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
+        if not overwrite and (self.path / "config.json").exists():
+            theirs = Config.from_json(self.path / "config.json")
+            different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v]
+            if different:
+                listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)
+                raise UserError(
+                    f"{self.path}: exists with another configuration ({listed}); "
+                    "choose another --run_name or --run_batch_name, or --overwrite it"
+                )
+        there = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise UserError(f"{there}: cannot write there; choose another --runs_dir")
+
+    def create(self) -> None:
+        """Makes the folder with its config.json, both at once, where it is not there yet."""
+        if (self.path / "config.json").exists():
+            return
+        unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        unfinished.mkdir(parents=True)
+        try:
+            write_atomic(unfinished / "config.json", self.config.to_json().encode())
+            with contextlib.suppress(FileExistsError):
+                unfinished.rename(self.path)  # only over nothing or an empty folder
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process made it first
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process; ends with it however it dies. Raises UserError when it is held."""
+        path = self.path / ".lock"
+        with open(path, "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                if e.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                file.seek(0)
+                raise UserError(f"{self.path}: locked by {file.read().strip() or 'another process'}") from e
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
+            file.flush()
+            for stale in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
+                stale.unlink(missing_ok=True)
+            yield
+
+    def restart(self) -> None:
+        """Removes all that training and evaluation wrote, and writes the configuration anew."""
+        for file in self.path.iterdir():
+            if file.name not in ("config.json", ".lock"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        write_atomic(self.path / "config.json", self.config.to_json().encode())
+
+    def save_state(self, state: dict) -> None:
+        """Writes the resume state, and keeps the one before it."""
+        path = self.path / "resume.pth"
+        data = _tensor_bytes(state)
+        if path.exists():
+            os.replace(path, path.with_name("resume.prev.pth"))
+        write_atomic(path, data)
+
+    def load_state(self) -> tuple[dict | None, list[str]]:
+        """The newest resume state that is whole, if any, and a line for each one that is damaged.
+
+        Raises UserError when there are states and none is whole.
+        """
+        problems = []
+        for name in ("resume.pth", "resume.prev.pth"):
+            if (self.path / name).exists():
+                try:
+                    return load_tensors(self.path / name), problems
+                except UserError as e:
+                    problems.append(str(e))
+        if problems:
+            raise UserError(f"{'; '.join(problems)}; no whole state is left, --overwrite starts anew")
+        return None, problems
+
+    def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
+        """Writes the weights and how the training ended; removes the resume states."""
+        write_json(self.path / "training.json", result)
+        save_tensors(self.path / "vae.pth", weights)
+        for name in ("resume.pth", "resume.prev.pth"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def load_model(run: Run, device: torch.device) -> nn.Module:
+    """The trained model of a run, in eval mode. Raises UserError naming the file that is wrong."""
+    path = run.path / "vae.pth"
+    if not path.exists():
+        raise UserError(f"{path}: not there; the run is unfinished")
+    state = load_tensors(path)
+    model = build_model(run.config)
+    try:
+        model.load_state_dict(translate(state, model))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path}: the weights do not fit {run.path}/config.json ({e})") from e
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError(f"{path}: holds weights that are not finite")
+    return model.to(device).eval()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part.
+
+    Raises UserError, with what is needed and what there is, when the disk is full.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_atomic(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError naming the file if it holds no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: unreadable or damaged ({e})") from e
+    return values
+
+
+def _tensor_bytes(tensors: dict) -> bytes:
+    buffer = io.BytesIO()  # not a path: torch would write the file's name into it, and bytes would differ
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def save_tensors(path: Path, tensors: dict) -> None:
+    write_atomic(path, _tensor_bytes(tensors))
+
+
+def load_tensors(path: Path) -> dict:
+    """Tensors and plain values of a file, on the CPU; checks its checksums and executes nothing.
+
+    Raises UserError naming the file if it is damaged or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("checksum differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as e:
+        reason = "it may hold code, refused" if "WeightsUnpickler" in str(e) or "weights_only" in str(e) else "damaged"
+        raise UserError(f"{path}: {reason} ({str(e).splitlines()[0][:200]})") from e

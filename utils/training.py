@@ -1,0 +1,258 @@
+"""The training loop: a chunk of cells, stacked, from one position in the data to the end."""
+
+import math
+import signal
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from datasets import Data
+from models import build_model
+from models.stack import Stack
+from utils.metrics import psnr
+from utils.runs import Run
+from utils.seeds import generator
+
+TERMS = ("loss", "ll", "kl_y", "kl_z")
+SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
+LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+N_PICTURES = 16
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and the state has been saved."""
+
+    def __init__(self, number: int, epoch: int):
+        super().__init__(number, epoch)
+        self.signal, self.epoch = number, epoch
+
+
+class Signals:
+    """Remembers a SIGINT or SIGTERM instead of dying of it, so that the training can save first."""
+
+    def __enter__(self):
+        self.received = None
+        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number, frame):
+        self.received = self.received or number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Chunk:
+    """Cells in training: M stacked models, one Adam, one position (epoch, step) in the data.
+
+    All cells share the seed's initial weights, batches and noise, so what differs between them is due to
+    their betas alone. A position is resumed exactly: batches and noise depend on (seed, epoch, step) only.
+    """
+
+    def __init__(self, runs: list[Run], states: list[dict | None], device: torch.device):
+        self.runs, self.config, self.device = runs, runs[0].config, device
+        torch.manual_seed(self.config.seed)
+        self.stack = Stack(build_model(self.config).to(device), len(runs))
+        self.optimizer = torch.optim.Adam(self.stack.parameters.values(), lr=self.config.learning_rate, fused=True)
+        self.beta_y = torch.tensor([r.config.beta_y for r in runs], device=device)
+        self.beta_z = torch.tensor([r.config.beta_z for r in runs], device=device)
+        self.live = dict(enumerate(runs))  # those not failed
+        self.epoch = self.step = 0
+        self.seconds = 0.0  # spent on each cell
+        self.history = self.noise = None  # of this epoch: the batches' sums (steps, M, 4), the generator
+        if states[0] is not None:
+            self._load(states)
+        self.good = {m: self.stack.cell(m) for m in self.live}  # the weights to keep if a loss is not finite
+
+    def _load(self, states: list[dict]) -> None:
+        for m, state in enumerate(states):
+            self.stack.load_cell(m, state["weights"])
+        first = states[0]
+        self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
+        if first["adam_steps"]:
+            for name, p in self.stack.parameters.items():
+                moments = {k: torch.stack([s[k][name] for s in states]).to(p) for k in ("exp_avg", "exp_avg_sq")}
+                count = torch.tensor(float(first["adam_steps"]), device=self.device)
+                self.optimizer.state[p] = {"step": count, **moments}
+        if self.step:
+            self.history = torch.stack([s["history"] for s in states], 1).to(self.device)
+            self.noise = torch.Generator(self.device)
+            self.noise.set_state(first["noise"])
+
+    def state(self, m: int) -> dict:
+        """The resume state of cell m: tensors and plain numbers."""
+        moments = {"exp_avg": {}, "exp_avg_sq": {}}
+        adam_steps = 0
+        for name, p in self.stack.parameters.items():
+            if p in self.optimizer.state:
+                adam_steps = int(self.optimizer.state[p]["step"])
+                for key, kept in moments.items():
+                    kept[name] = self.optimizer.state[p][key][m].clone()
+        within_epoch = {"history": self.history[:, m].clone(), "noise": self.noise.get_state()} if self.step else {}
+        return {
+            "weights": self.stack.cell(m),
+            **moments,
+            "adam_steps": adam_steps,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            **within_epoch,
+        }
+
+    def save(self) -> None:
+        """Writes every live cell's resume state."""
+        for m, run in self.live.items():
+            run.save_state(self.state(m))
+
+    def drop_failed(self, means: torch.Tensor, step: int) -> None:
+        """Ends the cells whose figures (M, ...) are not finite: marks them failed, keeps their last good weights."""
+        for m in [m for m in self.live if not means[m].isfinite().all()]:
+            values = self.history[:step, m].tolist()
+            bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), step - 1)
+            self.live.pop(m).finish(
+                self.good[m],
+                {
+                    "status": "failed",
+                    "epoch": self.epoch + 1,
+                    "step": bad + 1,
+                    "terms": {name: str(v) for name, v in zip(TERMS, values[bad], strict=True)},
+                },
+            )
+
+    def finish(self, train: torch.Tensor, test: torch.Tensor, data: Data) -> None:
+        """Writes the trained weights of every live cell, and how the training ended."""
+        for m, run in self.live.items():
+            model = self.stack.plain(m)
+            quality = psnr(model, data.test.batches(self.config.batch_size))
+            result = {
+                "status": "finished",
+                "epoch": self.epoch,
+                "seconds": round(self.seconds, 2),
+                "device": str(self.device),
+                "torch": torch.__version__,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "train": dict(zip(TERMS, train[m].tolist(), strict=True)),
+                "test": {**dict(zip(TERMS, test[m].tolist(), strict=True)), "psnr": quality},
+            }
+            run.finish(self.stack.cell(m), result)
+
+
+def rate_weight(epoch: int, warmup_epochs: int) -> float:
+    """The weight of both rates in an epoch: from 0 in the first linearly to 1 after `warmup_epochs`."""
+    return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+
+
+def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None) -> None:
+    """Trains a chunk to the end, saving every so many epochs (None: as often as costs 5 % of the time).
+
+    Raises Interrupted, after saving, when a signal has come.
+    """
+    config, stack = chunk.config, chunk.stack
+    steps = math.ceil(len(data.train) / config.batch_size)
+    log = Log(chunk, data)
+    bar = tqdm(
+        total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
+    )
+    saved_at, cost_of_save = time.monotonic(), 0.0
+
+    def save():
+        nonlocal saved_at, cost_of_save
+        start = time.monotonic()
+        chunk.save()
+        saved_at = time.monotonic()
+        cost_of_save = saved_at - start
+
+    started, seconds_before = time.monotonic(), chunk.seconds
+    while chunk.live and chunk.epoch < config.num_epochs:
+        weight = rate_weight(chunk.epoch, config.warmup_epochs)
+        temperature = stack.model.family.temperature(chunk.epoch)
+        if temperature is not None:
+            temperature = torch.tensor(temperature, device=chunk.device)
+        if chunk.step == 0:
+            chunk.noise = generator(chunk.device, config.seed, chunk.epoch, "noise")
+            chunk.history = torch.zeros(steps, len(chunk.runs), len(TERMS), device=chunk.device)
+            chunk.good = {m: stack.cell(m) for m in chunk.live}
+        for x, _ in data.train.batches(config.batch_size, (config.seed, chunk.epoch), start=chunk.step):
+            noise = stack.model.noise(len(x), chunk.noise, temperature)
+            chunk.history[chunk.step] = stack.step(
+                chunk.optimizer, x, noise, weight * chunk.beta_y, weight * chunk.beta_z
+            )
+            chunk.step += 1
+            bar.update()
+            overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
+            if (signals.received or overdue) and chunk.step < steps:
+                chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
+                chunk.drop_failed(chunk.history[: chunk.step].sum(0).cpu(), chunk.step)
+                log.show(bar, chunk.history[: chunk.step].double().sum(0) / (chunk.step * config.batch_size))
+                save()
+            if signals.received and chunk.step < steps:
+                bar.close()
+                raise Interrupted(signals.received, chunk.epoch)
+        train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
+        test_noise = generator(chunk.device, config.seed, "test")
+        test_batches = data.test.batches(config.batch_size)
+        test_means = stack.evaluate(test_batches, test_noise, chunk.beta_y, chunk.beta_z).cpu()
+        chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
+        chunk.epoch, chunk.step = chunk.epoch + 1, 0
+        chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
+        log.show(bar, train_means)
+        log.epoch(train_means, test_means)
+        if chunk.epoch == config.num_epochs:
+            chunk.finish(train_means, test_means, data)
+        elif (
+            signals.received
+            or (save_every is not None and chunk.epoch % save_every == 0)
+            or (save_every is None and (time.monotonic() - saved_at) * SAVING_SHARE >= cost_of_save)
+        ):
+            save()
+            if signals.received:
+                bar.close()
+                raise Interrupted(signals.received, chunk.epoch)
+    bar.close()
+    log.close()
+
+
+class Log:
+    """The progress bar's figures, and each cell's TensorBoard events."""
+
+    def __init__(self, chunk: Chunk, data: Data):
+        self.chunk = chunk
+        first_epoch = chunk.epoch + 1
+        self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.live.items()}
+        self.pictures_every = max(1, chunk.config.num_epochs // 10)
+        self.images = next(iter(data.test.batches(N_PICTURES)))[0]
+        if chunk.epoch == 0 and chunk.step == 0:
+            for m, writer in self.writers.items():
+                betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
+                for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
+                    writer.file_writer.add_summary(summary)
+
+    def show(self, bar: tqdm, means: torch.Tensor) -> None:
+        """Loss and rates on the bar, averaged over the live cells."""
+        live = means[list(self.chunk.live)].mean(0).tolist()
+        values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
+        bar.set_postfix(epoch=self.chunk.epoch, **values)
+
+    def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
+        """Curves after every epoch; reconstructions and samples ten times in a training."""
+        epoch, config = self.chunk.epoch, self.chunk.config
+        for m in self.chunk.live:
+            for split, means in (("train", train_means), ("test", test_means)):
+                for name, value in zip(TERMS, means[m].tolist(), strict=True):
+                    self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
+            if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
+                model = self.chunk.stack.plain(m)
+                pairs = torch.cat([self.images, model.reconstruct(self.images)])
+                samples = model.sample(4 * N_PICTURES, generator=generator(self.chunk.device, config.seed, "samples"))
+                self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
+                self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+            self.writers[m].flush()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
