@@ -3,7 +3,6 @@
 Images of up to 32 pixels live on the training device (`Resident`); larger ones stream (`Streamed`).
 """
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +93,7 @@ def load(config, data_dir: str, device: torch.device, download: bool = False) ->
             break
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, AssertionError, EOFError, pickle.UnpicklingError) as e:
+        except Exception as e:  # the libraries' parsers raise anything on damaged files
             raise UserError(f"{config.dataset}: the files under {root} are damaged or not the data set's: {e}") from e
     else:
         how = "; --download fetches it" if dataset.fetch is not None else ""

@@ -81,9 +81,13 @@ def cifar10(root: Path, train: bool) -> Split:
     folder = root / "cifar-10-batches-py"
     paths = [folder / f"data_batch_{i}" for i in range(1, 6)] if train else [folder / "test_batch"]
     _existing(*paths)
-    batches = [_ArraysOnly(io.BytesIO(p.read_bytes()), encoding="latin1").load() for p in paths]
-    images = np.concatenate([np.asarray(b["data"], dtype=np.uint8) for b in batches]).reshape(-1, 3, 32, 32)
-    return torch.from_numpy(images), torch.tensor([label for b in batches for label in b["labels"]])
+    images, labels = [], []
+    for path in paths:
+        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+        labels += batch["labels"]
+    return torch.from_numpy(np.concatenate(images)), torch.tensor(labels)
 
 
 def svhn(root: Path, train: bool) -> Split:

@@ -1,6 +1,5 @@
 """The single-layer beta-VAE (Higgins et al., 2017) as a baseline: an HVAE whose z has no dimensions."""
 
-import torch
 from torch import Tensor
 
 from utils.errors import UserError
@@ -16,8 +15,9 @@ class BVAE(HVAE):
     def check(config) -> None:
         if config.use_conv_z:
             raise UserError("--vae_type: BVAE has no z, so no --use_conv_z, and is for 28 and 32 pixels only")
-        if config.beta_z != type(config).beta_z:
-            raise UserError("--beta_z: BVAE has no z; leave it at 1")
+        for name in ("beta_z", "qz_family"):
+            if getattr(config, name) != getattr(type(config), name):
+                raise UserError(f"--{name}: BVAE has no z; leave it at {getattr(type(config), name)}")
 
     def build_inference(self, nets, config) -> None:
         self.z_shape = (0,)

@@ -20,7 +20,7 @@ from utils.seeds import generator
 TERMS = ("loss", "ll", "kl_y", "kl_z")
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
 LONGEST_UNSAVED = 600.0  # seconds, within an epoch
-N_PICTURES = 16
+N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
 
 
 class Interrupted(Exception):
@@ -226,6 +226,7 @@ class Log:
         self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.live.items()}
         self.pictures_every = max(1, chunk.config.num_epochs // 10)
         self.images = next(iter(data.test.batches(N_PICTURES)))[0]
+        self.n_samples = N_PICTURES if self.images.shape[-1] > 32 else 4 * N_PICTURES
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
                 betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
@@ -248,7 +249,7 @@ class Log:
             if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
                 model = self.chunk.stack.plain(m)
                 pairs = torch.cat([self.images, model.reconstruct(self.images)])
-                samples = model.sample(4 * N_PICTURES, generator=generator(self.chunk.device, config.seed, "samples"))
+                samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
                 self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
                 self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
             self.writers[m].flush()

@@ -1,0 +1,69 @@
+"""What the tests share: tiny configurations, and the scripts run inside this process or as one of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from datasets import Data, Resident, lookup
+from utils.config import Config
+from utils.errors import run_script
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def script(capfd):
+    """Runs a script's main in this process; returns (exit status, stdout, stderr)."""
+
+    def run(main, *argv):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda: main([str(a) for a in argv]))
+        out, err = capfd.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def trained(script):
+    """Trains tiny digits models in ./runs with further flags; returns their run folders."""
+
+    def run(*flags, batch="singles"):
+        status, _, err = script(train.main, *TINY, "--run_batch_name", batch, *flags)
+        assert status == 0, err
+        return sorted(p for p in Path("runs", batch).iterdir())
+
+    return run
+
+
+def start(name, *argv, cwd=None, **env):
+    """Starts a script in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / name), *map(str, argv)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def random_data(config: Config, n: int = 8) -> Data:
+    """Random images of the Config's shape; fixed."""
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (n, *lookup(config).shape), dtype=torch.uint8, generator=g)
+    split = Resident(images, torch.arange(n) % 10, torch.device("cpu"))
+    return Data(split, split, 10)
