@@ -6,7 +6,6 @@
 The same command again continues whatever is unfinished and skips what is finished.
 """
 
-import argparse
 import contextlib
 import shlex
 import sys
@@ -15,7 +14,7 @@ import torch
 
 import datasets
 from models import build_model
-from utils.config import Config, Parser, add_config_flags, grid_configs
+from utils.config import Config, Parser, add_config_flags, grid_configs, whole
 from utils.errors import UserError, run_script
 from utils.runs import Run
 from utils.training import Chunk, Interrupted, Signals, train
@@ -45,12 +44,8 @@ def parse_args(argv=None):
 
 
 def whole_or_auto(text: str) -> int | None:
-    """A whole number >= 1, or None for auto."""
-    if text == "auto":
-        return None
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be auto or a whole number >= 1, got {text!r}")
-    return int(text)
+    """None for auto, or a whole number >= 1."""
+    return None if text == "auto" else whole(text)
 
 
 def describe(configs: list[Config], device: torch.device) -> None:

@@ -208,15 +208,22 @@ class Parser(argparse.ArgumentParser):
         common.add_argument("--download", action="store_true", help="fetch a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parses; blank arguments (a backslash at the end of a pasted command) are dropped."""
+        """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
         self._add_machine_flags()
-        argv = [a for a in (sys.argv[1:] if argv is None else argv) if a.strip()]
+        argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
         args.device = args.device or device("cuda" if torch.cuda.is_available() else "cpu")
         return args
+
+
+def whole(text: str) -> int:
+    """A whole number >= 1, as a flag's value."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
 
 
 def device(name: str) -> torch.device:
