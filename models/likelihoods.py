@@ -120,6 +120,7 @@ class MixtureOfLogistics(NamedTuple):
 
 class Bernoulli(nn.Module):
     colour = False  # whether it is for colour images too
+    is_mass = False  # whether it is a probability of images of 256 levels, which bits per dimension need
     hidden = None  # hidden channels of the decoder's output head, if it has one
 
     def __init__(self, image_channels: int, sigma: float):
@@ -132,6 +133,7 @@ class Bernoulli(nn.Module):
 
 class GaussianFixedSigma(nn.Module):
     colour = True
+    is_mass = False
     hidden = None
 
     def __init__(self, image_channels: int, sigma: float):
@@ -147,6 +149,7 @@ class GaussianLearnedSigma(nn.Module):
     """One shared log sigma, learned and softly limited from below at -6 (sigma-VAE; Rybkin 2020)."""
 
     colour = True
+    is_mass = False
     hidden = None
 
     def __init__(self, image_channels: int, sigma: float):
@@ -162,6 +165,7 @@ class MoL(nn.Module):
     """Channels of the output: K mixture logits, then for each colour K means, K log-scales, K coefficients."""
 
     colour = True
+    is_mass = True
     hidden = MOL_CHANNELS
     components = 10
 

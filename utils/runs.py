@@ -76,9 +76,7 @@ class Run:
                     f"{self.path}: exists with another configuration ({listed}); "
                     "choose another --run_name or --run_batch_name, or --overwrite it"
                 )
-        there = next(p for p in (self.path, *self.path.parents) if p.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise UserError(f"{there}: cannot write there; choose another --runs_dir")
+        check_writable(self.path)
 
     def create(self) -> None:
         """Makes the folder with its config.json, both at once, where it is not there yet."""
@@ -168,6 +166,13 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"{path}: holds weights that are not finite")
     return model.to(device).eval()
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"{there}: cannot write there; choose another --runs_dir")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -1,0 +1,84 @@
+"""The networks that label images, and how each data set's is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """`features` (B, F) of images (B, C, H, W), and a linear layer's logits (B, K) of them."""
+
+    def __init__(self, body: nn.Module, n_features: int, n_classes: int):
+        super().__init__()
+        self.features, self.head = body, nn.Linear(n_features, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def small_conv_net(n_classes: int) -> Classifier:
+    """Two convolutions, for grey images of 28 pixels."""
+    body = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
+        *(nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5)),
+    )
+    return Classifier(body, 128, n_classes)
+
+
+def resnet18(n_classes: int) -> Classifier:
+    """torchvision's ResNet-18 with a stem for 32 pixels: 3x3, stride 1, no max-pool."""
+    net = torchvision.models.resnet18()
+    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    return Classifier(net, 512, n_classes)
+
+
+def densenet121(n_classes: int) -> Classifier:
+    """torchvision's DenseNet-121 with a stem for 32 pixels: 3x3, stride 1, no max-pool."""
+    net = torchvision.models.densenet121()
+    net.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.features.pool0, net.classifier = nn.Identity(), nn.Identity()
+    return Classifier(net, 1024, n_classes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set's classifier is built and trained; the scheduler steps once an epoch."""
+
+    build: Callable[[int], Classifier]
+    optimizer: Callable
+    scheduler: Callable  # of the optimizer and the number of epochs
+    learning_rate: float
+    batch_size: int
+    num_epochs: int
+    augment: bool = False  # random crops (pad 4) and flips
+
+
+def _adadelta(parameters, lr):
+    return torch.optim.Adadelta(parameters, lr=lr)
+
+
+def _sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def _by(gamma):
+    return lambda optimizer, num_epochs: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)
+
+
+def _constant(optimizer, num_epochs):
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+_mnist = Recipe(small_conv_net, _adadelta, _by(0.7), 1.0, 64, num_epochs=14)
+CLASSIFIERS = {
+    "Digits": Recipe(small_conv_net, _adadelta, _by(0.9), 1.0, 64, num_epochs=30),  # few images: more epochs
+    "MNIST": _mnist,
+    "BinaryMNIST": _mnist,
+    "SVHN": Recipe(resnet18, _sgd, _constant, 0.01, 256, num_epochs=14),
+    "CIFAR10": Recipe(
+        densenet121, _sgd, torch.optim.lr_scheduler.CosineAnnealingLR, 0.01, 128, num_epochs=100, augment=True
+    ),
+}
