@@ -61,14 +61,14 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, str]:
     return model.to(device).eval(), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
-def augmented(x: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Each image (B, C, H, W) padded by 4, cropped at a place of its own, and flipped or not."""
+def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
+    """Each image (B, C, H, W) padded by `crop`, cropped at a place of its own, and flipped or not."""
     b, _, h, w = x.shape
-    padded = F.pad(x, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, b, 1), generator=g, device=x.device)
+    padded = F.pad(x, (crop,) * 4)
+    top, left = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=g, device=x.device)
     rows, columns = top + torch.arange(h, device=x.device), left + torch.arange(w, device=x.device)
-    flip = torch.rand(b, 1, generator=g, device=x.device) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
+    mirrored = torch.rand(b, 1, generator=g, device=x.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns) if flip else columns
     index = torch.arange(b, device=x.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
@@ -102,7 +102,7 @@ def train(args, data, folder: Path) -> Classifier:
         model.train()
         total = torch.zeros((), device=args.device)
         for x, label in data.train.batches(args.batch_size, (args.seed, epoch)):
-            x = augmented(x, g) if recipe.augment else x
+            x = augmented(x, recipe.crop, recipe.flip, g) if recipe.crop or recipe.flip else x
             with torch.autocast(args.device.type, torch.bfloat16, enabled=cuda):
                 loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), label)
             optimizer.zero_grad()

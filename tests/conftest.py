@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
+
 import torch
 
 import train

@@ -1,4 +1,4 @@
-"""How fast it is, measured here and now: `python -m utils.benchmark train`.
+"""How fast it is, measured here and now: `python -m utils.benchmark train|mi|probes|inception`.
 
 Every figure is a median over repetitions, with the spread between the quartiles and n. Compare figures of one run only;
 ratios are taken between measurements that alternate.
@@ -7,11 +7,16 @@ ratios are taken between measurements that alternate.
 import argparse
 import math
 import platform
+import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
+import numpy as np
+import scipy.stats
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
@@ -20,6 +25,9 @@ from models import build_model
 from models.stack import Stack
 from utils.config import Config, Parser, whole
 from utils.errors import run_script
+from utils.information import gaussian_mi
+from utils.metrics import inception_score
+from utils.probes import PROBES, fit_probe, split
 from utils.seeds import generator
 
 
@@ -87,13 +95,13 @@ def train(args: argparse.Namespace) -> None:
         dataset=args.dataset, conv_channels=args.conv_channels, z_dims=args.z_dims, batch_size=args.batch_size
     )
     g = generator(args.device, 0)
-    images = torch.randint(0, 256, (4 * args.batch_size, *config.image_shape), generator=g, device=args.device)
-    images = images.to(torch.uint8)
+    pool = torch.randint(0, 256, (4 * args.batch_size, *config.image_shape), generator=g, device=args.device)
+    pool = pool.to(torch.uint8)
     plain = plain_step(config, args.device)
 
     def batch():
-        i = torch.randint(len(images), (args.batch_size,), generator=g, device=args.device)
-        return images[i].float() / 255
+        i = torch.randint(len(pool), (args.batch_size,), generator=g, device=args.device)
+        return pool[i].float() / 255
 
     def stacked(m):
         stack = Stack(build_model(config).to(args.device), m)
@@ -114,10 +122,76 @@ def train(args: argparse.Namespace) -> None:
     print(f"{config.vae_type}, {args.dataset}-shaped random images, batch {args.batch_size}, per model and step:")
     seconds = measure(candidates, args.n, args.device)
     report(seconds, units, baseline="plain")
-    steps = math.ceil(args.images / args.batch_size)
-    print(f"per model and epoch of {args.images:,} images ({steps} steps):")
+    images = args.images or 50_000
+    steps = math.ceil(images / args.batch_size)
+    print(f"per model and epoch of {images:,} images ({steps} steps):")
     for name, values in seconds.items():
         print(f"{name:34s} {statistics.median(values) / units[name] * steps:8.2f} s")
+
+
+def mi(args: argparse.Namespace) -> None:
+    """The mutual information of z against a loop of its definition, which is timed on a few of the images."""
+    n, d, few = args.images or 10_000, args.z_dims, 100
+    g = generator(args.device, 0)
+    means = torch.rand(n, d, generator=g, device=args.device) * 6 - 3
+    stds = torch.full_like(means, 0.1)
+    labels = torch.randint(0, 10, (n,), generator=g, device=args.device)
+    samples = means + stds * torch.randn(means.shape, generator=g, device=args.device)
+
+    def plain():
+        values = []
+        for i in range(few):
+            log_p = Normal(means, stds).log_prob(samples[i]).double().sum(1)
+            own = log_p[labels == labels[i]]
+            values.append((own.logsumexp(0) - math.log(len(own))) - (log_p.logsumexp(0) - math.log(n)))
+        return torch.stack(values).mean()
+
+    name = f"plain loop (of {few} images, x {n / few:g})"
+    candidates = {name: plain, "gaussian_mi": lambda: gaussian_mi(samples, means[:, None], stds[:, None], labels)}
+    print(f"mutual information of {n:,} images, z of {d} dimensions, standard error and shuffled null included:")
+    report(measure(candidates, args.n, args.device, warmup=1), {name: few / n, "gaussian_mi": 1}, baseline=name)
+    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def probes(args: argparse.Namespace) -> None:
+    """The logistic probe against the paper code's: saga, 100 iterations, five seeds."""
+    n, d = args.images or 2_000, args.z_dims
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, n)
+    latents = (rng.normal(size=(10, d))[labels] + rng.normal(size=(n, d))).astype(np.float32)
+    train_part, test_part = split(n)
+
+    def plain():
+        for seed in range(5):
+            model = LogisticRegression(solver="saga", max_iter=100, random_state=seed)
+            model.fit(latents[train_part], labels[train_part]).score(latents[test_part], labels[test_part])
+
+    candidates = {"saga, 5 seeds": plain} | {
+        name: lambda name=name: fit_probe(name, latents, labels, "", False) for name in PROBES
+    }
+    print(f"probes on {n:,} latents of {d} dimensions:")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seconds = measure(candidates, args.n, args.device, warmup=1)
+    report(seconds, dict.fromkeys(candidates, 1), baseline="saga, 5 seeds")
+
+
+def inception(args: argparse.Namespace) -> None:
+    """The inception score against a loop over images with scipy's entropy."""
+    n = args.images or 10_000
+    log_p = torch.log_softmax(3 * torch.randn(n, 10, generator=generator(args.device, 0), device=args.device), 1)
+    p = log_p.exp().cpu().numpy()
+
+    def plain():
+        scores = []
+        for part in np.array_split(p, 5):
+            marginal = part.mean(0)
+            scores.append(math.exp(np.mean([scipy.stats.entropy(row, marginal) for row in part])))
+        return scores
+
+    print(f"inception score of {n:,} samples:")
+    candidates = {"plain loop": plain, "inception_score": lambda: inception_score(log_p)}
+    report(measure(candidates, args.n, args.device, warmup=1), dict.fromkeys(candidates, 1), baseline="plain loop")
 
 
 def at_least_two(text: str) -> int:
@@ -127,7 +201,7 @@ def at_least_two(text: str) -> int:
     return int(text)
 
 
-BENCHMARKS = {"train": train}
+BENCHMARKS = {"train": train, "mi": mi, "probes": probes, "inception": inception}
 
 
 def main(argv=None) -> int:
@@ -137,7 +211,7 @@ def main(argv=None) -> int:
     parser.add_argument("--conv_channels", type=whole, default=32, help="(default: 32)")
     parser.add_argument("--z_dims", type=whole, default=32, help="(default: 32)")
     parser.add_argument("--batch_size", type=whole, default=256, help="(default: 256)")
-    parser.add_argument("--images", type=whole, default=50_000, help="images an epoch (default: 50000)")
+    parser.add_argument("--images", type=whole, help="images (default: train 50000, probes 2000, others 10000)")
     parser.add_argument(
         "--cells", type=whole, nargs="+", default=[1, 4], help="numbers of stacked cells (default: 1 4)"
     )

@@ -338,6 +338,7 @@ def record(s: Subject, step: Step, figures: dict) -> None:
     for name in [k for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)]:
         s.bench.note(f"{s.run.path.name}: {name} is {figures[name]}, left empty")
         figures = {k: v for k, v in figures.items() if k != name}
+    figures = {name: figures[name] for name in step.columns if name in figures}  # workers end in any order
     with s.run.locked():
         known = metrics_of(s.run)
         kept = {k: v for k, v in known.items() if k not in step.columns}

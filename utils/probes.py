@@ -29,6 +29,7 @@ def split(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error of the top prediction, equal-width bins; probabilities (N, K), labels (N,)."""
+    probabilities = probabilities.astype(np.float64)
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     gap = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
