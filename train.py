@@ -164,6 +164,7 @@ def main(argv=None) -> int:
         return 128 + e.signal
     summarise(runs)
     print(f"Look at it: tensorboard --logdir {args.runs_dir}")
+    print(f"Evaluate it: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return 1 if problems or any(r.status == "failed" for r in runs) else 0

@@ -48,9 +48,14 @@ class Stack:
             n += len(x)
         return sums / n
 
-    def cell(self, m: int) -> dict[str, Tensor]:
-        """The state_dict of model m, a copy."""
-        return {name: p.detach()[m].clone() for name, p in self.parameters.items()}
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of all parameters, stacked, from which `cell` can take a model later."""
+        return {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def cell(self, m: int, snapshot: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The state_dict of model m, a copy on the CPU; as it is now, or as it was."""
+        parameters = self.parameters if snapshot is None else snapshot
+        return {name: p.detach()[m].cpu().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def load_cell(self, m: int, state: dict[str, Tensor]) -> None:

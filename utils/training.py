@@ -67,7 +67,7 @@ class Chunk:
         self.history = self.noise = None  # of this epoch: the batches' sums (steps, M, 4), the generator
         if states[0] is not None:
             self._load(states)
-        self.good = {m: self.stack.cell(m) for m in self.live}  # the weights to keep if a loss is not finite
+        self.good = self.stack.snapshot()  # the weights to keep where a loss is not finite
 
     def _load(self, states: list[dict]) -> None:
         for m, state in enumerate(states):
@@ -92,8 +92,10 @@ class Chunk:
             if p in self.optimizer.state:
                 adam_steps = int(self.optimizer.state[p]["step"])
                 for key, kept in moments.items():
-                    kept[name] = self.optimizer.state[p][key][m].clone()
-        within_epoch = {"history": self.history[:, m].clone(), "noise": self.noise.get_state()} if self.step else {}
+                    kept[name] = self.optimizer.state[p][key][m].cpu().clone()
+        within_epoch = (
+            {"history": self.history[:, m].cpu().clone(), "noise": self.noise.get_state()} if self.step else {}
+        )
         return {
             "weights": self.stack.cell(m),
             **moments,
@@ -115,7 +117,7 @@ class Chunk:
             values = self.history[:step, m].tolist()
             bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), step - 1)
             self.live.pop(m).finish(
-                self.good[m],
+                self.stack.cell(m, self.good),
                 {
                     "status": "failed",
                     "epoch": self.epoch + 1,
@@ -176,7 +178,7 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
         if chunk.step == 0:
             chunk.noise = generator(chunk.device, config.seed, chunk.epoch, "noise")
             chunk.history = torch.zeros(steps, len(chunk.runs), len(TERMS), device=chunk.device)
-            chunk.good = {m: stack.cell(m) for m in chunk.live}
+            chunk.good = stack.snapshot()
         for x, _ in data.train.batches(config.batch_size, (config.seed, chunk.epoch), start=chunk.step):
             noise = stack.model.noise(len(x), chunk.noise, temperature)
             chunk.history[chunk.step] = stack.step(
