@@ -7,8 +7,10 @@ The same command again continues whatever is unfinished and skips what is finish
 """
 
 import contextlib
+import math
 import shlex
 import sys
+import threading
 
 import torch
 
@@ -16,7 +18,7 @@ import datasets
 from models import build_model
 from utils.config import Config, Parser, add_config_flags, grid_configs, whole
 from utils.errors import UserError, run_script
-from utils.runs import Run
+from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
 
 CELLS_ON_GPU = 49
@@ -60,7 +62,7 @@ def describe(configs: list[Config], device: torch.device) -> None:
     print(f"  {'cells':20s} {len(configs)}", flush=True)
 
 
-def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> tuple[list, list[str]]:
+def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> tuple[list, list[tuple[Run, str]]]:
     """Locks the runs that are still to be trained; returns them with their resume states, and what is wrong."""
     ready, problems = [], []
     for run in runs:
@@ -73,7 +75,7 @@ def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> 
                 continue
             state, damaged = run.load_state()
         except UserError as e:
-            problems.append(str(e))
+            problems.append((run, str(e)))
             continue
         for line in damaged:
             print(f"{line}; falling back to the state before it", file=sys.stderr)
@@ -98,7 +100,7 @@ def train_together(cells: list[tuple[Run, dict | None]], data, args, signals: Si
         train_together([(run, run.load_state()[0]) for run, _ in half], data, args, signals)
 
 
-def train_all(runs: list[Run], data, args) -> list[str]:
+def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
     """Trains the runs chunk by chunk; returns what went wrong."""
     problems = []
     with Signals() as signals:
@@ -113,6 +115,8 @@ def train_all(runs: list[Run], data, args) -> list[str]:
                 for position in sorted(set(positions)):
                     group = [cell for cell, p in zip(cells, positions, strict=True) if p == position]
                     train_together(group, data, args, signals)
+            if signals.received and runs:
+                raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
 
 
@@ -124,7 +128,7 @@ def summarise(runs: list[Run]) -> None:
         line = f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} "
         if status == "finished" and result:
             t = result["test"]
-            line += f"{t['loss']:10.2f} {t['ll']:10.2f} {t['kl_y']:8.3f} {t['kl_z']:8.3f} {t['psnr']:6.2f} "
+            line += f"{t['loss']:10.2f} {t['ll']:10.2f} {t['kl_y']:8.3f} {t['kl_z']:8.3f} {t['psnr'] or math.inf:6.2f} "
             line += f"{result['seconds']:8.1f}"
         elif status == "failed":
             terms = ", ".join(f"{k} {v}" for k, v in result["terms"].items())
@@ -137,6 +141,11 @@ def summarise(runs: list[Run]) -> None:
         print(f"\nThe run is in {runs[0].path}")
     else:
         print(f"\nThe runs are in {runs[0].path.parent}")
+
+
+def report_thread(failure) -> None:
+    """One line, instead of a traceback, for a writer of TensorBoard events that fails on its own thread."""
+    print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)
 
 
 def main(argv=None) -> int:
@@ -154,20 +163,26 @@ def main(argv=None) -> int:
     todo = [r for r in runs if args.overwrite or r.status not in ("finished", "failed")]
     for run in runs:
         if run not in todo:
+            load_tensors(run.path / "vae.pth")  # whole, or an error
             print(f"already complete: {run.path}" if run.status == "finished" else f"failed before: {run.path}")
     torch.backends.cudnn.benchmark = True
+    threading.excepthook = report_thread
     try:
         problems = train_all(todo, data, args)
     except Interrupted as e:
-        command = shlex.join(["python", *sys.argv])
+        command = shlex.join(["python", *(a for a in sys.argv if a != "--overwrite")])  # which would start anew
         print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command}", file=sys.stderr)
         return 128 + e.signal
     summarise(runs)
     print(f"Look at it: tensorboard --logdir {args.runs_dir}")
     print(f"Evaluate it: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
+    failed = [
+        f"{r.path}: failed, its loss is not finite; --overwrite trains it anew" for r in runs if r.status == "failed"
+    ]
+    problems = [line for run, line in problems if run.status != "finished"] + failed  # or another process finished it
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if problems or any(r.status == "failed" for r in runs) else 0
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

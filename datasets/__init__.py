@@ -93,6 +93,10 @@ def load(config, data_dir: str, device: torch.device, download: bool = False) ->
             break
         except FileNotFoundError:
             continue
+        except UserError:
+            raise
+        except PermissionError as e:
+            raise UserError(f"{e.filename or root}: no permission to read {config.dataset} there") from e
         except Exception as e:  # the libraries' parsers raise anything on damaged files
             raise UserError(f"{config.dataset}: the files under {root} are damaged or not the data set's: {e}") from e
     else:

@@ -54,10 +54,7 @@ class _Decoded(Dataset):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = key
         path, label = self.samples[index]
-        try:
-            image = open_image(path, self.channels)
-        except OSError as e:
-            raise UserError(f"{path}: damaged image ({e})") from e
+        image = open_image(path, self.channels)
         if seed is None:
             return self.centre_crop(image), label
         with torch.random.fork_rng(devices=[]):
@@ -66,8 +63,8 @@ class _Decoded(Dataset):
 
 
 def _worker_signals(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process decides when they end
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the training process decides when they end
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Streamed:
@@ -103,9 +100,12 @@ class Streamed:
             prefetch_factor=4,
             worker_init_fn=_worker_signals,
         )
+        problem = None
         try:
             for images, labels in loader:
                 images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
                 yield images.float() / 255, labels
         except UserError as e:  # from a worker it comes wrapped in that worker's traceback
-            raise UserError(str(e).rsplit("UserError: ", 1)[-1]) from e
+            problem = str(e).rsplit("UserError: ", 1)[-1].strip()
+        if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
+            raise UserError(problem)

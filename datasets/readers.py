@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from utils.errors import UserError
+
 Split = tuple[Tensor, Tensor]
 
 
@@ -123,9 +125,14 @@ def imagenet(root: Path, train: bool) -> torchvision.datasets.ImageFolder:
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """The decoded image in grey (1 channel) or RGB (3). Raises OSError for a damaged file."""
-    with Image.open(path) as image:
-        return image.convert("L" if channels == 1 else "RGB")
+    """The decoded image in grey (1 channel) or RGB (3). Raises UserError for a damaged file."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scaling
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            return image.convert("L" if channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError) as e:
+        raise UserError(f"{path}: damaged image ({e})") from e
 
 
 def read_folder(root: Path, train: bool, channels: int, size: int) -> Split:

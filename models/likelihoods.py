@@ -93,11 +93,18 @@ class MixtureOfLogistics(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """Mean image in [0, 1]; within a component, a colour is shifted by the others' means."""
-        colours = self._clamped_mean(self.means, self.log_scales)
-        if self.coefficients is not None:  # each pass makes one more colour right: R, then G, then B
-            for _ in range(2):
-                colours = self._clamped_mean(self._shifted_means(colours), self.log_scales)
+        """Mean image in [0, 1]; over the colours that G and B depend on, a Fibonacci lattice's mean."""
+        if self.coefficients is None:
+            colours = self._clamped_mean(self.means, self.log_scales)
+        else:
+            n, stride = 34, 21
+            colours = torch.zeros_like(self.means)
+            for i in range(n):
+                drawn = torch.zeros_like(self.means)
+                for c, u in enumerate(((i + 0.5) / n, (i * stride % n + 0.5) / n)):  # quantiles of R, then of G
+                    quantile = self._shifted_means(drawn)[:, c] + self.log_scales[:, c].exp() * math.log(u / (1 - u))
+                    drawn[:, c] = quantile.clamp(-1, 1)
+                colours += self._clamped_mean(self._shifted_means(drawn), self.log_scales) / n
         return ((self.log_weights.exp().unsqueeze(1) * colours).sum(2) + 1) / 2
 
     def sample(self, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """What the tests share: tiny configurations, and the scripts run inside this process or as one of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def script(capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             run_script(lambda: main([str(a) for a in argv]))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         out, err = capfd.readouterr()
         return end.value.code or 0, out, err
 

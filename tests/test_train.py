@@ -86,6 +86,22 @@ def test_one_command_equals_the_bash_loop(trained, script):
                 torch.testing.assert_close(p, loop[path.name][name], **tolerance)
 
 
+def test_a_finished_run_that_is_damaged_is_named(trained, script):
+    (path,) = trained()
+    (path / "vae.pth").write_bytes((path / "vae.pth").read_bytes()[:20])
+    status, _, err = script(train.main, *TINY)
+    assert status == 2 and f"{path / 'vae.pth'}: damaged" in err and err.count("\n") == 1
+
+
+def test_a_folder_without_its_config_is_refused_unless_overwritten(trained, script):
+    (path,) = trained()
+    (path / "config.json").unlink()
+    status, _, err = script(train.main, *TINY)
+    assert status == 2 and "holds files but no config.json" in err
+    assert script(train.main, *TINY, "--overwrite")[0] == 0
+    assert Run.open(path).status == "finished"
+
+
 def test_several_seeds_train_the_grid_once_for_each(trained):
     paths = trained("--seed", "2", "3", "--beta_y", "1", "2")
     assert len(paths) == 4 and sum(p.name.endswith("-seed_3") for p in paths) == 2
@@ -112,7 +128,7 @@ def test_the_papers_command_with_its_trailing_backslash(script):
         (["--beta_z", "nan"], "--beta_z: must be a finite number, got nan"),
         (["--beta_z", "inf"], "--beta_z: must be a finite number, got inf"),
         (["--beta_y", "a"], "--beta_y: must be a number or LO:HI:N, got 'a'"),
-        (["--beta_y", "0:1:3"], "--beta_y: LO:HI:N needs 0 < LO < HI and N >= 2, got '0:1:3'"),
+        (["--beta_y", "0:1:3"], "--beta_y: LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got '0:1:3'"),
         (["--sigma", "0"], "--sigma: must be > 0, got 0.0"),
         (["--sigma", "nan"], "--sigma: must be a finite number, got nan"),
         (["--learning_rate", "-0.1"], "--learning_rate: must be > 0, got -0.1"),
@@ -139,6 +155,17 @@ def test_the_papers_command_with_its_trailing_backslash(script):
         (["--run_batch_name", "a/b"], "--run_batch_name: must be a plain folder name"),
         (["--run_batch_name", ""], "--run_batch_name: must be a folder name other than"),
         (["--run_name", "x" * 250], "--run_name: too long for a folder name"),
+        (["--run_batch_name", "x" * 300], "--run_batch_name: too long"),
+        (["--run_name", "\udcff"], "--run_name: must be a plain folder name"),
+        (["--seed", "9" * 30], "--seed: must be at most"),
+        (["--batch_size", "9" * 30], "--batch_size: must be at most"),
+        (["--z_dims", "9" * 30], "--z_dims: must be at most"),
+        (["--conv_channels", "1000000"], "--conv_channels: must be at most 4096, got 1000000"),
+        (["--beta_y", "1e39"], "--beta_y: must be at most 1e+30, got 1e+39"),
+        (["--beta_y", "1:2:1000000"], "--beta_y: LO:HI:N needs"),
+        (["--runs_dir", "x" * 300], "x"),
+        (["--runs_dir", "/proc/nowhere"], "/proc"),
+        (["--device", "meta"], "--device: meta is not there on this machine"),
         (["--device", "cuda:99"], "--device: cuda:99 is not there on this machine"),
         (["--device", "abc"], "--device: abc is not there on this machine"),
         (["--image_size", "28"], "--image_size: is for a folder of images"),
@@ -188,7 +215,7 @@ def test_disk_full_while_training_gives_one_line(script, monkeypatch):
     real = utils.runs.write_atomic
 
     def full(path, data):
-        if path.name == "resume.pth":
+        if path.name == ".resume.tmp":
             raise UserError(f"{path}: disk full: needs 9 bytes, has 0")
         real(path, data)
 
@@ -289,6 +316,35 @@ def test_a_damaged_resume_state_falls_back_to_the_one_before(damage, script):
     assert weights(path.parent) == expected
 
 
+@pytest.mark.parametrize("state", [{"a": 1}, {"weights": {}, "epoch": 0}, [1]])
+def test_a_foreign_resume_state_is_named(state, script):
+    run = Run.of(Config(conv_channels=2, z_dims=3, num_epochs=2, batch_size=500), "runs")
+    run.create()
+    torch.save(state, run.path / "resume.pth")
+    status, _, err = script(train.main, *TINY)
+    assert status == 1 and f"{run.path / 'resume.pth'}: damaged" in err
+
+
+def test_a_signal_in_a_cells_last_step_ends_the_grid(script, monkeypatch):
+    step = Stack.step
+
+    def last_step(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(Stack, "step", last_step)
+    one_step = [*TINY[:4], "--num_epochs", "1", "--batch_size", "2000", "--beta_y", "1:9:5", "--device", "cpu"]
+    status, _, err = script(train.main, *one_step, "--overwrite")
+    assert status == 143 and "rerun to continue" in err and not err.rstrip().endswith("--overwrite")
+    assert len(list(Path("runs/singles").iterdir())) == 1
+
+
+def test_perfect_reconstructions_have_an_infinite_psnr(script, monkeypatch):
+    monkeypatch.setattr("utils.training.psnr", lambda model, batches: float("inf"))
+    status, out, _ = script(train.main, *TINY)
+    assert status == 0 and "   inf " in out
+
+
 def test_without_a_whole_resume_state_it_refuses(script):
     process = start("train.py", *LONGER)
     assert wait_for("resume.prev.pth", process)
@@ -306,9 +362,13 @@ def test_every_flipped_bit_of_the_weights_is_seen_or_harmless(trained):
     run, original = Run.open(path), (path / "vae.pth").read_bytes()
     expected = load_tensors(path / "vae.pth")
     rng = random.Random(0)
-    for _ in range(60):
+    tail = original.rindex(b"PK\x01\x02") - 2000  # where the archive's directory is
+    places = [rng.randrange(len(original)) for _ in range(60)] + [
+        rng.randrange(tail, len(original)) for _ in range(200)
+    ]
+    for place in [*places, 29]:
         damaged = bytearray(original)
-        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        damaged[place] ^= 1 << rng.randrange(8)
         (path / "vae.pth").write_bytes(damaged)
         try:
             state = load_model(run, torch.device("cpu")).state_dict()
@@ -397,8 +457,8 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatc
     ill = next(Run.open(p) for p in paths if "Beta_y_2.0" in p.name)
     assert ill.status == "failed" and ill.result["epoch"] == 2 and ill.result["terms"]["loss"] == "inf"
     load_model(ill, torch.device("cpu"))
-    status, out, _ = script(train.main, *TINY, *grid, "--run_batch_name", "ill")
-    assert status == 1 and "failed before" in out
+    status, out, err = script(train.main, *TINY, *grid, "--run_batch_name", "ill")
+    assert status == 1 and "failed before" in out and "--overwrite trains it anew" in err
 
 
 def test_out_of_memory_halves_the_chunk(script, monkeypatch):

@@ -205,7 +205,7 @@ BENCHMARKS = {"train": train, "mi": mi, "probes": probes, "inception": inception
 
 
 def main(argv=None) -> int:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, files=False)
     parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
     parser.add_argument("--conv_channels", type=whole, default=32, help="(default: 32)")

@@ -18,6 +18,11 @@ from models.latents import LATENTS
 from models.likelihoods import LIKELIHOODS
 from utils.errors import UserError, nearest
 
+# Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
+LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
+LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
+LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
+
 
 def _flag(default, help, group, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
@@ -83,6 +88,8 @@ class Config:
             raise UserError(f"--{name}: unknown {value!r}{nearest(value, choices)}")
         if kind is float and not math.isfinite(value):
             need("a finite number")
+        if name in LARGEST and value > LARGEST[name]:
+            need(f"at most {LARGEST[name]:g}")
         if name in ("beta_y", "beta_z", "seed", "warmup_epochs") and value < 0:
             need("> 0 or 0")
         if name in ("sigma", "learning_rate") and value <= 0:
@@ -91,8 +98,10 @@ class Config:
             need(">= 1")
         if name == "linear_y_with_dims" and value != -1 and value < 2:
             need("-1 (off) or >= 2")
-        if name.startswith("run_") and (set(value) & set("/\\\0\n") or value.startswith(".")):
-            need("a plain folder name, without slashes or a leading dot")
+        if name.startswith("run_") and (set(value) & set("/\\") or value[:1] == "." or not value.isprintable()):
+            need("a plain folder name, without slashes, control characters or a leading dot")
+        if name == "run_batch_name" and len(value.encode()) > 255:
+            raise UserError("--run_batch_name: too long for a folder name")
         if name == "run_batch_name" and value in ("", "classifiers"):
             need("a folder name other than 'classifiers'")
 
@@ -102,8 +111,9 @@ class Config:
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
             return
-        if not os.path.isdir(self.dataset) and os.sep not in self.dataset:
+        if self.image_size is None and not os.path.isdir(self.dataset) and os.sep not in self.dataset:
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
+        object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
         object.__setattr__(self, "image_channels", self.image_channels or 3)
         if self.image_size not in (28, 32, 256):
             raise UserError(f"--image_size: must be 28, 32 or 256 for a folder of images, got {self.image_size}")
@@ -113,9 +123,10 @@ class Config:
     def _check_warmup(self) -> None:
         if self.no_warmup and self.warmup_epochs:
             raise UserError("--no_warmup: contradicts --warmup_epochs")
+        default = MODELS[self.vae_type].default_warmup(self.num_epochs)
         if self.warmup_epochs is None:
-            epochs = 0 if self.no_warmup else MODELS[self.vae_type].default_warmup(self.num_epochs)
-            object.__setattr__(self, "warmup_epochs", epochs)
+            object.__setattr__(self, "warmup_epochs", 0 if self.no_warmup else default)
+        object.__setattr__(self, "no_warmup", default > 0 and self.warmup_epochs == 0)  # the two ways to say it
         if self.warmup_epochs > self.num_epochs:
             raise UserError(
                 f"--warmup_epochs: must be at most --num_epochs ({self.num_epochs}), got {self.warmup_epochs}"
@@ -160,7 +171,7 @@ class Config:
         """Reads config.json, ours or the paper's code's. Raises UserError naming the file."""
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise UserError(f"{path}: unreadable or damaged ({e})") from e
         if not isinstance(settings, dict) or "dataset" not in settings:
             raise UserError(f"{path}: damaged, or not a run's config.json")
@@ -186,7 +197,8 @@ def _kind(field: dataclasses.Field) -> type:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names the flag."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, files: bool = True):
+        self.files = files  # whether the script reads data sets and run folders
         super().__init__(
             description=description,
             allow_abbrev=False,
@@ -199,6 +211,8 @@ class Parser(argparse.ArgumentParser):
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
         common.add_argument("--device", type=device, help="cuda, cuda:1, cpu ... (default: cuda if there, else cpu)")
+        if not self.files:
+            return
         common.add_argument(
             "--data_dir",
             default=os.environ.get("HIT_DATA_DIR", "data"),
@@ -230,6 +244,8 @@ def device(name: str) -> torch.device:
     """The device of that name, after a look whether it is there."""
     try:
         found = torch.device(name)
+        if found.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps can train")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
@@ -272,8 +288,8 @@ def axis(text: str) -> list[float]:
         lo, hi, n = float(lo), float(hi), int(n)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
-    if not (0 < lo < hi < math.inf and n >= 2):
-        raise argparse.ArgumentTypeError(f"LO:HI:N needs 0 < LO < HI and N >= 2, got {text!r}")
+    if not (1e-6 <= lo < hi < math.inf and 2 <= n <= 1000):
+        raise argparse.ArgumentTypeError(f"LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got {text!r}")
     step = math.log10(hi / lo) / (n - 1)
     return [round(lo * 10 ** (step * k), 8) for k in range(n)]
 

@@ -28,8 +28,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        message = f"{e.filename or 'output'}: {e.strerror}"
+        message = f"{e.filename or 'writing'}: {e.strerror}"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -69,18 +69,21 @@ class Run:
         """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
         if not overwrite and (self.path / "config.json").exists():
             theirs = Config.from_json(self.path / "config.json")
-            different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v]
+            unused = () if "ll_sigma" in self.path.name else ("sigma",)
+            different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v and k not in unused]
             if different:
                 listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)
                 raise UserError(
                     f"{self.path}: exists with another configuration ({listed}); "
                     "choose another --run_name or --run_batch_name, or --overwrite it"
                 )
+        elif not overwrite and self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):
+            raise UserError(f"{self.path}: holds files but no config.json; remove it, or --overwrite it")
         check_writable(self.path)
 
     def create(self) -> None:
         """Makes the folder with its config.json, both at once, where it is not there yet."""
-        if (self.path / "config.json").exists():
+        if self.path.is_dir() and any(self.path.iterdir()):
             return
         unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         unfinished.mkdir(parents=True)
@@ -122,11 +125,11 @@ class Run:
 
     def save_state(self, state: dict) -> None:
         """Writes the resume state, and keeps the one before it."""
-        path = self.path / "resume.pth"
-        data = _tensor_bytes(state)
+        path, written = self.path / "resume.pth", self.path / ".resume.tmp"
+        save_tensors(written, state)
         if path.exists():
             os.replace(path, path.with_name("resume.prev.pth"))
-        write_atomic(path, data)
+        os.replace(written, path)
 
     def load_state(self) -> tuple[dict | None, list[str]]:
         """The newest resume state that is whole, if any, and a line for each one that is damaged.
@@ -137,12 +140,26 @@ class Run:
         for name in ("resume.pth", "resume.prev.pth"):
             if (self.path / name).exists():
                 try:
-                    return load_tensors(self.path / name), problems
+                    state = load_tensors(self.path / name)
+                    self._check_state(self.path / name, state)
+                    if problems:  # lest the next save keeps it as the state before
+                        (self.path / "resume.pth").unlink()
+                    return state, problems
                 except UserError as e:
                     problems.append(str(e))
         if problems:
             raise UserError(f"{'; '.join(problems)}; no whole state is left, --overwrite starts anew")
         return None, problems
+
+    def _check_state(self, path: Path, state: dict) -> None:
+        """Raises UserError if a resume state is not one of this run's model."""
+        with torch.device("meta"):
+            expected = {name: p.shape for name, p in build_model(self.config).named_parameters()}
+        numbers = ("adam_steps", "epoch", "step", "seconds")
+        weights = state.get("weights")
+        fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
+        if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
+            raise UserError(f"{path}: damaged, or the state of another model")
 
     def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
         """Writes the weights and how the training ended; removes the resume states."""
@@ -207,7 +224,7 @@ def read_json(path: Path) -> dict:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: unreadable or damaged ({e})") from e
     return values
 
@@ -227,11 +244,20 @@ def load_tensors(path: Path) -> dict:
 
     Raises UserError naming the file if it is damaged or holds anything else.
     """
+    clean = io.BytesIO()
     try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile("checksum differs")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, ValueError, KeyError) as e:
-        reason = "it may hold code, refused" if "WeightsUnpickler" in str(e) or "weights_only" in str(e) else "damaged"
-        raise UserError(f"{path}: {reason} ({str(e).splitlines()[0][:200]})") from e
+        # torch compares no checksums and trusts the archive's headers: give it what Python's reader has checked
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as copy:
+            if len(set(archive.namelist())) < len(archive.namelist()):
+                raise zipfile.BadZipFile("two entries of one name")
+            for name in archive.namelist():
+                copy.writestr(name, archive.read(name))
+        clean.seek(0)
+        state = torch.load(clean, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("no dictionary of tensors")
+        return state
+    except Exception as e:  # the readers raise anything on damaged files
+        refused = isinstance(e, pickle.UnpicklingError)
+        line = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({line})") from e

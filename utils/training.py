@@ -43,8 +43,8 @@ class Signals:
         self.received = self.received or number
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # once one has come, more of them shall not disturb the end
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
 
 
 class Chunk:
@@ -115,7 +115,9 @@ class Chunk:
         """Ends the cells whose figures (M, ...) are not finite: marks them failed, keeps their last good weights."""
         for m in [m for m in self.live if not means[m].isfinite().all()]:
             values = self.history[:step, m].tolist()
-            bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), step - 1)
+            bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), None)
+            if bad is None:  # the training images' figures are finite, the test images' are not
+                bad, values = step - 1, [means[m, -len(TERMS) :].tolist()] * step
             self.live.pop(m).finish(
                 self.stack.cell(m, self.good),
                 {
@@ -139,7 +141,10 @@ class Chunk:
                 "torch": torch.__version__,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "train": dict(zip(TERMS, train[m].tolist(), strict=True)),
-                "test": {**dict(zip(TERMS, test[m].tolist(), strict=True)), "psnr": quality},
+                "test": {
+                    **dict(zip(TERMS, test[m].tolist(), strict=True)),
+                    "psnr": quality if math.isfinite(quality) else None,
+                },
             }
             run.finish(self.stack.cell(m), result)
 
