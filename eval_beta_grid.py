@@ -18,7 +18,8 @@ from pathlib import Path
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
-from utils.config import Config, Parser, whole
+from utils.cli import Parser, whole
+from utils.config import Config
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import STEPS, Bench, Subject, bound, is_done, metrics_of, record
 from utils.probes import PROBES, probe

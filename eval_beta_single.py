@@ -8,7 +8,7 @@ Step 2 of the evaluation; see eval_beta_grid.py, whose step 1 comes before it.
 from pathlib import Path
 
 from eval_beta_grid import add_bench_flags, gather, open_run, run_step
-from utils.config import Parser
+from utils.cli import Parser
 from utils.errors import run_script
 from utils.evaluation import Bench, Subject, metrics_of
 

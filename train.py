@@ -16,7 +16,8 @@ import torch
 
 import datasets
 from models import build_model
-from utils.config import Config, Parser, add_config_flags, grid_configs, whole
+from utils.cli import Parser, add_config_flags, grid_configs, whole
+from utils.config import Config
 from utils.errors import UserError, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import datasets
 from models.classifiers import CLASSIFIERS, Classifier
-from utils.config import Config, Parser, whole
+from utils.cli import Parser, whole
+from utils.config import Config
 from utils.errors import UserError, nearest, run_script
 from utils.runs import check_writable, load_tensors, read_json, save_tensors, write_json
 from utils.seeds import generator

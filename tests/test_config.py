@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import Config, axis
+from utils.cli import axis
+from utils.config import Config
 from utils.errors import UserError
 
 PAPER = dict(dataset="CIFAR10", num_epochs=500, conv_channels=32, z_dims=32, sigma=0.71)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from datasets import DATASETS
 from models import build_model
 from models.stack import Stack
-from utils.config import Config, Parser, whole
+from utils.cli import Parser, whole
+from utils.config import Config
 from utils.errors import run_script
 from utils.information import gaussian_mi
 from utils.metrics import inception_score

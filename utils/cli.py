@@ -1,0 +1,127 @@
+"""The command line: parsers whose errors are one line, and the flags that make a grid of Configs."""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+
+import torch
+
+from utils.config import Config, kind_of
+from utils.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the flag."""
+
+    def __init__(self, description: str, files: bool = True):
+        self.files = files  # whether the script reads data sets and run folders
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
+        )
+
+    def error(self, message: str):
+        raise UserError(message.removeprefix("argument "))
+
+    def _add_machine_flags(self):
+        common = self.add_argument_group("machine")
+        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu ... (default: cuda if there, else cpu)")
+        if not self.files:
+            return
+        common.add_argument(
+            "--data_dir",
+            default=os.environ.get("HIT_DATA_DIR", "data"),
+            help="where the data sets are (default: data, or the environment variable HIT_DATA_DIR)",
+        )
+        common.add_argument("--runs_dir", default="runs", help="where the run folders are (default: runs)")
+        common.add_argument("--download", action="store_true", help="fetch a missing data set from its authors")
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
+        self._add_machine_flags()
+        argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [f for f in self._option_string_actions if f.startswith("--")]
+            raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
+        args.device = args.device or device("cuda" if torch.cuda.is_available() else "cpu")
+        return args
+
+
+def whole(text: str) -> int:
+    """A whole number >= 1, as a flag's value."""
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def device(name: str) -> torch.device:
+    """The device of that name, after a look whether it is there."""
+    try:
+        found = torch.device(name)
+        if found.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps can train")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
+    return found
+
+
+def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:
+    """A flag for each field of Config; those named in `grid` take several values."""
+    groups = {}
+    for field in dataclasses.fields(Config):
+        title, kind = field.metadata["group"], kind_of(field)
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        text = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(f"--{field.name}", action="store_true", help=text)
+            continue
+        shown = {"default": field.default, "type": kind, "metavar": kind.__name__.upper()}
+        if "choices" in field.metadata:
+            shown["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        if field.name in grid:
+            several = "; several values (or LO:HI:N, N log-spaced ones) make a grid"
+            if kind is int:
+                several = "; several values train the grid once for each"
+            shown |= {"nargs": "+", "default": None, "type": axis if kind is float else int}
+            text += several
+        if field.default not in (None, ""):
+            text += f" (default: {field.default})"
+        group.add_argument(f"--{field.name}", help=text, **shown)
+
+
+def axis(text: str) -> list[float]:
+    """The values of a grid's axis: one number, or LO:HI:N for N log-spaced ones, to 8 decimals."""
+    if ":" not in text:
+        try:
+            return [float(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
+    try:
+        lo, hi, n = text.split(":")
+        lo, hi, n = float(lo), float(hi), int(n)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
+    if not (1e-6 <= lo < hi < math.inf and 2 <= n <= 1000):
+        raise argparse.ArgumentTypeError(f"LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got {text!r}")
+    step = math.log10(hi / lo) / (n - 1)
+    return [round(lo * 10 ** (step * k), 8) for k in range(n)]
+
+
+def grid_configs(args: argparse.Namespace) -> list[Config]:
+    """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    betas_y, betas_z = (
+        [v for values in getattr(args, name) or [[1.0]] for v in values] for name in ("beta_y", "beta_z")
+    )
+    cells = [
+        Config(**settings | {"beta_y": by, "beta_z": bz, "seed": seed})
+        for seed in args.seed or [Config.seed]
+        for by in betas_y
+        for bz in betas_z
+    ]
+    return list(dict.fromkeys(cells))
