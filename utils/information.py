@@ -7,6 +7,7 @@ import numpy as np
 import scipy.optimize
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 ROWS, COLUMNS = 500, 2000  # block sizes: bound the memory, whatever the number of images
 
@@ -43,6 +44,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
     float32 would be off by 10 nats at std 1e-3, hence float64, and centred.
     """
     n, mixture, d = means.shape
+    own = log_own_density(samples, means, stds)
     centre = means.double().mean((0, 1))
     rows = samples.double() - centre
     rows = torch.cat([rows**2, rows], 1)
@@ -53,24 +55,36 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
         mean, precision = means[block].double().flatten(0, 1) - centre, stds[block].double().flatten(0, 1) ** -2
         columns = torch.cat([-0.5 * precision, mean * precision], 1).T
         constant = -0.5 * ((mean**2 * precision).sum(1) - precision.log().sum(1) + d * math.log(2 * math.pi))
-        members = [torch.nn.functional.one_hot(labels[block], classes).double() for labels in labellings]
+        members = torch.cat([one_hot(labels[block], classes).double() for labels in labellings], 1)
+
+        def log_p(rows, columns=columns, constant=constant):
+            log_p = torch.addmm(constant, rows, columns)
+            return log_p if mixture == 1 else log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
+
         for i in range(0, n, ROWS):
             part = slice(i, i + ROWS)
-            log_p = (rows[part] @ columns).add_(constant)
-            if mixture > 1:
-                log_p = log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
-            largest = log_p.amax(1, keepdim=True)
-            p = (log_p - largest).exp_()
-            sums = [p.sum(1)]
-            for labels, member in zip(labellings, members, strict=True):
-                sums.append((p @ member).gather(1, labels[part, None]).squeeze(1))
+            p = log_p(rows[part])
+            largest = p.amax(1, keepdim=True)
+            p = p.sub_(largest).clamp_min_(-690).exp_()  # an underflow is slow
+            by_class = (p @ members).unflatten(1, (-1, classes))
+            sums = [by_class[:, 0].sum(1)]
+            sums += [by_class[:, k].gather(1, labels[part, None])[:, 0] for k, labels in enumerate(labellings)]
             log_sums = torch.stack(sums, 1).log() + largest
-            for k, labels in enumerate(labellings, start=1):  # where a class is so far off that its sum is lost
-                lost = (sums[k] < 1e-200).nonzero().squeeze(1)
+            # a class so far below the block's largest that its sum is lost matters if that one is far above `own`
+            far = largest[:, 0] > own[part] + 400
+            for k, labels in enumerate(labellings, start=1):
+                lost = (far & (sums[k] < 1e-200)).nonzero().squeeze(1)
                 other = labels[part][lost, None] != labels[block][None, :]
-                log_sums[lost, k] = log_p[lost].masked_fill(other, -math.inf).logsumexp(1)
+                log_sums[lost, k] = log_p(rows[part][lost]).masked_fill(other, -math.inf).logsumexp(1)
             result[part] = torch.logaddexp(result[part], log_sums)
     return result
+
+
+def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
+    """Log-density of each sample under its own image's posterior, as in `log_mixtures`; (N,), float64."""
+    means, stds = means.double(), stds.double()
+    log_p = -0.5 * ((samples[:, None] - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)
+    return log_p.sum(2).logsumexp(1) - math.log(means.shape[1])
 
 
 def entropy(labels: np.ndarray) -> float:
