@@ -18,6 +18,7 @@ from pathlib import Path
 from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
+from models.stack import TERMS
 from utils.cli import Parser, whole
 from utils.config import Config
 from utils.errors import UserError, nearest, run_script
@@ -27,6 +28,7 @@ from utils.runs import Run, write_atomic
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
+TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 
 
 def add_bench_flags(parser: Parser) -> None:
@@ -143,10 +145,11 @@ def gather(runs_dir: str, batch: str) -> Path:
         try:
             run = Run.open(path)
             row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+            row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
         except UserError:
             row["status"] = "broken"
         rows.append(row)
-    columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS]
+    columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS, *TRAIN_COLUMNS]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
     writer.writeheader()

@@ -8,6 +8,8 @@ from torch.func import functional_call, vmap
 
 from .hvae import Noise, Terms
 
+TERMS = ("loss", *Terms._fields)  # what training and evaluation report of a model, in this order
+
 
 class Stack:
     """M copies of a model that train independently and in step.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import datasets
 from models.classifiers import CLASSIFIERS
 from models.latents import Gaussian
-from models.stack import Stack
+from models.stack import TERMS, Stack
 from train_classifier import load_classifier
 from utils.config import Config
 from utils.errors import UserError
@@ -125,7 +125,7 @@ def rates(s: Subject) -> dict[str, float]:
     """Loss and its terms, active units, PSNR; writes latents.npz."""
     model, betas = s.model, [torch.tensor([b], device=s.bench.device) for b in (s.config.beta_y, s.config.beta_z)]
     means = Stack(model, 1).evaluate(s.test.batches(BATCH), s.generator("rates"), *betas)[0].tolist()
-    terms = dict(zip(("loss", "ll", "kl_y", "kl_z"), means, strict=True))
+    terms = dict(zip(TERMS, means, strict=True))
     latents = {name: [] for name in ("qz_mu", "qz_std", "qy_mu", "qy_std", "labels")}
     for x, label in s.test.batches(BATCH):
         q_z = model.q_z(x)
@@ -301,7 +301,7 @@ def _probe_columns(*suffixes: str) -> tuple[str, ...]:
 STEPS = {
     step.name: step
     for step in (
-        Step("rates", ("loss", "ll", "D", "kl_y", "kl_z", "bpd", "active_z", "active_y", "psnr"), rates),
+        Step("rates", (*TERMS, "D", "bpd", "active_z", "active_y", "psnr"), rates),
         Step("iw", ("ll_iw", "iw_samples"), importance_weighted, ("iw_samples",)),
         Step("is", ("is_mean", "is_std", "is_div", "is_sharp", "n_samples"), sample_quality, ("n_samples",), True),
         Step("fid", ("fid", "fid_classifier", "fid_features"), frechet, ("n_samples", "with_classifier"), True),

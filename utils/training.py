@@ -12,12 +12,11 @@ from tqdm import tqdm
 
 from datasets import Data
 from models import build_model
-from models.stack import Stack
+from models.stack import TERMS, Stack
 from utils.metrics import psnr
 from utils.runs import Run
 from utils.seeds import generator
 
-TERMS = ("loss", "ll", "kl_y", "kl_z")
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
 LONGEST_UNSAVED = 600.0  # seconds, within an epoch
 N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
