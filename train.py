@@ -18,11 +18,10 @@ import datasets
 from models import build_model
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
+from utils.engine import COMPILE, Engine, fastest_size
 from utils.errors import UserError, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
-
-CELLS_ON_GPU = 49
 
 
 def parse_args(argv=None):
@@ -33,7 +32,13 @@ def parse_args(argv=None):
         "--cells_at_once",
         type=whole_or_auto,
         default="auto",
-        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU, 49 on a GPU)",
+        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU, measured on a GPU)",
+    )
+    group.add_argument(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="the training step through torch.compile, on a GPU as a CUDA graph (default: auto: on a GPU)",
     )
     group.add_argument(
         "--save_every",
@@ -84,38 +89,63 @@ def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> 
     return ready, problems
 
 
-def train_together(cells: list[tuple[Run, dict | None]], data, args, signals: Signals) -> None:
-    """Trains cells that are at one position in the data; in halves when the GPU's memory does not hold them."""
-    try:
-        chunk = Chunk([run for run, _ in cells], [state for _, state in cells], args.device)
-        if chunk.epoch or chunk.step:
-            print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
-        return train(chunk, data, signals, args.save_every)
-    except torch.OutOfMemoryError:
+class Trainer:
+    """Trains cells together that are at one position in the data; keeps the engine, which is compiled, for the next."""
+
+    def __init__(self, data, args, signals: Signals):
+        self.data, self.args, self.signals, self.engine = data, args, signals, None
+        self.size = args.cells_at_once or (None if args.device.type == "cuda" else 1)  # None: to be measured
+
+    def size_for(self, config: Config, most: int) -> int:
+        """How many of `most` cells to train at once."""
+        if self.size is None:
+            self.size = fastest_size(config, most, self.args.device)
+            print(f"{self.size} cells at once", flush=True)
+        return self.size
+
+    def train(self, cells: list[tuple[Run, dict | None]]) -> None:
+        """In halves when the GPU's memory does not hold them."""
+        if self._fits_in_memory(cells):
+            return
         if len(cells) == 1:
-            raise UserError("--batch_size: one cell does not fit into the GPU's memory; try fewer") from None
-    torch.cuda.empty_cache()
-    print(f"{len(cells)} cells at once are too many for the GPU's memory; halving", flush=True)
-    args.cells_at_once = len(cells) // 2
-    for half in (cells[: len(cells) // 2], cells[len(cells) // 2 :]):
-        train_together([(run, run.load_state()[0]) for run, _ in half], data, args, signals)
+            raise UserError("--batch_size: one cell does not fit into the GPU's memory; try fewer")
+        self.engine = None
+        torch.cuda.empty_cache()
+        print(f"{len(cells)} cells at once are too many for the GPU's memory; halving", flush=True)
+        self.size = len(cells) // 2
+        for half in (cells[: self.size], cells[self.size :]):
+            self.train([(run, run.load_state()[0]) for run, _ in half])
+
+    def _fits_in_memory(self, cells: list[tuple[Run, dict | None]]) -> bool:
+        config, device = cells[0][0].config, self.args.device
+        try:
+            if self.engine is None or not self.engine.fits(config, len(cells), device):
+                self.engine = None  # frees its memory first
+                self.engine = Engine(config, len(cells), device, self.args.compile)
+            chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
+            if chunk.epoch or chunk.step:
+                print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
+            train(chunk, self.data, self.signals, self.args.save_every)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
 
 def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
     """Trains the runs chunk by chunk; returns what went wrong."""
     problems = []
     with Signals() as signals:
+        trainer = Trainer(data, args, signals)
         while runs:
-            size = args.cells_at_once or (CELLS_ON_GPU if args.device.type == "cuda" else 1)
-            together = [run for run in runs if run.config.seed == runs[0].config.seed][:size]
+            together = [run for run in runs if run.config.seed == runs[0].config.seed]
+            together = together[: trainer.size_for(together[0].config, len(together))]
             runs = [run for run in runs if run not in together]
             with contextlib.ExitStack() as held:
                 cells, wrong = open_cells(together, args.overwrite, held)
                 problems += wrong
                 positions = [(s["epoch"], s["step"]) if s else (0, 0) for _, s in cells]
                 for position in sorted(set(positions)):
-                    group = [cell for cell, p in zip(cells, positions, strict=True) if p == position]
-                    train_together(group, data, args, signals)
+                    trainer.train([cell for cell, p in zip(cells, positions, strict=True) if p == position])
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
@@ -167,6 +197,7 @@ def main(argv=None) -> int:
             load_tensors(run.path / "vae.pth")  # whole, or an error
             print(f"already complete: {run.path}" if run.status == "finished" else f"failed before: {run.path}")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = configs[0].precision != "fp32"
     threading.excepthook = report_thread
     try:
         problems = train_all(todo, data, args)

@@ -5,19 +5,43 @@ themselves together. A network that parametrises a distribution returns a tuple 
 each of the distribution's parameters.
 """
 
+import functools
+
+import torch
 from torch import Tensor, nn
 
 MOL_CHANNELS = 128  # hidden channels of the mixture of logistics' output head
 
 
 def relu_between(*layers: nn.Module) -> nn.Sequential:
-    """The layers with a ReLU between each two, none after the last."""
-    return nn.Sequential(*[m for layer in layers for m in (nn.ReLU(), layer)][1:])
+    """The layers with a ReLU between each two, none after the last, which gives a distribution's parameters."""
+    *others, last = layers
+    return nn.Sequential(*relu_after(*others), in_full(last))
 
 
 def relu_after(*layers: nn.Module) -> nn.Sequential:
     """The layers with a ReLU after each."""
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
+
+
+class _InFull:
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.to(self.weight.dtype))
+
+
+@functools.cache
+def _in_full(layer: type) -> type:
+    return type(f"{layer.__name__}InFull", (_InFull, layer), {})
+
+
+def in_full(layer: nn.Module) -> nn.Module:
+    """The layer, made to compute in its weights' precision also under autocast.
+
+    For layers that give a distribution's parameters: in bfloat16 small rates would come out wrong.
+    """
+    layer.__class__ = _in_full(type(layer))
+    return layer
 
 
 class Heads(nn.ModuleList):
@@ -58,7 +82,7 @@ class VectorZ:
         return relu_after(self._down(self.image_channels, self.c), self._down(self.c, self.c))
 
     def z_head(self, n_heads: int) -> nn.Module:
-        heads = Heads(nn.Linear(self.c * 16, self.z_dims) for _ in range(n_heads))
+        heads = Heads(in_full(nn.Linear(self.c * 16, self.z_dims)) for _ in range(n_heads))
         return nn.Sequential(relu_after(nn.Conv2d(self.c, self.c, **self.mid)), nn.Flatten(), heads)
 
     x_branch = trunk
@@ -79,12 +103,14 @@ class VectorZ:
     def _y_head(self, i: int) -> nn.Module:
         c, shared = self.c, relu_after(nn.Conv2d(i, self.c, **self.mid))
         if self.y_dims > 0:
-            return nn.Sequential(shared, nn.Flatten(), Heads(nn.Linear(c * 16, self.y_dims) for _ in range(2)))
-        return nn.Sequential(shared, Heads(nn.Conv2d(c, c, 3, padding=1) for _ in range(2)))
+            return nn.Sequential(shared, nn.Flatten(), Heads(in_full(nn.Linear(c * 16, self.y_dims)) for _ in range(2)))
+        return nn.Sequential(shared, Heads(in_full(nn.Conv2d(c, c, 3, padding=1)) for _ in range(2)))
 
     def y_prior(self) -> nn.Module:
         dims = self.y_dims if self.y_dims > 0 else self.c * 16
-        heads = Heads(nn.Sequential(nn.Linear(dims // 2, dims), nn.Unflatten(1, self.y_shape)) for _ in range(2))
+        heads = Heads(
+            nn.Sequential(in_full(nn.Linear(dims // 2, dims)), nn.Unflatten(1, self.y_shape)) for _ in range(2)
+        )
         return nn.Sequential(relu_after(nn.Linear(self.z_dims, dims // 2)), heads)
 
     def decoder(self, outputs: int, hidden: int | None) -> nn.Module:

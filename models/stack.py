@@ -16,10 +16,12 @@ class Stack:
 
     `parameters` maps the model's parameter names to leaf tensors (M, ...). All copies see the same images
     and the same noise; each has its own betas, (M,). One Adam over the stacked tensors is M separate Adams.
+    With the precision "bf16" the networks' trunks train in bfloat16; their heads, rates and likelihoods do not.
     """
 
-    def __init__(self, model: nn.Module, m: int):
-        self.model, self.m = model, m
+    def __init__(self, model: nn.Module, m: int, precision: str = "fp32"):
+        self.model, self.m, self.low = model, m, precision == "bf16"
+        self.training_terms = self.terms
         self.parameters = {
             name: p.detach().expand(m, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()
         }
@@ -31,9 +33,14 @@ class Stack:
             return Terms(*[t.unsqueeze(0) for t in functional_call(self.model, alone, (x, noise))])
         return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)
 
+    def compile(self, on: bool = True) -> None:
+        """Lets the training step go through torch.compile."""
+        self.training_terms = torch.compile(self.terms, fullgraph=True) if on else self.terms
+
     def step(self, optimizer, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
         """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4)."""
-        terms = self.terms(x, noise)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
+            terms = self.training_terms(x, noise)
         loss = terms.loss(beta_y[:, None], beta_z[:, None])
         optimizer.zero_grad()
         loss.mean(1).sum().backward()

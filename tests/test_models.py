@@ -16,6 +16,7 @@ from models.likelihoods import LIKELIHOODS
 from models.stack import Stack
 from tests.conftest import random_data
 from utils.config import Config
+from utils.engine import Engine
 from utils.errors import UserError
 from utils.runs import Run, load_model
 from utils.seeds import generator
@@ -143,11 +144,11 @@ class NoSignals:
 def train_run(config, data, where, interrupt=False) -> Run:
     run = Run.of(config, where)
     run.create()
-    chunk = Chunk([run], [None], CPU)
+    chunk = Chunk([run], [None], Engine(config, 1, CPU))
     if interrupt:
         with pytest.raises(Interrupted):
             train(chunk, data, StopAfterOneEpoch(chunk))
-        chunk = Chunk([run], [run.load_state()[0]], CPU)
+        chunk = Chunk([run], [run.load_state()[0]], Engine(config, 1, CPU))
         assert chunk.epoch == 1
     train(chunk, data, NoSignals())
     return run

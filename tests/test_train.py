@@ -441,11 +441,10 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatc
 
     grid = ["--beta_y", "1", "2", "3", "--cells_at_once", str(at_once)]
     healthy = trained(*grid, batch="healthy")
-    step, calls = Stack.step, {}
+    step = Stack.step
 
     def poisoned(self, optimizer, x, noise, beta_y, beta_z):
-        calls[id(self)] = calls.get(id(self), 0) + 1
-        if calls[id(self)] == 5:  # the second of the three steps in the second epoch
+        if next(iter(optimizer.state.values()))["step"] == 4:  # the second of the three steps in the second epoch
             beta_y = torch.where(beta_y == 2, torch.inf, beta_y)
         return step(self, optimizer, x, noise, beta_y, beta_z)
 

@@ -5,6 +5,7 @@ ratios are taken between measurements that alternate.
 """
 
 import argparse
+import itertools
 import math
 import platform
 import resource
@@ -22,9 +23,9 @@ from tqdm import tqdm
 
 from datasets import DATASETS
 from models import build_model
-from models.stack import Stack
 from utils.cli import Parser, whole
 from utils.config import Config
+from utils.engine import Engine
 from utils.errors import run_script
 from utils.information import gaussian_mi
 from utils.metrics import inception_score
@@ -104,22 +105,20 @@ def train(args: argparse.Namespace) -> None:
         i = torch.randint(len(pool), (args.batch_size,), generator=g, device=args.device)
         return pool[i].float() / 255
 
-    def stacked(m):
-        stack = Stack(build_model(config).to(args.device), m)
-        optimizer = torch.optim.Adam(stack.parameters.values(), lr=config.learning_rate, fused=True)
-        ones = torch.ones(m, device=args.device)
+    def stacked(m, compile):
+        engine, ones = Engine(config, m, args.device, compile), torch.ones(m, device=args.device)
 
         def step():
             x = batch()
-            stack.step(optimizer, x, stack.model.noise(len(x), g), ones, ones)
+            engine.step(x, engine.stack.model.noise(len(x), g), ones, ones)
 
         return step
 
     candidates = {"plain": lambda: plain(batch())}
     units = {"plain": 1}
-    for m in args.cells:
-        name = f"{m} cell{'s stacked' * (m > 1)}"
-        candidates[name], units[name] = stacked(m), m
+    for m, compile in itertools.product(args.cells, ("off", "on") if args.compile else ("off",)):
+        name = f"{m} cell{'s stacked' * (m > 1)}{', compiled' * (compile == 'on')}"
+        candidates[name], units[name] = stacked(m, compile), m
     print(f"{config.vae_type}, {args.dataset}-shaped random images, batch {args.batch_size}, per model and step:")
     seconds = measure(candidates, args.n, args.device)
     report(seconds, units, baseline="plain")
@@ -216,6 +215,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--cells", type=whole, nargs="+", default=[1, 4], help="numbers of stacked cells (default: 1 4)"
     )
+    parser.add_argument("--compile", action="store_true", help="the compiled step as well")
     parser.add_argument("--n", type=at_least_two, default=20, help="repetitions (default: 20)")
     args = parser.parse(argv)
     print(machine(args.device))

@@ -51,6 +51,10 @@ class Config:
     no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
     beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "training")
     beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "training")
+    precision: str = _flag(
+        "fp32", "of the networks: fp32; tf32 in products on a GPU; bf16 in the trunks, fp32 in what follows them",
+        "training", choices=("fp32", "tf32", "bf16"),
+    )  # fmt: skip
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
     run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
     run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
@@ -153,6 +157,7 @@ class Config:
             f"linear_y_dims_{self.linear_y_with_dims}" * (self.linear_y_with_dims > 0),
             "no_warmup" * (default_warmup > 0 and self.warmup_epochs == 0),
             f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
+            self.precision * (self.precision != Config.precision),
             f"seed_{self.seed}" * (self.seed != Config.seed),
         ]
         return "-".join([self.run_name or "NoName", *filter(None, parts)])

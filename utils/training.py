@@ -11,8 +11,8 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from datasets import Data
-from models import build_model
-from models.stack import TERMS, Stack
+from models.stack import TERMS
+from utils.engine import Engine
 from utils.metrics import psnr
 from utils.runs import Run
 from utils.seeds import generator
@@ -53,11 +53,10 @@ class Chunk:
     their betas alone. A position is resumed exactly: batches and noise depend on (seed, epoch, step) only.
     """
 
-    def __init__(self, runs: list[Run], states: list[dict | None], device: torch.device):
-        self.runs, self.config, self.device = runs, runs[0].config, device
-        torch.manual_seed(self.config.seed)
-        self.stack = Stack(build_model(self.config).to(device), len(runs))
-        self.optimizer = torch.optim.Adam(self.stack.parameters.values(), lr=self.config.learning_rate, fused=True)
+    def __init__(self, runs: list[Run], states: list[dict | None], engine: Engine):
+        self.runs, self.config, self.device = runs, runs[0].config, engine.device
+        self.engine, self.stack, device = engine, engine.stack, engine.device
+        engine.restart(self.config.seed)
         self.beta_y = torch.tensor([r.config.beta_y for r in runs], device=device)
         self.beta_z = torch.tensor([r.config.beta_z for r in runs], device=device)
         self.live = dict(enumerate(runs))  # those not failed
@@ -70,14 +69,9 @@ class Chunk:
 
     def _load(self, states: list[dict]) -> None:
         for m, state in enumerate(states):
-            self.stack.load_cell(m, state["weights"])
+            self.engine.load_cell(m, state)
         first = states[0]
         self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
-        if first["adam_steps"]:
-            for name, p in self.stack.parameters.items():
-                moments = {k: torch.stack([s[k][name] for s in states]).to(p) for k in ("exp_avg", "exp_avg_sq")}
-                count = torch.tensor(float(first["adam_steps"]), device=self.device)
-                self.optimizer.state[p] = {"step": count, **moments}
         if self.step:
             self.history = torch.stack([s["history"] for s in states], 1).to(self.device)
             self.noise = torch.Generator(self.device)
@@ -85,20 +79,13 @@ class Chunk:
 
     def state(self, m: int) -> dict:
         """The resume state of cell m: tensors and plain numbers."""
-        moments = {"exp_avg": {}, "exp_avg_sq": {}}
-        adam_steps = 0
-        for name, p in self.stack.parameters.items():
-            if p in self.optimizer.state:
-                adam_steps = int(self.optimizer.state[p]["step"])
-                for key, kept in moments.items():
-                    kept[name] = self.optimizer.state[p][key][m].cpu().clone()
         within_epoch = (
             {"history": self.history[:, m].cpu().clone(), "noise": self.noise.get_state()} if self.step else {}
         )
         return {
             "weights": self.stack.cell(m),
-            **moments,
-            "adam_steps": adam_steps,
+            **self.engine.moments(m),
+            "adam_steps": self.engine.adam_steps,
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
@@ -185,9 +172,7 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
             chunk.good = stack.snapshot()
         for x, _ in data.train.batches(config.batch_size, (config.seed, chunk.epoch), start=chunk.step):
             noise = stack.model.noise(len(x), chunk.noise, temperature)
-            chunk.history[chunk.step] = stack.step(
-                chunk.optimizer, x, noise, weight * chunk.beta_y, weight * chunk.beta_z
-            )
+            chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
             chunk.step += 1
             bar.update()
             overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
