@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 from joblib import Parallel, delayed, parallel_config
-from tqdm import tqdm
 
 from models.stack import TERMS
 from utils.cli import Parser, whole
 from utils.config import Config
+from utils.distributed import is_first, progress, share, wait_for_all
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import STEPS, Bench, Subject, bound, is_done, metrics_of, record
 from utils.probes import PROBES, probe
@@ -126,7 +126,7 @@ def run_probes(subjects: list[Subject], name: str, args) -> dict[Path, str]:
         results = Parallel(args.cpu_n, return_as="generator_unordered", pre_dispatch="4*n_jobs")(
             delayed(probe)(index, *job) for index, job in jobs
         )
-        for index, result in tqdm(results, total=len(jobs), unit="fit"):
+        for index, result in progress(results, total=len(jobs), unit="fit"):
             subject, left[index] = subjects[index], left[index] - 1
             if isinstance(result, str):
                 problems[subject.run.path] = result
@@ -160,8 +160,9 @@ def gather(runs_dir: str, batch: str) -> Path:
 
 
 def finish(runs_dir: str, batch: str, problems: dict[Path, str], n: int) -> int:
-    """Gathers, and lists the runs that could not be evaluated; returns the exit status."""
-    print(f"\n{n - len(problems)} of {n} runs evaluated: {gather(runs_dir, batch)}")
+    """Gathers, and lists the runs that this process could not evaluate; returns the exit status."""
+    where = gather(runs_dir, batch) if is_first() else Path(runs_dir) / batch / "eval_results.csv"
+    print(f"\n{n - len(problems)} of {n} runs evaluated: {where}")
     for problem in problems.values():
         print(f"failed: {problem}", file=sys.stderr)
     return 1 if problems else 0
@@ -170,9 +171,11 @@ def finish(runs_dir: str, batch: str, problems: dict[Path, str], n: int) -> int:
 def main(argv=None) -> int:
     args = parse_args(argv)
     paths, steps, problems, subjects = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args), {}, []
+    n, paths = len(paths), share(paths)
     shared = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(Bench) if field.init}
     bench = Bench(**{k: v for k, v in shared.items() if v is not None})
-    print(f"{len(paths)} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
+    if is_first():
+        print(f"{n} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
     for path in paths:
         try:
             subjects.append(Subject(open_run(path), bench))
@@ -182,7 +185,7 @@ def main(argv=None) -> int:
         if "is" in steps or "recons" in steps:
             bench.classifier_of(next(s.config for s in subjects if s.config.dataset == dataset))
     each = [name for name in steps if STEPS[name].compute is not None]
-    for subject in tqdm(subjects if each else [], unit="run"):
+    for subject in progress(subjects if each else [], unit="run"):
         try:
             for name in each:
                 run_step(subject, name, args.force)
@@ -191,6 +194,7 @@ def main(argv=None) -> int:
         subject.__dict__.pop("model", None)  # frees the memory of each model in turn
     for name in set(steps) - set(each):
         problems |= run_probes([s for s in subjects if s.run.path not in problems], name, args)
+    wait_for_all()
     return finish(args.runs_dir, args.run_batch_name, problems, len(paths))
 
 

@@ -13,11 +13,13 @@ import sys
 import threading
 
 import torch
+import torch.distributed as dist
 
 import datasets
 from models import build_model
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
+from utils.distributed import from_first, is_first, join, place, share, wait_for_all
 from utils.engine import COMPILE, Engine, fastest_size
 from utils.errors import UserError, run_script
 from utils.runs import Run, load_tensors
@@ -46,6 +48,11 @@ def parse_args(argv=None):
         default="auto",
         help="epochs between saves of the resume state (default: auto: as often as takes 5 %% of the time)",
     )
+    group.add_argument(
+        "--data_parallel",
+        action="store_true",
+        help="under torchrun: its processes share every batch, instead of the grid's cells",
+    )
     group.add_argument("--overwrite", action="store_true", help="train the cells anew, even finished ones")
     group.add_argument("--dry_run", action="store_true", help="print the cells, shapes and parameters, and stop")
     return parser.parse(argv)
@@ -68,24 +75,31 @@ def describe(configs: list[Config], device: torch.device) -> None:
     print(f"  {'cells':20s} {len(configs)}", flush=True)
 
 
-def open_cells(runs: list[Run], overwrite: bool, held: contextlib.ExitStack) -> tuple[list, list[tuple[Run, str]]]:
+def open_cells(
+    runs: list[Run], args, held: contextlib.ExitStack
+) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, str]]]:
     """Locks the runs that are still to be trained; returns them with their resume states, and what is wrong."""
     ready, problems = [], []
-    for run in runs:
-        try:
-            run.create()
-            held.enter_context(run.locked())
-            if overwrite:
-                run.restart()
-            if run.status in ("finished", "failed"):  # by another process, meanwhile
+    if is_first() or not args.data_parallel:
+        for run in runs:
+            try:
+                run.create()
+                held.enter_context(run.locked())
+                if args.overwrite:
+                    run.restart()
+                if run.status in ("finished", "failed"):  # by another process, meanwhile
+                    continue
+                state, damaged = run.load_state()
+            except UserError as e:
+                problems.append((run, str(e)))
                 continue
-            state, damaged = run.load_state()
-        except UserError as e:
-            problems.append((run, str(e)))
-            continue
-        for line in damaged:
-            print(f"{line}; falling back to the state before it", file=sys.stderr)
-        ready.append((run, state))
+            for line in damaged:
+                print(f"{line}; falling back to the state before it", file=sys.stderr)
+            ready.append((run, state))
+    if args.data_parallel:  # the others follow the first
+        paths = from_first([run.path for run, _ in ready])
+        if not is_first():
+            ready = [(run, run.load_state()[0]) for run in runs if run.path in paths]
     return ready, problems
 
 
@@ -94,7 +108,8 @@ class Trainer:
 
     def __init__(self, data, args, signals: Signals):
         self.data, self.args, self.signals, self.engine = data, args, signals, None
-        self.size = args.cells_at_once or (None if args.device.type == "cuda" else 1)  # None: to be measured
+        measured = args.device.type == "cuda" and not args.data_parallel
+        self.size = args.cells_at_once or (None if measured else 1)
 
     def size_for(self, config: Config, most: int) -> int:
         """How many of `most` cells to train at once."""
@@ -121,7 +136,7 @@ class Trainer:
         try:
             if self.engine is None or not self.engine.fits(config, len(cells), device):
                 self.engine = None  # frees its memory first
-                self.engine = Engine(config, len(cells), device, self.args.compile)
+                self.engine = Engine(config, len(cells), device, self.args.compile, self.args.data_parallel)
             chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
             if chunk.epoch or chunk.step:
                 print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
@@ -129,6 +144,19 @@ class Trainer:
         except torch.OutOfMemoryError:
             return False
         return True
+
+
+def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
+    """Raises UserError where processes cannot share every batch."""
+    world = place()[1]
+    if not dist.is_torchelastic_launched():
+        raise UserError(
+            "--data_parallel: needs several processes; start them with torchrun --nproc_per_node N train.py"
+        )
+    for n in (n_train, n_test):
+        smallest = min(n, n % batch_size or batch_size)
+        if smallest < world:
+            raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
 
 
 def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
@@ -141,7 +169,7 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
             together = together[: trainer.size_for(together[0].config, len(together))]
             runs = [run for run in runs if run not in together]
             with contextlib.ExitStack() as held:
-                cells, wrong = open_cells(together, args.overwrite, held)
+                cells, wrong = open_cells(together, args, held)
                 problems += wrong
                 positions = [(s["epoch"], s["step"]) if s else (0, 0) for _, s in cells]
                 for position in sorted(set(positions)):
@@ -182,20 +210,25 @@ def report_thread(failure) -> None:
 def main(argv=None) -> int:
     args = parse_args(argv)
     configs = grid_configs(args)
-    describe(configs, args.device)
+    if is_first():
+        describe(configs, args.device)
     runs = [Run.of(config, args.runs_dir) for config in configs]
     if args.dry_run:
         for run in runs:
             print(run.path)
         return 0
     data = datasets.load(configs[0], args.data_dir, args.device, args.download)
-    for run in runs:
+    mine = runs if args.data_parallel else share(runs)
+    for run in mine:
         run.check(args.overwrite)
-    todo = [r for r in runs if args.overwrite or r.status not in ("finished", "failed")]
-    for run in runs:
+    todo = [r for r in mine if args.overwrite or r.status not in ("finished", "failed")]
+    for run in mine:
         if run not in todo:
             load_tensors(run.path / "vae.pth")  # whole, or an error
             print(f"already complete: {run.path}" if run.status == "finished" else f"failed before: {run.path}")
+    if args.data_parallel:
+        check_data_parallel(len(data.train), len(data.test), configs[0].batch_size)
+        join(args.device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = configs[0].precision != "fp32"
     threading.excepthook = report_thread
@@ -205,11 +238,13 @@ def main(argv=None) -> int:
         command = shlex.join(["python", *(a for a in sys.argv if a != "--overwrite")])  # which would start anew
         print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command}", file=sys.stderr)
         return 128 + e.signal
-    summarise(runs)
-    print(f"Look at it: tensorboard --logdir {args.runs_dir}")
-    print(f"Evaluate it: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
+    wait_for_all()
+    if is_first():
+        summarise(runs)
+        print(f"Look at it: tensorboard --logdir {args.runs_dir}")
+        print(f"Evaluate it: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
     failed = [
-        f"{r.path}: failed, its loss is not finite; --overwrite trains it anew" for r in runs if r.status == "failed"
+        f"{r.path}: failed, its loss is not finite; --overwrite trains it anew" for r in mine if r.status == "failed"
     ]
     problems = [line for run, line in problems if run.status != "finished"] + failed  # or another process finished it
     for line in problems:

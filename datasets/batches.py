@@ -16,6 +16,7 @@ from utils.seeds import generator
 from .readers import open_image
 
 Batch = tuple[Tensor, Tensor]
+ALL = slice(None)
 
 
 def shuffled(n: int, seed: int, epoch: int) -> Tensor:
@@ -32,15 +33,20 @@ class Resident:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[Batch]:
-        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order."""
+    def batches(
+        self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0, part: slice = ALL
+    ) -> Iterator[Batch]:
+        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order.
+
+        Of each batch only `part`: data-parallel processes take what is theirs.
+        """
         if shuffle is None:
             parts = (slice(i, i + batch_size) for i in range(start * batch_size, len(self), batch_size))
         else:
             order = shuffled(len(self), *shuffle).to(self.images.device)
             parts = order.split(batch_size)[start:]
-        for part in parts:
-            yield self.images[part].float() / 255, self.labels[part]
+        for batch in parts:
+            yield self.images[batch][part].float() / 255, self.labels[batch][part]
 
 
 class _Decoded(Dataset):
@@ -85,8 +91,10 @@ class Streamed:
     def labels(self) -> Tensor:
         return torch.tensor([label for _, label in self.samples])
 
-    def batches(self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0) -> Iterator[Batch]:
-        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order."""
+    def batches(
+        self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0, part: slice = ALL
+    ) -> Iterator[Batch]:
+        """As of `Resident`."""
         if shuffle is None:
             keys = [(i, None) for i in range(len(self))]
         else:
@@ -94,7 +102,7 @@ class Streamed:
             keys = [(i, int(seeds[i])) for i in shuffled(len(self), *shuffle).tolist()]
         loader = DataLoader(
             self.decoded,
-            batch_sampler=[keys[i : i + batch_size] for i in range(start * batch_size, len(keys), batch_size)],
+            batch_sampler=[keys[i : i + batch_size][part] for i in range(start * batch_size, len(keys), batch_size)],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4,

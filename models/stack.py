@@ -1,7 +1,5 @@
 """M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -21,6 +19,7 @@ class Stack:
 
     def __init__(self, model: nn.Module, m: int, precision: str = "fp32"):
         self.model, self.m, self.low = model, m, precision == "bf16"
+        self.part, self.sum_over_all = slice(None), lambda tensors: None  # of data-parallel processes: see Engine
         self.training_terms = self.terms
         self.parameters = {
             name: p.detach().expand(m, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()
@@ -38,24 +37,35 @@ class Stack:
         self.training_terms = torch.compile(self.terms, fullgraph=True) if on else self.terms
 
     def step(self, optimizer, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
-        """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4)."""
+        """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4).
+
+        `noise` is that of the whole batch, x may be this process's part of it.
+        """
+        n, noise = len(noise.y), self.own(noise)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
             terms = self.training_terms(x, noise)
         loss = terms.loss(beta_y[:, None], beta_z[:, None])
         optimizer.zero_grad()
-        loss.mean(1).sum().backward()
+        (loss.sum() / n).backward()
+        sums = _sums(loss, terms)
+        self.sum_over_all([*(p.grad for p in self.parameters.values()), sums])
         optimizer.step()
-        return _sums(loss, terms)
+        return sums
+
+    def own(self, noise: Noise) -> Noise:
+        """This process's part of a whole batch's noise."""
+        return noise._replace(z=noise.z[self.part], y=noise.y[self.part])
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], generator, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+    def evaluate(self, split, batch_size: int, generator, beta_y: Tensor, beta_z: Tensor) -> Tensor:
         """Means over all images of loss, ll, kl_y, kl_z, with one posterior sample each: (M, 4), float64."""
-        n, sums = 0, 0.0
-        for x, _ in batches:
-            terms = self.terms(x, self.model.noise(len(x), generator))
-            sums = sums + _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms).double()
-            n += len(x)
-        return sums / n
+        sums = torch.zeros(self.m, len(TERMS), dtype=torch.float64, device=beta_y.device)
+        for i, (x, _) in enumerate(split.batches(batch_size, part=self.part)):
+            whole = min(batch_size, len(split) - i * batch_size)
+            terms = self.terms(x, self.own(self.model.noise(whole, generator)))
+            sums += _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
+        self.sum_over_all([sums])
+        return sums / len(split)
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters, stacked, from which `cell` can take a model later."""

@@ -55,10 +55,14 @@ def trained(script):
     return run
 
 
-def start(name, *argv, cwd=None, **env):
+def start(name, *argv, **where):
     """Starts a script in a process of its own."""
+    return python(ROOT / name, *argv, **where)
+
+
+def python(*argv, cwd=None, **env):
     return subprocess.Popen(
-        [sys.executable, str(ROOT / name), *map(str, argv)],
+        [sys.executable, *map(str, argv)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
         stdout=subprocess.PIPE,

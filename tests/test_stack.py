@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from datasets import Resident
 from models import build_model
 from models.stack import Stack
 from utils.config import Config
@@ -65,8 +66,9 @@ def test_evaluation_gives_means_over_images_not_over_batches():
     stack = Stack(build_model(config), 2)
     x = torch.rand(10, 1, 28, 28)
     ones = torch.ones(2)
-    whole = stack.evaluate([(x, None)], generator("cpu", 0), ones, ones)
+    split = Resident((x * 255).to(torch.uint8), torch.zeros(10), torch.device("cpu"))
+    whole = stack.evaluate(split, 10, generator("cpu", 0), ones, ones)
     # kl_z does not depend on the noise, so batches of 9 and 1 must give the same mean
-    ragged = stack.evaluate([(x[:9], None), (x[9:], None)], generator("cpu", 0), ones, ones)
+    ragged = stack.evaluate(split, 9, generator("cpu", 0), ones, ones)
     torch.testing.assert_close(whole[:, 3], ragged[:, 3], rtol=1e-6, atol=0)
     torch.testing.assert_close(whole[:, 0], -whole[:, 1] + whole[:, 2] + whole[:, 3], rtol=1e-6, atol=1e-4)

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
-        args.device = args.device or device("cuda" if torch.cuda.is_available() else "cpu")
+        args.device = args.device or default_device()
         return args
 
 
@@ -67,6 +67,15 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
+    return found
+
+
+def default_device() -> torch.device:
+    """The GPU, of several the one that torchrun means for this process; the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return device("cpu")
+    found = device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+    torch.cuda.set_device(found)
     return found
 
 

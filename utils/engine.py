@@ -12,6 +12,7 @@ from models import build_model
 from models.hvae import Noise
 from models.stack import Stack
 from utils.config import Config
+from utils.distributed import place, sum_over_all
 
 COMPILE = ("auto", "on", "off")
 WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle the compiler's and cuDNN's choices
@@ -20,21 +21,27 @@ WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle
 class Engine:
     """M stacked models in training; kept from chunk to chunk, so that a grid is compiled once.
 
+    With `data_parallel` each process of torchrun takes its part of every batch, and the gradients are added up.
     `compile` is one of COMPILE: "off" runs the step as it is written, "on" through torch.compile and, on a GPU,
     as one CUDA graph for all batches of full size; "auto" is on for a GPU, off elsewhere.
     """
 
-    def __init__(self, config: Config, m: int, device: torch.device, compile: str = "auto"):
+    def __init__(
+        self, config: Config, m: int, device: torch.device, compile: str = "auto", data_parallel: bool = False
+    ):
         on_gpu = device.type == "cuda"
-        self.config, self.device, self.graph = config, device, None
+        self.config, self.device, self.graph, self.data_parallel = config, device, None, data_parallel
         self.stack = Stack(build_model(config).to(device), m, config.precision)
-        self.to_capture = on_gpu and compile != "off"
+        self.to_capture = on_gpu and compile != "off" and not data_parallel
+        if data_parallel:
+            rank, world = place()
+            self.stack.part, self.stack.sum_over_all = slice(rank, None, world), sum_over_all
         parameters = self.stack.parameters.values()
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
         for p in parameters:  # at once, so that every state is set in place and a captured graph goes on seeing it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
-        if compile == "on" and not on_gpu:
+        if not self.to_capture and (compile == "on" or compile == "auto" and on_gpu):
             self.stack.compile()
 
     def fits(self, config: Config, m: int, device: torch.device) -> bool:

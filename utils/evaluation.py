@@ -124,7 +124,7 @@ class Subject:
 def rates(s: Subject) -> dict[str, float]:
     """Loss and its terms, active units, PSNR; writes latents.npz."""
     model, betas = s.model, [torch.tensor([b], device=s.bench.device) for b in (s.config.beta_y, s.config.beta_z)]
-    means = Stack(model, 1).evaluate(s.test.batches(BATCH), s.generator("rates"), *betas)[0].tolist()
+    means = Stack(model, 1).evaluate(s.test, BATCH, s.generator("rates"), *betas)[0].tolist()
     terms = dict(zip(TERMS, means, strict=True))
     latents = {name: [] for name in ("qz_mu", "qz_std", "qy_mu", "qy_std", "labels")}
     for x, label in s.test.batches(BATCH):

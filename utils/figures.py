@@ -208,7 +208,10 @@ def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: st
     image = grid.mean(values)
     ax.set_facecolor("0.9")
     shown = ax.imshow(image, origin="lower", aspect="auto", interpolation="nearest", **({"cmap": "viridis"} | colours))
-    figure.colorbar(shown, ax=ax, label=label, pad=0.02)
+    bar = figure.colorbar(shown, ax=ax, label=label, pad=0.02)
+    if isinstance(shown.norm, LogNorm):
+        bar.set_ticks(ratios := [0.25, 0.5, 1, 2, 4], labels=[f"{r:g}" for r in ratios])
+        bar.minorticks_off()
     grid.label(ax)
     if max(grid.shape) <= 7:
         for (i, j), v in np.ndenumerate(image):

@@ -33,7 +33,7 @@ CAPTIONS = {
     "tasks": "Three tasks against each other. The hue tells in which direction from (1, 1) a run's betas lie, the "
     "saturation how far.",
     "slopes": "Slopes of the distortion in units of the betas, from each cell's neighbours: 1 at an optimum. Far from "
-    "1, a cell is under-trained, or its neighbours are.",
+    "1, a cell is under-trained, or its neighbours are; grey is where they do not tell, or D does not fall.",
     "samples": "Samples of each cell, made of the same noise.",
     "reconstructions": "Reconstructions of the same test images.",
 }

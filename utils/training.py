@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from datasets import Data
 from models.stack import TERMS
+from utils.distributed import is_first, largest_of_all, progress
 from utils.engine import Engine
 from utils.metrics import psnr
 from utils.runs import Run
@@ -94,8 +95,18 @@ class Chunk:
 
     def save(self) -> None:
         """Writes every live cell's resume state."""
-        for m, run in self.live.items():
+        for m, run in self.written.items():
             run.save_state(self.state(m))
+
+    def agree(self, signals: "Signals") -> None:
+        """Data-parallel processes stop together: what one has received, all have."""
+        if self.engine.data_parallel:
+            signals.received = largest_of_all(signals.received or 0, self.device) or None
+
+    @property
+    def written(self) -> dict[int, Run]:
+        """The live cells that this process writes: of data-parallel processes the first writes all."""
+        return self.live if is_first() or not self.engine.data_parallel else {}
 
     def drop_failed(self, means: torch.Tensor, step: int) -> None:
         """Ends the cells whose figures (M, ...) are not finite: marks them failed, keeps their last good weights."""
@@ -104,19 +115,21 @@ class Chunk:
             bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), None)
             if bad is None:  # the training images' figures are finite, the test images' are not
                 bad, values = step - 1, [means[m, -len(TERMS) :].tolist()] * step
-            self.live.pop(m).finish(
-                self.stack.cell(m, self.good),
-                {
-                    "status": "failed",
-                    "epoch": self.epoch + 1,
-                    "step": bad + 1,
-                    "terms": {name: str(v) for name, v in zip(TERMS, values[bad], strict=True)},
-                },
-            )
+            if m in self.written:
+                self.live[m].finish(
+                    self.stack.cell(m, self.good),
+                    {
+                        "status": "failed",
+                        "epoch": self.epoch + 1,
+                        "step": bad + 1,
+                        "terms": {name: str(v) for name, v in zip(TERMS, values[bad], strict=True)},
+                    },
+                )
+            self.live.pop(m)
 
     def finish(self, train: torch.Tensor, test: torch.Tensor, data: Data) -> None:
         """Writes the trained weights of every live cell, and how the training ended."""
-        for m, run in self.live.items():
+        for m, run in self.written.items():
             model = self.stack.plain(m)
             quality = psnr(model, data.test.batches(self.config.batch_size))
             result = {
@@ -148,7 +161,7 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
     config, stack = chunk.config, chunk.stack
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
-    bar = tqdm(
+    bar = progress(
         total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
     )
     saved_at, cost_of_save = time.monotonic(), 0.0
@@ -170,11 +183,14 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
             chunk.noise = generator(chunk.device, config.seed, chunk.epoch, "noise")
             chunk.history = torch.zeros(steps, len(chunk.runs), len(TERMS), device=chunk.device)
             chunk.good = stack.snapshot()
-        for x, _ in data.train.batches(config.batch_size, (config.seed, chunk.epoch), start=chunk.step):
-            noise = stack.model.noise(len(x), chunk.noise, temperature)
+        batches = data.train.batches(config.batch_size, (config.seed, chunk.epoch), chunk.step, stack.part)
+        for x, _ in batches:
+            whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
+            noise = stack.model.noise(whole, chunk.noise, temperature)
             chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
             chunk.step += 1
             bar.update()
+            chunk.agree(signals)
             overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
             if (signals.received or overdue) and chunk.step < steps:
                 chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
@@ -186,13 +202,13 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
                 raise Interrupted(signals.received, chunk.epoch)
         train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
         test_noise = generator(chunk.device, config.seed, "test")
-        test_batches = data.test.batches(config.batch_size)
-        test_means = stack.evaluate(test_batches, test_noise, chunk.beta_y, chunk.beta_z).cpu()
+        test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.beta_y, chunk.beta_z).cpu()
         chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
         chunk.epoch, chunk.step = chunk.epoch + 1, 0
         chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
         log.show(bar, train_means)
         log.epoch(train_means, test_means)
+        chunk.agree(signals)
         if chunk.epoch == config.num_epochs:
             chunk.finish(train_means, test_means, data)
         elif (
@@ -214,7 +230,7 @@ class Log:
     def __init__(self, chunk: Chunk, data: Data):
         self.chunk = chunk
         first_epoch = chunk.epoch + 1
-        self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.live.items()}
+        self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.written.items()}
         self.pictures_every = max(1, chunk.config.num_epochs // 10)
         self.images = next(iter(data.test.batches(N_PICTURES)))[0]
         self.n_samples = N_PICTURES if self.images.shape[-1] > 32 else 4 * N_PICTURES
@@ -233,7 +249,7 @@ class Log:
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Curves after every epoch; reconstructions and samples ten times in a training."""
         epoch, config = self.chunk.epoch, self.chunk.config
-        for m in self.chunk.live:
+        for m in self.chunk.written:
             for split, means in (("train", train_means), ("test", test_means)):
                 for name, value in zip(TERMS, means[m].tolist(), strict=True):
                     self.writers[m].add_scalar(f"{split}/{name}", value, epoch)

@@ -1,0 +1,80 @@
+"""Several processes on one grid: which of them this one is, what it takes, and waiting for the others.
+
+torchrun tells each process its place in environment variables; so can a script (RANK, WORLD_SIZE) where the
+processes share nothing but the run folders, as the tasks of a SLURM array do.
+"""
+
+import os
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.errors import UserError
+
+LONG = timedelta(days=30)  # a process may wait as long as another one trains
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are. Raises UserError for variables that make no sense."""
+    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (texts[0].isdecimal() and texts[1].isdecimal() and int(texts[0]) < int(texts[1])):
+        raise UserError(
+            f"RANK and WORLD_SIZE: must be whole numbers, 0 <= RANK < WORLD_SIZE, got {' and '.join(texts)}"
+        )
+    return int(texts[0]), int(texts[1])
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all; true without others."""
+    return place()[0] == 0
+
+
+def share(items: list) -> list:
+    """Every WORLD_SIZE-th item, from the RANK-th on."""
+    rank, world = place()
+    return items[rank::world]
+
+
+def join(device: torch.device) -> None:
+    """Lets the processes of torchrun talk to each other, through the GPUs if that is where they train."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG)
+
+
+def wait_for_all() -> None:
+    """Returns once every process of torchrun is here; it would end the others as soon as one fails."""
+    if dist.is_torchelastic_launched() and place()[1] > 1:
+        if not dist.is_initialized():
+            join(torch.device("cpu"))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_all(tensors: list[Tensor]) -> None:
+    """Adds up the processes' tensors, in place and in one message."""
+    together = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(together)
+    for t, total in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
+        t.copy_(total.view_as(t))
+
+
+def largest_of_all(value: int, device: torch.device) -> int:
+    """The largest of the processes' values."""
+    value = torch.tensor(value, device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def from_first(value):
+    """The first process's value."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def progress(*args, **kwargs) -> tqdm:
+    """A progress bar of the first process; the others show none."""
+    return (tqdm if is_first() else partial(tqdm, disable=True))(*args, **kwargs)
