@@ -9,25 +9,34 @@ All figures are of the test images. They are kept in each run's metrics.json and
 eval_results.csv, one row a run. Step 1 without --exclude_mi does step 2 as well.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
-from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 
 from models.stack import TERMS
-from utils.cli import Parser, whole
+from utils.cli import Parser, batch_folder, whole
 from utils.config import Config
 from utils.distributed import is_first, progress, share, wait_for_all
 from utils.errors import UserError, nearest, run_script
-from utils.evaluation import STEPS, Bench, Subject, bound, is_done, metrics_of, record
+from utils.evaluation import PATIENCE, Bench, Subject, is_done, metrics_of, record
 from utils.probes import PROBES, probe
-from utils.runs import Run, write_atomic
+from utils.runs import Run, locked, write_atomic
+from utils.steps import STEPS, bound, inception_features
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of the workers
+MI_STEPS = ["mi_z", "mi_y", "mi_p"]
 TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 
 
@@ -36,7 +45,10 @@ def add_bench_flags(parser: Parser) -> None:
     group = parser.add_argument_group("what is computed, and how much of it")
     group.add_argument("--classifier_path", help="classifier (default: runs/classifiers/<data set>)")
     group.add_argument(
-        "--y_samples", type=whole, default=4, help="samples of z in q(y|x), for the MI of y (default: 4)"
+        "--y_samples",
+        type=partial(whole, most=1000),
+        default=4,
+        help="samples of z in q(y|x), for the MI of y (default: 4)",
     )
     group.add_argument("--force", action="store_true", help="compute anew what is done already")
 
@@ -55,10 +67,19 @@ def parse_args(argv=None):
     group.add_argument("--with_classifier", action="store_true", help="inception score, and fid_classifier without fid")
     group.add_argument("--exclude_mi", action="store_true", help="leave the mutual information to step 2")
     group.add_argument("--exclude_fid", action="store_true", help="no Frechet distance")
-    group.add_argument("--n_samples", type=whole, default=10_000, help="samples for IS and FID (default: 10000)")
-    group.add_argument("--iw_samples", type=whole, help="samples of the importance-weighted ll (default: none)")
+    group.add_argument(
+        "--n_samples",
+        type=partial(whole, least=10, most=10**7),
+        default=10_000,
+        help="samples for IS and FID (default: 10000)",
+    )
+    group.add_argument(
+        "--iw_samples", type=partial(whole, most=10**6), help="samples of the importance-weighted ll (default: none)"
+    )
     group = parser.add_argument_group("step 3")
-    group.add_argument("--cpu_n", type=whole, default=1, help="worker processes, one thread each (default: 1)")
+    group.add_argument(
+        "--cpu_n", type=partial(whole, most=1000), default=1, help="worker processes, one thread each (default: 1)"
+    )
     group.add_argument("--standardize", action="store_true", help="standardise the latents; columns of their own")
     return parser.parse(argv)
 
@@ -69,20 +90,24 @@ def wanted_steps(args) -> list[str]:
         probes = "probes_standardized" if args.standardize else "probes"
         asked = [(args.get_mi_cal_acc, probes), (args.recons_acc, "recons"), (args.pca, "pca")]
         return [name for wanted, name in asked if wanted]
-    names = [
-        "rates",
-        *["iw"] * bool(args.iw_samples),
-        *["is"] * args.with_classifier,
-        *["fid"] * (not args.exclude_fid),
-    ]
-    return names + ([] if args.exclude_mi else ["mi_z", "mi_y"])
+    names = ["rates", *["iw"] * bool(args.iw_samples), *["is"] * args.with_classifier]
+    return names + ["frechet"] * (not args.exclude_fid) + ([] if args.exclude_mi else MI_STEPS)
+
+
+def choose(name: str, bench: Bench) -> str | None:
+    """The step that a name stands for with what there is on this machine; None for none."""
+    if name == "frechet":
+        return "fid" if inception_features(bench) else "fid_classifier" if bench.with_classifier else None
+    if name == "mi_p" and not bench.with_classifier:
+        return None
+    return name
 
 
 def find_runs(runs_dir: str, batch: str) -> list[Path]:
     """The run folders of a batch. Raises UserError, listing the batches there are, when there are none."""
-    root = Path(runs_dir)
-    folder = root / batch
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if batch and folder.is_dir() else []
+    root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+    found = [p for p in found if p.name != "figures"]  # plot_eval.py's
     if not found:
         batches = (
             sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
@@ -99,6 +124,17 @@ def open_run(path: Path) -> Run:
     return run
 
 
+@contextlib.contextmanager
+def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
+    """Lists what goes wrong with one run, whatever it is, so that the others go on."""
+    try:
+        yield
+    except UserError as e:
+        problems[path] = str(e) if str(path) in str(e) else f"{path}: {e}"
+    except Exception as e:
+        problems[path] = f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
+
+
 def run_step(subject: Subject, name: str, force: bool) -> None:
     """Computes a step of one run, unless it is done."""
     step = STEPS[name]
@@ -106,56 +142,63 @@ def run_step(subject: Subject, name: str, force: bool) -> None:
         record(subject, step, step.compute(subject))
 
 
-def run_probes(subjects: list[Subject], name: str, args) -> dict[Path, str]:
-    """Trains the simple classifiers of all runs in worker processes; returns what failed."""
-    step, suffix, problems, jobs, figures = STEPS[name], "_standardized" * args.standardize, {}, [], {}
+def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
+    """Trains the simple classifiers of all runs in worker processes."""
+    step, suffix, jobs, figures = STEPS[name], "_standardized" * args.standardize, [], {}
     for index, subject in enumerate(subjects):
-        try:
+        with listed(problems, subject.run.path):
             if not args.force and is_done(subject, step):
                 continue
-            labels = subject.latents["labels"]
-            figures[index] = {} if args.standardize else bound(metrics_of(subject.run), labels)
-            for latent, tail in (("qz_mu", suffix), ("qy_mu", "_y" + suffix)):
-                if subject.latents[latent].size:
-                    source = (subject.run.path / "latents.npz", latent)
-                    jobs += [(index, (probe_name, source, tail, args.standardize)) for probe_name in PROBES]
-        except UserError as e:
-            problems[subject.run.path] = str(e)
+            known = {} if args.standardize else bound(subject)
+            sources = [(key, tail) for key, tail in (("qz_mu", suffix), ("qy_mu", "_y" + suffix))]
+            sources = [(key, tail) for key, tail in sources if subject.latents[key].size]
+            figures[index] = known
+            for key, tail in sources:
+                file = (subject.run.path / "latents.npz").resolve()  # workers that are kept have folders of their own
+                jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
+        subject.forget()
     left = {index: sum(i == index for i, _ in jobs) for index in figures}
-    with parallel_config(backend="loky", inner_max_num_threads=1):
-        results = Parallel(args.cpu_n, return_as="generator_unordered", pre_dispatch="4*n_jobs")(
-            delayed(probe)(index, *job) for index, job in jobs
-        )
-        for index, result in progress(results, total=len(jobs), unit="fit"):
+    executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
+    try:
+        done = as_completed([executor.submit(probe, index, *job) for index, job in jobs])
+        for future in progress(done, total=len(jobs), unit="fit"):
+            index, result = future.result()
             subject, left[index] = subjects[index], left[index] - 1
             if isinstance(result, str):
                 problems[subject.run.path] = result
             else:
                 figures[index] |= result
             if left[index] == 0 and subject.run.path not in problems:
-                record(subject, step, figures[index])
-    return problems
+                with listed(problems, subject.run.path):
+                    record(subject, step, figures[index])
+    except BrokenProcessPool:
+        for index in (i for i, n in left.items() if n):
+            problems[subjects[index].run.path] = f"{subjects[index].run.path}: a worker process was killed (memory?)"
+    except KeyboardInterrupt:  # do not wait for fits that may take minutes
+        threading.excepthook = lambda _: None  # nor let the pool's thread tell of their loss
+        executor.shutdown(wait=True, kill_workers=True)
+        raise
 
 
 def gather(runs_dir: str, batch: str) -> Path:
     """Writes eval_results.csv, one row a run, from the runs' config.json and metrics.json; returns its path."""
-    rows = []
-    for path in find_runs(runs_dir, batch):
-        row = {"run": path.name}
-        try:
-            run = Run.open(path)
-            row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
-            row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
-        except UserError:
-            row["status"] = "broken"
-        rows.append(row)
     columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS, *TRAIN_COLUMNS]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     path = Path(runs_dir) / batch / "eval_results.csv"
-    write_atomic(path, text.getvalue().encode())
+    with locked(path.parent, PATIENCE):
+        rows = []
+        for folder in find_runs(runs_dir, batch):
+            problems = {}
+            row = {"run": folder.name}
+            with listed(problems, folder):
+                run = Run.open(folder)
+                row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+                row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
+            rows.append(row | {"status": "broken"} if problems else row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(path, text.getvalue().encode())
     return path
 
 
@@ -177,23 +220,24 @@ def main(argv=None) -> int:
     if is_first():
         print(f"{n} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
     for path in paths:
-        try:
+        with listed(problems, path):
             subjects.append(Subject(open_run(path), bench))
-        except UserError as e:
-            problems[path] = str(e)
+    steps = [chosen for chosen in (choose(name, bench) for name in steps) if chosen is not None]
     for dataset in {s.config.dataset for s in subjects}:  # a missing one should be told before hours of work
-        if "is" in steps or "recons" in steps:
+        if any(STEPS[name].classifier for name in steps):
             bench.classifier_of(next(s.config for s in subjects if s.config.dataset == dataset))
     each = [name for name in steps if STEPS[name].compute is not None]
-    for subject in progress(subjects if each else [], unit="run"):
-        try:
-            for name in each:
-                run_step(subject, name, args.force)
-        except UserError as e:
-            problems[subject.run.path] = str(e)
-        subject.__dict__.pop("model", None)  # frees the memory of each model in turn
-    for name in set(steps) - set(each):
-        problems |= run_probes([s for s in subjects if s.run.path not in problems], name, args)
+    try:
+        for subject in progress(subjects if each else [], unit="run"):
+            with listed(problems, subject.run.path):
+                for name in each:
+                    run_step(subject, name, args.force)
+            subject.forget()
+        for name in set(steps) - set(each):
+            run_probes([s for s in subjects if s.run.path not in problems], name, args, problems)
+    except KeyboardInterrupt:
+        gather(args.runs_dir, args.run_batch_name)
+        raise
     wait_for_all()
     return finish(args.runs_dir, args.run_batch_name, problems, len(paths))
 

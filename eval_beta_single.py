@@ -7,7 +7,7 @@ Step 2 of the evaluation; see eval_beta_grid.py, whose step 1 comes before it.
 
 from pathlib import Path
 
-from eval_beta_grid import add_bench_flags, gather, open_run, run_step
+from eval_beta_grid import MI_STEPS, add_bench_flags, choose, gather, open_run, run_step
 from utils.cli import Parser
 from utils.errors import run_script
 from utils.evaluation import Bench, Subject, metrics_of
@@ -29,8 +29,11 @@ def main(argv=None) -> int:
         with_classifier=args.with_classifier, y_samples=args.y_samples,
     )  # fmt: skip
     subject = Subject(run, bench)
-    for name in ("mi_z", "mi_y"):
-        run_step(subject, name, args.force)
+    for name in MI_STEPS:
+        if choose(name, bench):
+            run_step(subject, name, args.force)
+    if run.config.qz_family == "GumbelSoftmax" and not args.with_classifier:
+        print("note: mi_p, of what z generates, needs --with_classifier")
     for name, value in metrics_of(run).items():
         if name.startswith("mi_"):
             print(f"  {name:16s} {value:8.4f}")

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import datasets
 from utils import figures
-from utils.cli import Parser, whole
+from utils.cli import Parser, batch_folder, whole
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import read_arrays
 from utils.information import accuracy_bound, entropy
-from utils.plane import FAR_OFF, SETTINGS, Plane, Slope, advice, read_plane, slopes
+from utils.plane import FAR_OFF, SETTINGS, Plane, Slope, advice, number, read_plane, slopes
 from utils.report import ADVICE, page, to_csv, to_html, to_markdown
 from utils.runs import Run, check_writable, load_model, write_atomic
 from utils.seeds import generator
@@ -55,7 +55,10 @@ def parse_args(argv=None):
         "--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="of the figures (default: png pdf)"
     )
     parser.add_argument(
-        "--images", type=whole, default=4, help="images of each cell in the sheets of pictures (default: 4)"
+        "--images",
+        type=partial(whole, most=100),
+        default=4,
+        help="images of each cell in the sheets of pictures (default: 4)",
     )
     group = parser.add_argument_group("budgets for the advice, in bits per image")
     group.add_argument("--max_rate", type=positive, metavar="BITS", help="largest R(z) + R(y|z)")
@@ -177,7 +180,7 @@ def slope_rows(found: list[Slope]) -> list[dict]:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    folder = Path(args.runs_dir) / args.run_batch_name
+    folder = batch_folder(args.runs_dir, args.run_batch_name)
     out = args.out or folder / "figures"
     plane = read_plane(folder / "eval_results.csv")
     names = wanted_metrics(plane, args.metrics)
@@ -218,12 +221,12 @@ def main(argv=None) -> int:
 
 
 def settings(plane: Plane) -> dict[str, str]:
-    """All settings of the batch's cells, those that differ with their range."""
+    """All settings of the batch's cells, each with all its values."""
     values = {}
     for name in SETTINGS:
         distinct = {cell.settings.get(name) or "" for cell in plane.cells}
         if distinct != {""}:
-            values[name] = ", ".join(sorted(distinct, key=lambda v: (len(v), v)))
+            values[name] = ", ".join(sorted(distinct, key=lambda v: (math.isnan(number(v)), number(v), v)))
     return values
 
 

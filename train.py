@@ -20,8 +20,8 @@ from models import build_model
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
 from utils.distributed import from_first, is_first, join, place, share, wait_for_all
-from utils.engine import COMPILE, Engine, fastest_size
-from utils.errors import UserError, run_script
+from utils.engine import COMPILE, Engine, fastest_size, use_precision
+from utils.errors import UserError, command_line, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
 
@@ -230,13 +230,12 @@ def main(argv=None) -> int:
         check_data_parallel(len(data.train), len(data.test), configs[0].batch_size)
         join(args.device)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = configs[0].precision != "fp32"
+    use_precision(configs[0].precision)
     threading.excepthook = report_thread
     try:
         problems = train_all(todo, data, args)
     except Interrupted as e:
-        command = shlex.join(["python", *(a for a in sys.argv if a != "--overwrite")])  # which would start anew
-        print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command}", file=sys.stderr)
+        print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
     wait_for_all()
     if is_first():

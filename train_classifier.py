@@ -18,7 +18,7 @@ from models.classifiers import CLASSIFIERS, Classifier
 from utils.cli import Parser, whole
 from utils.config import Config
 from utils.errors import UserError, nearest, run_script
-from utils.runs import check_writable, load_tensors, read_json, save_tensors, write_json
+from utils.runs import check_writable, load_tensors, locked, read_json, save_tensors, write_json
 from utils.seeds import generator
 
 
@@ -39,26 +39,32 @@ def parse_args(argv=None):
             setattr(args, name, getattr(recipe, name))
     if not 0 < args.learning_rate < float("inf"):
         raise UserError(f"--learning_rate: must be > 0 and finite, got {args.learning_rate}")
-    if args.seed < 0:
-        raise UserError(f"--seed: must be >= 0, got {args.seed}")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed: must be from 0 to 2^63 - 1, got {args.seed}")
     return args
 
 
-def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, str]:
-    """A trained classifier in eval mode, from its folder or its classifier.pth, and a digest of its weights.
+def load_classifier(path: Path, dataset: str, device: torch.device) -> tuple[Classifier, str]:
+    """The trained classifier of a data set in eval mode, from its folder or its weights' file, and their digest.
 
-    Raises UserError when it is missing, unfinished or damaged.
+    Raises UserError when it is missing, unfinished, damaged, or another data set's.
     """
-    folder = path if path.is_dir() or path.suffix != ".pth" else path.parent
-    file = folder / "classifier.pth"
-    if not file.is_file() or not (folder / "config.json").is_file():
-        raise UserError(f"{file}: no trained classifier there; python train_classifier.py --dataset ... makes one")
-    config, state = read_json(folder / "config.json"), load_tensors(file)
+    file = path if path.suffix == ".pth" else path / "classifier.pth"
+    settings = file.with_name("config.json")
+    if not file.is_file() or not settings.is_file():
+        raise UserError(
+            f"{file}: no trained classifier there; python train_classifier.py --dataset {dataset} makes one"
+        )
+    config, state = read_json(settings), load_tensors(file)
+    if config.get("dataset") != dataset:
+        raise UserError(f"{file}: labels {config.get('dataset')}, not {dataset}")
     try:
-        model = CLASSIFIERS[config["dataset"]].build(int(config["n_classes"]))
+        model = CLASSIFIERS[dataset].build(int(config["n_classes"]))
         model.load_state_dict(state)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{file}: does not fit {folder / 'config.json'} ({e})") from e
+        raise UserError(f"{file}: does not fit {settings} ({e})") from e
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"{file}: holds weights that are not finite")
     return model.to(device).eval(), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
@@ -91,10 +97,13 @@ def train(args, data, folder: Path) -> Classifier:
     scheduler = recipe.scheduler(optimizer, args.num_epochs)
     parts, start = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, 0
     if (folder / "resume.pth").exists():
-        state = load_tensors(folder / "resume.pth")
-        start = state["epoch"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            state = load_tensors(folder / "resume.pth")
+            start = int(state["epoch"])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (UserError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
+            raise UserError(f"{folder / 'resume.pth'}: damaged, --overwrite starts anew ({e})") from e
         print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
     bar = tqdm(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
     for epoch in bar:
@@ -111,6 +120,10 @@ def train(args, data, folder: Path) -> Classifier:
             optimizer.step()
             total += loss.detach() * len(x)
         scheduler.step()
+        if not total.isfinite():
+            raise UserError(
+                f"--learning_rate: the loss is not finite in epoch {epoch + 1}; try less than {args.learning_rate}"
+            )
         bar.set_postfix(loss=f"{total.item() / len(data.train):.4f}", test_accuracy=f"{accuracy(model, data.test):.4f}")
         state = {name: part.state_dict() for name, part in parts.items()}
         save_tensors(folder / "resume.pth", {"epoch": epoch + 1, **state})
@@ -129,21 +142,23 @@ def main(argv=None) -> int:
             f"{folder}: exists, trained with another --{different[0]} ({before.get(different[0])}); --overwrite"
         )
     if (folder / "classifier.pth").exists() and not args.overwrite:
+        load_classifier(folder, args.dataset, args.device)  # whole, or an error
         print(f"already complete: {folder}, test accuracy {before.get('test_accuracy')}")
         return 0
     check_writable(folder)
     data = datasets.load(Config(dataset=args.dataset), args.data_dir, args.device, args.download)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.overwrite:
-        for name in ("classifier.pth", "resume.pth"):
-            (folder / name).unlink(missing_ok=True)
-    settings["n_classes"] = data.n_classes
-    write_json(folder / "config.json", settings)
-    model = train(args, data, folder)
-    test_accuracy = accuracy(model, data.test)
-    write_json(folder / "config.json", {**settings, "test_accuracy": test_accuracy})
-    save_tensors(folder / "classifier.pth", {k: v.contiguous().cpu() for k, v in model.state_dict().items()})
-    (folder / "resume.pth").unlink(missing_ok=True)
+    with locked(folder):
+        if args.overwrite:
+            for name in ("classifier.pth", "resume.pth"):
+                (folder / name).unlink(missing_ok=True)
+        settings["n_classes"] = data.n_classes
+        write_json(folder / "config.json", settings)
+        model = train(args, data, folder)
+        test_accuracy = accuracy(model, data.test)
+        write_json(folder / "config.json", {**settings, "test_accuracy": test_accuracy})
+        save_tensors(folder / "classifier.pth", {k: v.contiguous().cpu() for k, v in model.state_dict().items()})
+        (folder / "resume.pth").unlink(missing_ok=True)
     print(f"test accuracy {test_accuracy:.4f}; the classifier is in {folder}")
     return 0
 

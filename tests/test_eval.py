@@ -1,6 +1,7 @@
 """The evaluation scripts as their users see them: the chain on a small real batch, broken folders, kills."""
 
 import csv
+import json
 import math
 import shutil
 import signal
@@ -13,11 +14,14 @@ import torch
 
 import eval_beta_grid
 import eval_beta_single
+import plot_eval
 import train
 import train_classifier
 from tests.conftest import TINY, start
 from tests.test_datasets import write_cifar10, write_folder, write_svhn
 from tests.test_models import REFERENCE
+from utils.errors import UserError
+from utils.evaluation import read_arrays
 from utils.metrics import inception_score
 from utils.probes import fit_probe
 from utils.runs import read_json
@@ -68,7 +72,7 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
     rows = batch()
     assert len(rows) == 4
     expected_empty = {"bpd", "ll_iw", "iw_samples", "fid", "mi_q", "mi_p", "run_name", "image_size", "image_channels"}
-    expected_empty |= {c for c in rows[0] if c.endswith("_standardized")}
+    expected_empty |= {c for c in rows[0] if c.endswith("_standardized")} | {"fid_features", "fid_samples"}
     for row in rows:
         assert {k for k, v in row.items() if v == ""} == expected_empty
         v = {k: float(row[k]) for k in row if k not in expected_empty and row[k].lstrip("-")[:1].isdigit()}
@@ -88,7 +92,7 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         assert 1 <= v["is_mean"] <= 10 and v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
         assert 0 <= v["recons_acc"] <= 1 and 0 <= v["recons_pred_entropy"] <= h and 0 <= v["clsfr_ece"] <= 1
         assert v["psnr"] > 5 and v["fid_classifier"] >= 0 and 0 <= v["active_z"] <= 6
-        assert row["fid_features"].startswith("Digits classifier")
+        assert row["fid_classifier_features"].startswith("Digits classifier") and v["fid_classifier_samples"] == 200
     cell = {(float(r["beta_y"]), float(r["beta_z"])): r for r in rows}
     assert float(cell[0.1, 0.1]["kl_y"]) > float(cell[5.0, 0.1]["kl_y"])  # each beta moves its own rate
     assert float(cell[0.1, 0.1]["kl_z"]) > float(cell[0.1, 5.0]["kl_z"])
@@ -177,6 +181,156 @@ def test_broken_folders_of_every_kind(batch, script):
     ]
 
 
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("metrics.json", '{"steps": 5}'),
+        ("metrics.json", '{"steps": null}'),
+        ("metrics.json", '{"mi_q_mc": [1]}'),
+        ("metrics.json", '{"mi_q_mc": NaN}'),
+        ("metrics.json", '{"mi_q_mc": 1e400}'),
+        ("metrics.json", "[]"),
+        ("training.json", '{"train": []}'),
+        ("training.json", '{"status": 3}'),
+        ("training.json", "[]"),
+        ("config.json", None),
+        ("vae.pth", None),
+        ("metrics.json", None),
+        ("latents.npz", None),
+    ],
+)
+def test_a_file_of_any_other_kind_fails_its_run_alone(file, text, batch, script):
+    """None: a folder of that name."""
+    path = sorted(p for p in Path("runs/b").iterdir() if p.is_dir())[0]
+    (path / file).unlink(missing_ok=True)
+    if text is None:
+        (path / file).mkdir()
+    else:
+        (path / file).write_text(text)
+    status, out, err = script(eval_beta_grid.main, *FAST, "--exclude_mi", "--exclude_fid")
+    assert status == 1 and "3 of 4 runs evaluated" in out
+    assert err.startswith(f"failed: {path}") and err.count("\n") == 1
+    assert sum(row["psnr"] != "" for row in batch()) == 3
+    assert [row["status"] == "broken" for row in batch() if row["run"] == path.name] == [
+        file != "latents.npz" and file != "vae.pth"
+    ]
+
+
+@pytest.mark.parametrize("change", ["lost", "cut", "another run's"])
+def test_latents_and_components_that_are_lost_are_made_again(change, batch, script):
+    first, other = sorted(p for p in Path("runs/b").iterdir() if p.is_dir())[:2]
+    both = [*FAST, "--exclude_mi", "--exclude_fid"], [*FAST, "--pca"]
+    for flags in both:
+        assert script(eval_beta_grid.main, *flags)[0] == 0
+    for name, flags in zip(("latents.npz", "pca.npz"), both, strict=True):
+        whole = (first / name).read_bytes()
+        if change == "another run's":
+            shutil.copy(other / name, first / name)
+        elif change == "cut":
+            (first / name).write_bytes(whole[:1000])
+        else:
+            (first / name).unlink()
+        assert script(eval_beta_grid.main, *flags)[0] == 0
+        assert len((first / name).read_bytes()) == len(whole)
+        assert all(k in read_arrays(first / name) for k in read_arrays(other / name))
+
+
+def test_new_weights_drop_the_figures_of_the_old_ones(batch, script):
+    four_steps(script)
+    first, other = sorted(p for p in Path("runs/b").iterdir() if p.is_dir())[:2]
+    shutil.copy(other / "vae.pth", first / "vae.pth")
+    assert script(eval_beta_grid.main, *FAST, "--exclude_mi", "--exclude_fid")[0] == 0
+    row = next(row for row in batch() if row["run"] == first.name)
+    assert row["psnr"] != "" and row["mi_q_mc"] == row["is_mean"] == row["acc_bound"] == row["recons_acc"] == ""
+    status, out, _ = script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc")
+    assert status == 0 and "note: no acc_bound: it needs the mutual information" in out
+
+
+def test_a_step_leaves_the_others_figures_alone(made, script):
+    shutil.copytree(made / "runs/classifiers", "runs/classifiers")
+    assert script(train.main, *TINY, "--qz_family", "GumbelSoftmax", "--run_batch_name", "b")[0] == 0
+    assert script(eval_beta_grid.main, *FAST, "--with_classifier", "--n_samples", "50")[0] == 0
+    (path,) = (p for p in Path("runs/b").iterdir() if p.is_dir())
+    before = read_json(path / "metrics.json")
+    assert {"mi_p", "fid_classifier", "is_mean"} <= set(before)
+    status, out, _ = script(eval_beta_single.main, "--run_path", path, "--device", "cpu")
+    assert status == 0 and "note: mi_p" in out
+    assert script(eval_beta_grid.main, *FAST, "--exclude_mi")[0] == 0
+    assert read_json(path / "metrics.json") == before
+
+
+@pytest.mark.parametrize("name", ["..", ".", "/", "a/b", "", "classifiers"])
+def test_a_batch_is_a_folder_of_runs(name, batch, script):
+    for main in (eval_beta_grid.main, plot_eval.main):
+        status, _, err = script(main, "--run_batch_name", name, "--device", "cpu")
+        assert status == 2 and err.startswith("error: --run_batch_name: must be the name of a folder of runs")
+
+
+@pytest.mark.parametrize(
+    "step, number",
+    [(["--get_mi_cal_acc", "--cpu_n", n], number) for n in "12" for number in (signal.SIGTERM, signal.SIGINT)]
+    + [(["--n_samples", "2000", "--with_classifier"], number) for number in (signal.SIGTERM, signal.SIGINT)],
+)
+def test_signals_end_it_at_once_and_the_same_command_continues(step, number, batch, script):
+    script(eval_beta_grid.main, *FAST, "--exclude_mi", "--exclude_fid")
+    process = start("eval_beta_grid.py", *FAST, *step, PYTHONUNBUFFERED="1")
+    while "runs of b" not in process.stdout.readline():
+        pass
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)  # which would wait for workers that live on
+    if "4 of 4 runs evaluated" not in out:  # it may have been done already
+        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
+        assert "interrupted; rerun to continue: python " in err and "Traceback" not in err, err
+    assert script(eval_beta_grid.main, *FAST, *step)[0] == 0
+    assert all(row["lr_acc_mean" if step[0] == "--get_mi_cal_acc" else "is_mean"] != "" for row in batch())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--n_samples", "9"], "--n_samples: must be a whole number >= 10"),
+        (["--n_samples", "1" + "0" * 25], "--n_samples: must be at most"),
+        (["--y_samples", "0"], "--y_samples: must be a whole number >= 1"),
+        (["--cpu_n", "-1"], "--cpu_n: must be a whole number >= 1"),
+        (["--iw_samples", "x"], "--iw_samples: must be a whole number >= 1"),
+    ],
+)
+def test_odd_values(flags, message, batch, script):
+    status, _, err = script(eval_beta_grid.main, *FAST, *flags)
+    assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_classifiers_that_cannot_be_used(batch, script):
+    good = Path("runs/classifiers/Digits")
+
+    def refused(message, *flags):
+        status, out, err = script(eval_beta_grid.main, *STEP1, *flags)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+    refused("bogus.pth: no trained classifier", "--classifier_path", good / "bogus.pth")
+    other = Path(shutil.copytree(good, "other"))
+    settings = read_json(other / "config.json")
+    (other / "config.json").write_text(json.dumps(settings | {"dataset": "SVHN"}))
+    refused("labels SVHN, not Digits", "--classifier_path", other)
+    (other / "config.json").write_text(json.dumps(settings))
+    state = torch.load(good / "classifier.pth", weights_only=True)
+    torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
+    refused("holds weights that are not finite", "--classifier_path", other)
+    (good / "classifier.pth").write_bytes((good / "classifier.pth").read_bytes()[:1000])
+    flags = ["--device", "cpu", "--num_epochs", "2"]
+    status, _, err = script(train_classifier.main, *flags)
+    assert status == 2 and "classifier.pth: damaged" in err
+    (good / "classifier.pth").unlink()
+    for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
+        torch.save(state, good / "resume.pth")
+        status, _, err = script(train_classifier.main, *flags)
+        assert status == 2 and "resume.pth: damaged, --overwrite starts anew" in err and err.count("\n") == 1
+    status, _, err = script(train_classifier.main, *flags[:2], "--overwrite", "--learning_rate", "1e30")
+    assert status == 2 and "--learning_rate: the loss is not finite in epoch 1" in err
+    assert not (good / "classifier.pth").exists()
+
+
 def test_killed_and_repeated_does_only_what_is_missing(batch, script):
     script(eval_beta_grid.main, *STEP1)
     expected = Path("runs/b/eval_results.csv").read_bytes()
@@ -258,7 +412,10 @@ def test_results_that_hold_code_are_refused(batch, script):
         hostile = {**arrays, "labels": np.array([Hostile()] * 360, dtype=object)}
     np.savez(path, **hostile)
     status, _, err = script(eval_beta_single.main, "--run_path", path.parent, "--device", "cpu")
-    assert status == 2 and f"{path}: missing or damaged" in err and not Path("executed").exists()
+    assert status == 2 and f"{path}: missing, damaged or stale" in err
+    with pytest.raises(UserError, match="missing or damaged"):
+        read_arrays(path)
+    assert not Path("executed").exists()
 
 
 class Hostile:
@@ -318,7 +475,7 @@ def test_colour_classifiers_train(dataset, script):
     {"SVHN": write_svhn, "CIFAR10": write_cifar10}[dataset](Path("data"), n=2)
     status, out, err = script(train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
     assert status == 0, err
-    model, _ = train_classifier.load_classifier(Path("runs/classifiers", dataset), torch.device("cpu"))
+    model, _ = train_classifier.load_classifier(Path("runs/classifiers", dataset), dataset, torch.device("cpu"))
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 

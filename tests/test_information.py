@@ -45,6 +45,14 @@ def test_log_densities_equal_a_direct_loop(std, mixture, monkeypatch):
     torch.testing.assert_close(fast, slow_log_mixtures(samples, means, stds, labels), rtol=0, atol=1e-6)
 
 
+def test_mixtures_of_more_components_than_a_block_holds(monkeypatch):
+    monkeypatch.setattr(utils.information, "COLUMNS", 2)
+    means = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    stds, labels, samples = torch.ones_like(means), torch.tensor([0, 1, 0, 1, 1]), means[:, 0]
+    fast = log_mixtures(samples, means, stds, (labels,))
+    torch.testing.assert_close(fast, slow_log_mixtures(samples, means, stds, labels), rtol=0, atol=1e-12)
+
+
 def test_a_class_far_away_keeps_its_density():
     """Its sum relative to the largest underflows; the value must not."""
     means = torch.tensor([[[0.0]], [[100.0]]]).double()

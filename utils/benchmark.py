@@ -1,4 +1,4 @@
-"""How fast it is, measured here and now: `python -m utils.benchmark train|mi|probes|inception`.
+"""How fast it is, measured here and now: `python -m utils.benchmark train|grid|mi|probes|inception`.
 
 Every figure is a median over repetitions, with the spread between the quartiles and n. Compare figures of one run only;
 ratios are taken between measurements that alternate.
@@ -10,22 +10,24 @@ import math
 import platform
 import resource
 import statistics
-import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
-from datasets import DATASETS
+from datasets import DATASETS, Resident
 from models import build_model
 from utils.cli import Parser, whole
 from utils.config import Config
-from utils.engine import Engine
+from utils.engine import Engine, clock, use_precision
 from utils.errors import run_script
 from utils.information import gaussian_mi
 from utils.metrics import inception_score
@@ -35,9 +37,17 @@ from utils.seeds import generator
 
 def machine(device: torch.device) -> str:
     """One line on what this runs on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     threads = f"{torch.get_num_threads()} threads"
     return f"{name}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def measure(
@@ -47,18 +57,13 @@ def measure(
     seconds = {name: [] for name in candidates}
     for i in tqdm(range(-warmup, n), unit="round", leave=False):
         for name, call in candidates.items():
-            _wait(device)
-            start = time.perf_counter()
+            start = clock(device)
             call()
-            _wait(device)
             if i >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock(device) - start)
+            else:
+                clock(device)
     return seconds
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def report(seconds: dict[str, list[float]], units: dict[str, int], baseline: str) -> None:
@@ -71,7 +76,7 @@ def report(seconds: dict[str, list[float]], units: dict[str, int], baseline: str
         print(f"{name:34s} {middle:7.3f} ms {low:8.3f} .. {high:7.3f} {len(values):5d} {ratio:>8}")
 
 
-def plain_step(config: Config, device: torch.device) -> Callable[[torch.Tensor], None]:
+def plain_step(config: Config, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """A training step of the same mathematics written plainly: torch.distributions, its KLs, and Adam."""
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
@@ -85,8 +90,10 @@ def plain_step(config: Config, device: torch.device) -> Callable[[torch.Tensor],
         kl_y = kl_divergence(q_y, p_y).flatten(1).sum(1)
         kl_z = kl_divergence(q_z, Normal(torch.zeros_like(z), torch.ones_like(z))).flatten(1).sum(1)
         optimizer.zero_grad()
-        (-ll + config.beta_y * kl_y + config.beta_z * kl_z).mean().backward()
+        loss = (-ll + config.beta_y * kl_y + config.beta_z * kl_z).mean()
+        loss.backward()
         optimizer.step()
+        return loss
 
     return step
 
@@ -127,6 +134,104 @@ def train(args: argparse.Namespace) -> None:
     print(f"per model and epoch of {images:,} images ({steps} steps):")
     for name, values in seconds.items():
         print(f"{name:34s} {statistics.median(values) / units[name] * steps:8.2f} s")
+
+
+def grid(args: argparse.Namespace) -> None:
+    """The paper's grid, 441 models x 500 epochs of 50,000 images: predicted from whole steps of a chunk.
+
+    Against our own single cell, and against a loop that works the way the paper's code does: images decoded by
+    PIL one by one, copied to the device, and a loss read back at every step.
+    """
+    config = Config(
+        dataset=args.dataset, conv_channels=args.conv_channels, z_dims=args.z_dims, batch_size=args.batch_size,
+        precision=args.precision,
+    )  # fmt: skip
+    use_precision(config.precision)
+    n, device = args.images or 50_000, args.device
+    g = generator("cpu", 0)
+    images = torch.randint(0, 256, (n, *config.image_shape), generator=g, dtype=torch.uint8)
+    split = Resident(images, torch.zeros(n, dtype=torch.long), device)
+    steps, models, epochs = math.ceil(n / args.batch_size), 441, 500
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def forever(iterable_of):
+        while True:
+            yield from iterable_of()
+
+    def ours(m):
+        engine, noise_g, ones = Engine(config, m, device), generator(device, 0), torch.ones(m, device=device)
+        batches = forever(lambda: split.batches(args.batch_size, (0, 0)))
+
+        def step():
+            x = next(batches)[0]
+            engine.step(x, engine.stack.model.noise(len(x), noise_g), ones, ones)
+
+        return step
+
+    def theirs():
+        loader = DataLoader(Pictures(images[: 20 * args.batch_size]), args.batch_size, shuffle=True)
+        batches, plain = forever(lambda: loader), plain_step(config, device)
+
+        def step():
+            plain(next(batches).to(device)).item()
+
+        return step
+
+    candidates, units = {"like the paper's code": theirs()}, {"like the paper's code": 1}
+    for m in dict.fromkeys([1, *args.cells]):
+        name = f"{m} cell{'s stacked' * (m > 1)}"
+        candidates[name], units[name] = ours(m), m
+    print(f"{config.vae_type}, {args.dataset}-shaped random images, batch {args.batch_size}, {config.precision}:")
+    seconds = measure(candidates, args.n, device)
+    report(seconds, units, baseline="like the paper's code")
+    copy, traffic = copy_bandwidth(device), activations(config, device) * 4  # each written and read, forth and back
+    print(f"copying within the device's memory: {copy:.1f} GB/s; {traffic / 1e6:.0f} MB a model and step, at least")
+    for name, values in seconds.items():
+        each = statistics.median(values) / units[name]
+        hours = each * steps * models * epochs / 3600
+        print(
+            f"{name:34s} {3600 / (each * steps):10.1f} models x epochs an hour, the grid in {hours:9.1f} hours, "
+            f"{traffic / each / 1e9:7.1f} GB/s"
+        )
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+
+
+class Pictures(torch.utils.data.Dataset):
+    """PIL images, made tensors one by one."""
+
+    def __init__(self, images: torch.Tensor):
+        self.pictures = [v2.functional.to_pil_image(image) for image in images]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return v2.functional.to_dtype(v2.functional.pil_to_tensor(self.pictures[i]), scale=True)
+
+
+def activations(config: Config, device: torch.device) -> int:
+    """Bytes of all layers' outputs in a forward pass of one model over one batch."""
+    model, sizes = build_model(config).to(device), []
+    width = 2 if config.precision == "bf16" else 4
+    for layer in model.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(
+                lambda _, __, out: sizes.append(out.numel() * width if hasattr(out, "numel") else 0)
+            )
+    x = torch.rand(config.batch_size, *config.image_shape, device=device)
+    with torch.no_grad():
+        model(x, model.noise(len(x), torch.Generator(device)))
+    return sum(sizes)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s of a copy within the device's memory, reading and writing counted."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    times = measure({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return 2 * source.numel() * 4 / statistics.median(times) / 1e9
 
 
 def mi(args: argparse.Namespace) -> None:
@@ -201,7 +306,7 @@ def at_least_two(text: str) -> int:
     return int(text)
 
 
-BENCHMARKS = {"train": train, "mi": mi, "probes": probes, "inception": inception}
+BENCHMARKS = {"train": train, "grid": grid, "mi": mi, "probes": probes, "inception": inception}
 
 
 def main(argv=None) -> int:
@@ -215,6 +320,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--cells", type=whole, nargs="+", default=[1, 4], help="numbers of stacked cells (default: 1 4)"
     )
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
     parser.add_argument("--compile", action="store_true", help="the compiled step as well")
     parser.add_argument("--n", type=at_least_two, default=20, help="repetitions (default: 20)")
     args = parser.parse(argv)

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -51,11 +52,20 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def whole(text: str) -> int:
-    """A whole number >= 1, as a flag's value."""
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, got {text!r}")
+def whole(text: str, least: int = 1, most: int = 10**9) -> int:
+    """A whole number within bounds, as a flag's value."""
+    if not (text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be a whole number >= {least}, got {text!r}")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, got {text}")
     return int(text)
+
+
+def batch_folder(runs_dir: str, batch: str) -> Path:
+    """The folder of a batch. Raises UserError for what cannot be its name."""
+    if not batch or batch == "classifiers" or batch[0] == "." or set(batch) & set("/\\"):
+        raise UserError(f"--run_batch_name: must be the name of a folder of runs in {runs_dir}, got {batch!r}")
+    return Path(runs_dir) / batch
 
 
 def device(name: str) -> torch.device:

@@ -172,6 +172,11 @@ def fastest_size(config: Config, most: int, device: torch.device) -> int:
     return best
 
 
+def use_precision(precision: str) -> None:
+    """Lets a GPU multiply in TF32, where that is asked for or less."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+
+
 def clock(device: torch.device) -> float:
     """Seconds, once all that was started on the device is done."""
     if device.type == "cuda":

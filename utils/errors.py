@@ -2,13 +2,24 @@
 
 import difflib
 import errno
+import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
 class UserError(Exception):
     """Bad input or surroundings; the message names the flag, file or value and what would be right."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(*_):
+    raise Terminated
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -19,14 +30,27 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return (f"; did you mean {close[match[0]]}?" if match else "") + f" (valid: {', '.join(valid)})"
 
 
+def command_line() -> str:
+    """The command that continues: as it was given, without --overwrite, which would start anew."""
+    return shlex.join(["python", *(a for a in sys.argv if a not in ("--overwrite", "--force"))])
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's `main` and exits with its status; a UserError becomes one line and status 2."""
+    """Runs a script's `main` and exits with its status; a UserError becomes one line and status 2.
+
+    Ctrl-C gives status 130, SIGTERM 143, and the command that continues.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main())
     except UserError as e:
         message = str(e)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        for number in (signal.SIGINT, signal.SIGTERM):  # one is enough
+            signal.signal(number, signal.SIG_IGN)
+        print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
+        sys.exit(143 if isinstance(e, Terminated) else 130)
     except OSError as e:
         if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

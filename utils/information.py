@@ -50,8 +50,9 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
     rows = torch.cat([rows**2, rows], 1)
     classes = int(max(labels.max() for labels in labellings)) + 1
     result = rows.new_full((n, 1 + len(labellings)), -math.inf)
-    for j in range(0, n, COLUMNS // mixture):
-        block = slice(j, j + COLUMNS // mixture)
+    width = max(1, COLUMNS // mixture)
+    for j in range(0, n, width):
+        block = slice(j, j + width)
         mean, precision = means[block].double().flatten(0, 1) - centre, stds[block].double().flatten(0, 1) ** -2
         columns = torch.cat([-0.5 * precision, mean * precision], 1).T
         constant = -0.5 * ((mean**2 * precision).sum(1) - precision.log().sum(1) + d * math.log(2 * math.pi))

@@ -1,6 +1,7 @@
 """Simple classifiers that predict the label from a latent; run in worker processes, so without torch."""
 
 import math
+import signal
 import warnings
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
     `mi_lr_lb` = H(label) - log loss is a lower bound on I(latent; label) (Barber & Agakov 2003).
     """
     train, test = split(len(labels))
-    model = make_pipeline(StandardScaler(), PROBES[name]()) if standardize else PROBES[name]()
+    model = PROBES[name]()
+    if name == "kNN" and len(train) < model.n_neighbors:
+        return {}
+    model = make_pipeline(StandardScaler(), model) if standardize else model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(latents[train], labels[train])
@@ -70,6 +74,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
 def probe(index: int, name: str, source: tuple[Path, str], suffix: str, standardize: bool) -> tuple[int, dict | str]:
     """`fit_probe` as a worker's job, on an array of an NPZ; returns the index with the figures, or with what failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one decides
     path, key = source
     try:
         with np.load(path, allow_pickle=False) as arrays:

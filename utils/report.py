@@ -119,20 +119,19 @@ def page(
     images: Mapping[str, bytes],
 ) -> str:
     """One page that needs no other file: `tables` are HTML by heading, `images` are PNGs by figure name."""
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Settings</h2><dl>"]
-    parts += [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items()]
-    parts.append("</dl>")
+    parts = [f"<h1>{html.escape(title)}</h1>"]
     if notes:
         parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     first, *others = tables.items()
-    parts.append(f"<h2>{html.escape(first[0])}</h2>{first[1]}")
-    parts.append("<h2>Figures</h2>")
+    parts += [f"<h2>{html.escape(first[0])}</h2>{first[1]}", "<h2>Figures</h2>"]
     for name, png in images.items():
         source = "data:image/png;base64," + base64.b64encode(png).decode()
-        parts.append(
-            f'<figure id="{name}"><img alt="{name}" src="{source}"><figcaption>{CAPTIONS[name]}</figcaption></figure>'
-        )
+        caption = f"<figcaption>{CAPTIONS[name]}</figcaption>"
+        parts.append(f'<figure id="{name}"><img alt="{name}" src="{source}">{caption}</figure>')
     parts += [f"<h2>{html.escape(heading)}</h2>{table}" for heading, table in others]
+    parts.append("<h2>Settings</h2><dl>")
+    parts += [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items()]
+    parts.append("</dl>")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>"

@@ -17,6 +17,7 @@ import pickle
 import secrets
 import shutil
 import socket
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ class Run:
     def result(self) -> dict:
         """What training.json holds; empty while there is none."""
         path = self.path / "training.json"
-        return read_json(path) if path.exists() else {}
+        known = read_json(path) if path.exists() else {}
+        if not isinstance(known.get("train", {}), dict) or not isinstance(known.get("status", ""), str):
+            raise UserError(f"{path}: damaged; remove it, the run counts as finished without it")
+        return known
 
     def check(self, overwrite: bool) -> None:
         """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
@@ -97,24 +101,9 @@ class Run:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the folder for this process; ends with it however it dies. Raises UserError when it is held."""
-        path = self.path / ".lock"
-        with open(path, "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                file.seek(0)
-                raise UserError(f"{self.path}: locked by {file.read().strip() or 'another process'}") from e
-            file.truncate(0)
-            file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-            file.flush()
-            for stale in self.path.glob(".*.tmp"):  # of a process that was killed while it wrote
-                stale.unlink(missing_ok=True)
-            yield
+    def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
+        """Holds the folder for this process; see `locked`."""
+        return locked(self.path, patience)
 
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""
@@ -167,6 +156,34 @@ class Run:
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
+    """Holds a folder for this process, which ends with it however it dies.
+
+    Raises UserError when another process holds it, after so many seconds.
+    """
+    with open(folder / ".lock", "a+") as file:
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as e:
+                if e.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+                if time.monotonic() >= end:
+                    file.seek(0)
+                    raise UserError(f"{folder}: locked by {file.read().strip() or 'another process'}") from e
+                time.sleep(0.05)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
+        file.flush()
+        for stale in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            if not stale.is_dir():
+                stale.unlink(missing_ok=True)
+        yield
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:
