@@ -6,6 +6,7 @@
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the runs themselves for pictures of them.
 """
 
+import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from utils.cli import Parser, batch_folder, whole
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import read_arrays
 from utils.information import accuracy_bound, entropy
-from utils.plane import FAR_OFF, SETTINGS, Plane, Slope, advice, number, read_plane, slopes
-from utils.report import ADVICE, page, to_csv, to_html, to_markdown
+from utils.plane import FAR_OFF, PROBES, SETTINGS, Plane, Slope, advice, number, read_plane, slopes
+from utils.report import ADVICE, CAPTIONS, page, to_csv, to_html, to_markdown
 from utils.runs import Run, check_writable, load_model, write_atomic
 from utils.seeds import generator
 
@@ -35,14 +36,17 @@ THREE = [  # the first of each that there is: reconstruction, generation, repres
     ("is_mean", "fid", "fid_classifier"),
     ("lr_acc_mean", "svm_rbf_acc", "mi_q_mc", "lr_acc_mean_y"),
 ]
-MOST_CELLS = 11  # along each axis of a sheet of pictures
+MOST_CELLS = 9  # along each axis of a sheet of pictures
 
 
 def positive(text: str) -> float:
     """A rate in bits, as a flag's value."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a number of bits > 0, got {text!r}")
     return value
 
 
@@ -50,7 +54,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     parser.add_argument("--metrics", nargs="+", help="columns of eval_results.csv to draw (default: the main ones)")
-    parser.add_argument("--out", type=Path, help="where the figures go (default: figures/ in the batch's folder)")
+    parser.add_argument("--out", help="where the figures go (default: figures/ in the batch's folder)")
     parser.add_argument(
         "--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="of the figures (default: png pdf)"
     )
@@ -97,7 +101,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, figures.Figure]:
     """Samples and reconstructions of the cells as small pictures; what cannot be had is noted."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
     chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
-    samples, reconstructions, x, tile = {}, {}, None, None
+    samples, reconstructions, failures, x, tile = {}, {}, [], None, None
     for i in tqdm(np.flatnonzero(chosen), unit="cell", desc="pictures"):
         cell = plane.cells[i]
         key = (cell.mean["beta_y"], cell.mean["beta_z"])
@@ -114,7 +118,9 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, figures.Figure]:
             if x is not None:
                 reconstructions[key] = tile(model.reconstruct(x)).permute(1, 2, 0).cpu().numpy()
         except UserError as e:
-            plane.notes.append(f"no pictures of it: {e}")
+            failures.append(str(e))
+    if failures:
+        plane.notes.append(f"no pictures of {len(failures)} cell(s): {failures[0]}" + ", ..." * (len(failures) > 1))
     drawn = {"samples": figures.sheet(samples, "samples")} if samples else {}
     if reconstructions:
         originals = tile(x).permute(1, 2, 0).cpu().numpy()
@@ -140,7 +146,8 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
     if names:
         drawn["rate_plane"] = figures.rate_planes(plane, names)
         drawn["total_rate"] = figures.total_rates(plane, names)
-    information = [n for n in names if "acc" in n or n.startswith("mi_")]
+    of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", *PROBES)
+    information = [n for n in names if n.removesuffix("_standardized").removesuffix("_y") in of_label]
     if information:
         labels = labels_of(plane, folder)
         bound = None if labels is None else partial(accuracy_bound, labels=labels)
@@ -181,17 +188,24 @@ def slope_rows(found: list[Slope]) -> list[dict]:
 def main(argv=None) -> int:
     args = parse_args(argv)
     folder = batch_folder(args.runs_dir, args.run_batch_name)
-    out = args.out or folder / "figures"
+    out = Path(args.out) if args.out else folder / "figures"
     plane = read_plane(folder / "eval_results.csv")
     names = wanted_metrics(plane, args.metrics)
-    check_writable(out)
+    check_writable(out, "--out")
     budget = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: bits for name, bits in budget.items() if bits is not None}
-    advised = advice(plane) + (advice(plane, budget) if budget else [])
+    advised = advice(plane) + (within := advice(plane, budget) if budget else [])
+    if budget and not within:
+        plane.notes.append("no cell that has been evaluated is within the budget")
     found = slopes(plane)
     drawn = draw(plane, found, names, folder, args)
 
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "report.html").is_file():  # of an earlier call, whose other figures would be stale
+        for stale in (out / f"{name}.{form}" for name in CAPTIONS for form in ("png", "pdf")):
+            if stale.stem not in drawn or stale.suffix[1:] not in args.format:
+                stale.unlink(missing_ok=True)
+    headings = ADVICE | {name: name for name in plane.differing}
     images = {}
     for name, figure in tqdm(drawn.items(), unit="figure"):
         files = figures.rendered(figure, ("png", *args.format))
@@ -199,23 +213,37 @@ def main(argv=None) -> int:
         for form in args.format:
             write_atomic(out / f"{name}.{form}", files[form])
     checked = slope_rows(found)
-    write_atomic(out / "advice.csv", to_csv(advised, ADVICE).encode())
-    write_atomic(out / "advice.md", to_markdown(advised, ADVICE).encode())
+    write_atomic(out / "advice.csv", to_csv(advised, headings).encode())
+    write_atomic(out / "advice.md", to_markdown(advised, headings).encode())
     write_atomic(out / "slopes.csv", to_csv(checked, SLOPES).encode())
     cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
-    headings = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
-    tables = {"Advice": to_html(advised, ADVICE), "Cells": to_html(cells, headings), "Slopes": to_html(checked, SLOPES)}
+    columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
+    tables = {
+        "Advice": to_html(advised, headings),
+        "Cells": to_html(cells, columns),
+        "Slopes": to_html(checked, SLOPES),
+    }
     report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
     write_atomic(out / "report.html", report.encode())
 
     for note in plane.notes:
         print(f"note: {note}")
-    print(to_markdown(advised, ADVICE), end="")
+    print(to_markdown(advised, headings), end="")
     far_off = [row for row in checked if row["far_off"]]
     if far_off:
-        print(f"\n{len(far_off)} of {len(checked)} cells are off their optimum, by a slope more than {FAR_OFF:g} times")
-        print("(or less than that part of) its beta; they, or their neighbours, are probably under-trained:")
-        print(to_markdown(far_off[:10], {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}), end="")
+        print(
+            f"\n{len(far_off)} of {len(checked)} cells are off their optimum, probably under-trained: a slope is more"
+        )
+        print(
+            f"than {FAR_OFF:g} times its beta or less than that part of it, or another cell does better at their betas:"
+        )
+        print(
+            to_markdown(
+                sorted(far_off, key=lambda row: -row.get("excess", 0))[:10],
+                {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")},
+            ),
+            end="",
+        )
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

@@ -8,14 +8,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
-from matplotlib.colors import LogNorm, hsv_to_rgb
+from matplotlib.colors import LogNorm, Normalize, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from utils.plane import BITS, FAR_OFF, Plane, Slope, frontier, metric
+from utils.plane import BITS, FAR_OFF, PROBES, Plane, Slope, frontier, metric
 
 matplotlib.rcParams.update(
-    {"font.size": 7, "axes.linewidth": 0.6, "lines.linewidth": 0.9, "pdf.fonttype": 42, "savefig.dpi": 200}
+    {"font.size": 7, "axes.linewidth": 0.6, "lines.linewidth": 0.9, "pdf.fonttype": 42, "savefig.dpi": 170}
 )
 COLUMN, TEXT = 3.4, 7.0  # inches
 RATE_AXES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R(z) + R(y|z)"}
@@ -122,14 +122,13 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
 def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
     """Each metric against the total rate: the hull of all cells over the line of the ordinary beta-VAEs."""
     figure, axes = panels(len(names))
-    rate, on = plane.values("rate"), plane.diagonal
+    rate, r_z, on = plane.values("rate"), plane.values("kl_z"), plane.diagonal
+    norm = Normalize(r_z.min(), r_z.max())  # one for all panels
     for ax, name in zip(axes, names, strict=True):
         values, better = plane.values(name), metric(name).better
         there = np.isfinite(values)
         error_bars(ax, plane, "rate", name)
-        points = ax.scatter(
-            rate[there], values[there], c=plane.values("kl_z")[there], s=12, cmap="viridis", lw=0, zorder=2
-        )
+        points = ax.scatter(rate[there], values[there], c=r_z[there], norm=norm, s=12, cmap="viridis", lw=0, zorder=2)
         if there.any() and better:
             ax.plot(*frontier(rate[there], values[there], better), "-", c=RED, label="hull of all cells")
         ordinary = np.flatnonzero(on & there)
@@ -159,11 +158,11 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
     for ax, name in zip(axes, names, strict=True):
         error_bars(ax, plane, "kl_z", name)
         ax.scatter(r_z, plane.values(name), c=plane.values("kl_y"), s=12, cmap="viridis", lw=0, zorder=2)
-        if not name.removesuffix("_standardized").endswith("_y") and name != "recons_acc" and math.isfinite(h):
-            information = metric(name).unit == "nats"
-            line = np.minimum(grid, h) if information else np.array([bound(v) for v in grid])
+        plain = name.removesuffix("_standardized")
+        if plain in (*PROBES, "mi_q_mc", "mi_q", "mi_lr_lb") and math.isfinite(h):
+            line = np.array([bound(v) for v in grid]) if plain in PROBES else np.minimum(grid, h)
             ax.plot(grid, line, "-", c=RED, label="bound by R(z), and by H(label)")
-        if "acc" in name and name in ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc"):
+        if plain in PROBES:
             ax.plot(r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="acc_bound, by the cell's own I")
         mark(ax, plane, "kl_z", name, name)
         ax.set_ylabel(title_of(name))
@@ -193,9 +192,9 @@ class Grid:
         np.add.at(counts, (self.row[there], self.column[there]), 1)
         return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
 
-    def label(self, ax: Axes) -> None:
-        """Ticks with the betas, as many as there is room for."""
-        for which, betas, shown in (("x", self.beta_z, 8), ("y", self.beta_y, 11)):
+    def label(self, ax: Axes, room: int = 11) -> None:
+        """Ticks with the betas, at most `room` along x."""
+        for which, betas, shown in (("x", self.beta_z, room), ("y", self.beta_y, 11)):
             step = math.ceil(len(betas) / shown)
             at = range((len(betas) // 2) % step, len(betas), step)  # the middle of the axis, usually 1, among them
             getattr(ax, f"set_{which}ticks")(at, [f"{betas[i]:.3g}" for i in at])
@@ -203,8 +202,8 @@ class Grid:
         ax.set_ylabel(BETA_Y)
 
 
-def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: str, text: str, **colours) -> None:
-    """A map over the grid of betas, with the numbers in it where there is room."""
+def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: str, room: int, **colours) -> None:
+    """A map over the grid of betas; with the numbers in it if there is `room` for a row of them."""
     image = grid.mean(values)
     ax.set_facecolor("0.9")
     shown = ax.imshow(image, origin="lower", aspect="auto", interpolation="nearest", **({"cmap": "viridis"} | colours))
@@ -212,22 +211,28 @@ def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: st
     if isinstance(shown.norm, LogNorm):
         bar.set_ticks(ratios := [0.25, 0.5, 1, 2, 4], labels=[f"{r:g}" for r in ratios])
         bar.minorticks_off()
-    grid.label(ax)
-    if max(grid.shape) <= 7:
+    grid.label(ax, room)
+    if grid.shape[1] <= room and grid.shape[0] <= 11:
         for (i, j), v in np.ndenumerate(image):
             if math.isfinite(v):
                 r, g, b, _ = shown.cmap(shown.norm(v))
                 dark = 0.3 * r + 0.59 * g + 0.11 * b < 0.5
-                ax.text(j, i, format(v, text), ha="center", va="center", fontsize=4.5, color="w" if dark else "k")
+                ax.text(j, i, short(v), ha="center", va="center", fontsize=4.5, color="w" if dark else "k")
+
+
+def short(value: float) -> str:
+    """A number in at most five characters, if it is not large."""
+    text = f"{value:.3g}"
+    return text if len(text) <= 4 else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def heat_maps(plane: Plane, names: Sequence[str]) -> Figure:
     """Each metric, and the rates, over (log beta_z, log beta_y)."""
     names = [*("kl_z", "kl_y", "rate"), *names]
-    figure, axes = panels(len(names))
+    figure, axes = panels(len(names), height=0.7)
     grid = Grid(plane.values("beta_y"), plane.values("beta_z"))
     for ax, name in zip(axes, names, strict=True):
-        heat_map(figure, ax, grid, plane.values(name), title_of(name), ".3g")
+        heat_map(figure, ax, grid, plane.values(name), title_of(name), room=5)
         best = plane.best(name) if metric(name).better else None
         if best is not None:
             corner = grid.column[best] - 0.5, grid.row[best] - 0.5
@@ -237,7 +242,8 @@ def heat_maps(plane: Plane, names: Sequence[str]) -> Figure:
 
 def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
     """RGB of each pair of betas: hue is the direction from (1, 1) in log-space, saturation the distance; (N, 3)."""
-    u, v = (np.log(np.maximum(b, 1e-6)) for b in (beta_z, beta_y))
+    least = min((b[b > 0].min() for b in (beta_z, beta_y) if (b > 0).any()), default=1.0)
+    u, v = (np.log(np.maximum(b, least / 2)) for b in (beta_z, beta_y))  # a beta of 0 stands beside the smallest
     distance = np.hypot(u, v)
     saturation = distance / max(distance.max(), 1e-9)
     hue = (np.arctan2(v, u) / (2 * math.pi)) % 1
@@ -281,7 +287,7 @@ def slope_maps(plane: Plane, found: Sequence[Slope]) -> Figure:
         ratios = np.array([getattr(s, f"ratio_{layer}") for s in found])
         label = rf"$-$dD/d{rate} over $\beta_{layer}$"
         colours = {"cmap": "PuOr", "norm": LogNorm(1 / FAR_OFF**2, FAR_OFF**2)}
-        heat_map(figure, ax, grid, np.where(ratios > 0, ratios, math.nan), label, ".2f", **colours)
+        heat_map(figure, ax, grid, np.where(ratios > 0, ratios, math.nan), label, room=8, **colours)
     return figure
 
 

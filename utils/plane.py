@@ -19,6 +19,7 @@ BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
 SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # runs alike in these are repeats
 FAR_OFF = 2.0  # a slope this many times its beta, or its inverse, is reported
+FAR_EXCESS = 0.1  # of what D typically differs by between neighbours; more excess loss than that is reported
 LEAST_RATE = 0.1  # nats by which neighbours' rates must differ to tell a slope
 BITS = 1 / math.log(2)  # per nat
 
@@ -32,6 +33,8 @@ class Metric(NamedTuple):
 
 
 METRICS = {
+    "ll": Metric("log-likelihood", "nats"),
+    "loss": Metric("loss at the cell's own betas", "nats", 0),
     "psnr": Metric("PSNR", "dB"),
     "D": Metric("distortion D", "nats", -1),
     "nelbo": Metric("loss at betas 1, D + R", "nats", -1),
@@ -47,6 +50,11 @@ METRICS = {
     "mi_q": Metric("I(z; label)", "nats"),
     "mi_p": Metric("I(z; generated label)", "nats"),
     "mi_q_mc_y": Metric("I(y; label)", "nats"),
+    "mi_q_mc_se": Metric("standard error of I(z; label)", "nats", 0),
+    "mi_q_mc_y_se": Metric("standard error of I(y; label)", "nats", 0),
+    "mi_q_mc_null": Metric("I(z; shuffled label)", "nats", 0),
+    "mi_q_mc_y_null": Metric("I(y; shuffled label)", "nats", 0),
+    "recons_pred_entropy": Metric("entropy of the prediction", "nats", 0),
     "mi_lr_lb": Metric("lower bound on I(z; label)", "nats"),
     "acc_bound": Metric("bound on accuracy from z"),
     "lr_acc_mean": Metric("logistic regression on z"),
@@ -76,6 +84,9 @@ def metric(name: str) -> Metric:
     """What is known of a column; the variants `_y` and `_standardized` share their metric's entry."""
     if name in METRICS:
         return METRICS[name]
+    if name.startswith("train_"):
+        label, unit, better = metric(name.removeprefix("train_"))
+        return Metric(f"{label}, training images", unit, better)
     plain = name.removesuffix("_standardized")
     base = plain.removesuffix("_y")
     if base not in METRICS:
@@ -117,6 +128,11 @@ class Plane:
         return np.isclose(self.values("beta_y"), self.values("beta_z"), rtol=1e-6)
 
     @property
+    def differing(self) -> list[str]:
+        """The settings, other than the betas, that not all cells share."""
+        return [n for n in SAME_CELL if n not in BETAS and len({c.settings.get(n) for c in self.cells}) > 1]
+
+    @property
     def names(self) -> list[str]:
         """The figures that at least one cell has."""
         known = {name for cell in self.cells for name in cell.mean if name not in SETTINGS}
@@ -130,12 +146,12 @@ class Plane:
 
 
 def number(text: str | None) -> float:
-    """A cell of a CSV as a number; NaN if it is none, or not finite."""
+    """A cell of a CSV as a number; NaN if it is none, not finite or absurd."""
     try:
         value = float(text or "nan")
-    except ValueError:
+    except (ValueError, TypeError):
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) < 1e30 else math.nan  # beyond, nothing of ours lies and nothing can be drawn
 
 
 def read_plane(path: Path) -> Plane:
@@ -161,10 +177,13 @@ def read_plane(path: Path) -> Plane:
     repeated = sum(len(cell.runs) > 1 for cell in plane.cells)
     if repeated:
         plane.notes.append(f"{repeated} cell(s) were trained more than once: means, with standard deviations")
-    differing = [n for n in SAME_CELL if n not in BETAS and len({c.settings.get(n) for c in plane.cells}) > 1]
-    if differing:
-        listed = "; ".join(f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in differing)
-        plane.notes.append(f"the batch mixes settings, all drawn together: {listed}")
+    if plane.differing:
+        listed = "; ".join(
+            f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
+        )
+        plane.notes.append(
+            f"the batch mixes settings, all drawn together, means in the heat maps, the first in the sheets: {listed}"
+        )
     for name in plane.names:
         missing = int(np.isnan(plane.values(name)).sum())
         if missing and name in METRICS:
@@ -174,7 +193,7 @@ def read_plane(path: Path) -> Plane:
 
 def merge(repeats: list[dict[str, str]]) -> Cell:
     """One cell of the rows of its repeats."""
-    figures = [{k: number(v) for k, v in row.items() if k not in SETTINGS or k in BETAS} for row in repeats]
+    figures = [{k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)} for row in repeats]
     for row in figures:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
@@ -217,12 +236,15 @@ class Slope(NamedTuple):
     se_y: float  # their standard errors, from how far the neighbours' differences scatter
     se_z: float
     excess: float  # nats by which another cell does better at this cell's own betas; 0 if none does
+    under_trained: bool  # whether that is much, compared with the neighbours' differences in D
 
     @property
     def far_off(self) -> bool:
-        """Whether a slope is more than FAR_OFF times its beta, or its beta that of it, beyond two standard errors."""
+        """Whether it is under-trained, or a slope is off its beta by FAR_OFF and by two standard errors."""
         pairs = (self.ratio_y, self.se_y), (self.ratio_z, self.se_z)
-        return any(not 1 / FAR_OFF <= r <= FAR_OFF and abs(r - 1) > 2 * se for r, se in pairs if math.isfinite(r))
+        return self.under_trained or any(
+            not 1 / FAR_OFF <= r <= FAR_OFF and abs(r - 1) > 2 * se for r, se in pairs if math.isfinite(r)
+        )
 
 
 def log_mean(a: float, b: float) -> float:
@@ -235,7 +257,8 @@ def slopes(plane: Plane) -> list[Slope]:
 
     Least squares of the neighbours' differences, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j - R_y,i),
     where m is the logarithmic mean of the two betas: exact at an optimum (s = 1) where D falls exponentially with
-    the rates, as it does for Gaussians. Figures of the training images, if there are any: they are what was minimised.
+    the rates, as it does for Gaussians. Neighbours are left out that are under-trained: where another cell does better
+    at their own betas. Figures of the training images, if there are any: they are what was minimised.
     """
     part = "train_" if all(f"train_{n}" in c.mean for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
     groups = {}
@@ -249,17 +272,21 @@ def slopes(plane: Plane) -> list[Slope]:
         )
         b_y, b_z = (np.array([c.mean[n] for c in cells]) for n in BETAS)
         at_y, at_z = (np.unique(b, return_inverse=True)[1] for b in (b_y, b_z))
+        near = (abs(at_y[:, None] - at_y) <= 1) & (abs(at_z[:, None] - at_z) <= 1) & np.isfinite(d)
+        np.fill_diagonal(near, False)
+        losses = d + b_y[:, None] * r_y + b_z[:, None] * r_z  # [i, j]: of cell j at the betas of cell i
+        excess = losses.diagonal() - np.fmin.reduce(losses, axis=1)
+        typical = [np.median(abs(d[near[i]] - d[i])) if near[i].any() else math.inf for i in range(len(cells))]
+        under_trained = excess > FAR_EXCESS * np.array(typical)
         for i, cell in enumerate(cells):
-            near = (abs(at_y - at_y[i]) <= 1) & (abs(at_z - at_z[i]) <= 1) & np.isfinite(d)
-            near[i] = False
-            js = np.flatnonzero(near)
+            well = near[i] & ~under_trained  # the others would spoil the estimate; unless there are hardly any but them
+            js = np.flatnonzero(well if well.sum() > 1 else near[i])
             told, columns = [], []
             for b, r in ((b_y, r_y), (b_z, r_z)):
                 columns.append([log_mean(b[i], b[j]) * (r[j] - r[i]) for j in js])
                 told.append(len(js) > 0 and b[i] > 0 and abs(r[js] - r[i]).max() >= LEAST_RATE)
             ratios, errors = _least_squares(np.array(columns).T, d[i] - d[js], np.array(told))
-            losses = d + b_y[i] * r_y + b_z[i] * r_z
-            result.append(Slope(cell, *ratios, *errors, float(losses[i] - np.fmin.reduce(losses))))
+            result.append(Slope(cell, *ratios, *errors, float(excess[i]), bool(under_trained[i])))
     return result
 
 
@@ -299,6 +326,7 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[st
             cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
             row |= {"value": cell.mean[name], "std": cell.std.get(name)}
             row |= {column: cell.mean[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
+            row |= {name: cell.settings.get(name) for name in plane.differing}
             if ordinary is not None:
                 there = plane.cells[ordinary].mean
                 row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}

@@ -33,13 +33,13 @@ CAPTIONS = {
     "tasks": "Three tasks against each other. The hue tells in which direction from (1, 1) a run's betas lie, the "
     "saturation how far.",
     "slopes": "Slopes of the distortion in units of the betas, from each cell's neighbours: 1 at an optimum. Far from "
-    "1, a cell is under-trained, or its neighbours are; grey is where they do not tell, or D does not fall.",
+    "1, a cell is under-trained; grey is where they do not tell, or D does not fall.",
     "samples": "Samples of each cell, made of the same noise.",
     "reconstructions": "Reconstructions of the same test images.",
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }
 h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 figure { margin: 1.5rem 0; } figcaption { max-width: 46rem; margin-top: .3rem; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }

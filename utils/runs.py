@@ -202,11 +202,11 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     return model.to(device).eval()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
     """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"{there}: cannot write there; choose another --runs_dir")
+        raise UserError(f"{there}: cannot write there; choose another {flag}")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
