@@ -323,12 +323,11 @@ def sheet(pictures: dict[tuple[float, float], np.ndarray], title: str, originals
 
 
 def rendered(figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
-    """The figure as a file of each format, laid out once."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    """The figure as a file of each format, laid out for the first."""
     files = {}
     for name in dict.fromkeys(formats):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=name)
         files[name] = buffer.getvalue()
+        figure.set_layout_engine("none")
     return files
