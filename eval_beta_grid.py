@@ -10,9 +10,7 @@ eval_results.csv, one row a run. Step 1 without --exclude_mi does step 2 as well
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -30,6 +28,7 @@ from utils.distributed import is_first, progress, share, wait_for_all
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import PATIENCE, Bench, Subject, is_done, metrics_of, record
 from utils.probes import PROBES, probe
+from utils.report import to_csv
 from utils.runs import Run, locked, write_atomic
 from utils.steps import STEPS, bound, inception_features
 
@@ -149,12 +148,11 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
         with listed(problems, subject.run.path):
             if not args.force and is_done(subject, step):
                 continue
-            known = {} if args.standardize else bound(subject)
-            sources = [(key, tail) for key, tail in (("qz_mu", suffix), ("qy_mu", "_y" + suffix))]
-            sources = [(key, tail) for key, tail in sources if subject.latents[key].size]
-            figures[index] = known
-            for key, tail in sources:
-                file = (subject.run.path / "latents.npz").resolve()  # workers that are kept have folders of their own
+            tails = {"qz_mu": suffix, "qy_mu": "_y" + suffix}
+            tails = {key: tail for key, tail in tails.items() if subject.latents[key].size}
+            figures[index] = {} if args.standardize else bound(subject)
+            file = (subject.run.path / "latents.npz").resolve()  # workers that are kept have folders of their own
+            for key, tail in tails.items():
                 jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
         subject.forget()
     left = {index: sum(i == index for i, _ in jobs) for index in figures}
@@ -194,11 +192,7 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(path, text.getvalue().encode())
+        write_atomic(path, to_csv(rows, columns).encode())
     return path
 
 

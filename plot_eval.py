@@ -97,6 +97,11 @@ def thinned(values: np.ndarray) -> np.ndarray:
     return distinct[(len(distinct) // 2) % step :: step]
 
 
+def tiled(images: torch.Tensor, nrow: int) -> np.ndarray:
+    """The images (B, C, H, W) as one picture, (height, width, 3)."""
+    return make_grid(images, nrow, padding=1, pad_value=0.5).permute(1, 2, 0).cpu().numpy()
+
+
 def sheets(plane: Plane, folder: Path, args) -> dict[str, figures.Figure]:
     """Samples and reconstructions of the cells as small pictures; what cannot be had is noted."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
@@ -108,23 +113,22 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, figures.Figure]:
         try:
             run = Run.open(folder / cell.runs[0])
             if tile is None:
-                tile = partial(make_grid, nrow=math.ceil(args.images**0.5), padding=1, pad_value=0.5)
+                tile = partial(tiled, nrow=math.ceil(args.images**0.5))
                 shape, x = run.config.image_shape, test_images(run, args, plane)
             if run.config.image_shape != shape or key in samples:
                 continue
             model = load_model(run, args.device)
             drawn = model.sample(args.images, generator=generator(args.device, run.config.seed, "sheet"))
-            samples[key] = tile(drawn).permute(1, 2, 0).cpu().numpy()
+            samples[key] = tile(drawn)
             if x is not None:
-                reconstructions[key] = tile(model.reconstruct(x)).permute(1, 2, 0).cpu().numpy()
+                reconstructions[key] = tile(model.reconstruct(x))
         except UserError as e:
             failures.append(str(e))
     if failures:
         plane.notes.append(f"no pictures of {len(failures)} cell(s): {failures[0]}" + ", ..." * (len(failures) > 1))
     drawn = {"samples": figures.sheet(samples, "samples")} if samples else {}
     if reconstructions:
-        originals = tile(x).permute(1, 2, 0).cpu().numpy()
-        drawn["reconstructions"] = figures.sheet(reconstructions, "reconstructions", originals)
+        drawn["reconstructions"] = figures.sheet(reconstructions, "reconstructions", originals=tile(x))
     return drawn
 
 
@@ -185,6 +189,17 @@ def slope_rows(found: list[Slope]) -> list[dict]:
     return rows
 
 
+def tell_far_off(rows: list[dict]) -> None:
+    """Prints the worst of the cells that are far off their optimum, if there are any."""
+    far_off = sorted((row for row in rows if row["far_off"]), key=lambda row: -row.get("excess", 0))
+    if far_off:
+        print(f"\n{len(far_off)} of {len(rows)} cells are off their optimum, probably under-trained: a slope is more")
+        print(
+            f"than {FAR_OFF:g} times its beta or less than that part of it, or another cell does better at their betas:"
+        )
+        print(to_markdown(far_off[:10], {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}), end="")
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     folder = batch_folder(args.runs_dir, args.run_batch_name)
@@ -229,21 +244,7 @@ def main(argv=None) -> int:
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings), end="")
-    far_off = [row for row in checked if row["far_off"]]
-    if far_off:
-        print(
-            f"\n{len(far_off)} of {len(checked)} cells are off their optimum, probably under-trained: a slope is more"
-        )
-        print(
-            f"than {FAR_OFF:g} times its beta or less than that part of it, or another cell does better at their betas:"
-        )
-        print(
-            to_markdown(
-                sorted(far_off, key=lambda row: -row.get("excess", 0))[:10],
-                {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")},
-            ),
-            end="",
-        )
+    tell_far_off(checked)
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

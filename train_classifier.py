@@ -6,7 +6,6 @@ It goes to runs/classifiers/<data set>/, where the evaluation finds it. The same
 an unfinished training and skips a finished one.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from models.classifiers import CLASSIFIERS, Classifier
 from utils.cli import Parser, whole
 from utils.config import Config
 from utils.errors import UserError, nearest, run_script
-from utils.runs import check_writable, load_tensors, locked, read_json, save_tensors, write_json
+from utils.runs import check_writable, digest, load_tensors, locked, read_json, save_tensors, write_json
 from utils.seeds import generator
 
 
@@ -65,7 +64,7 @@ def load_classifier(path: Path, dataset: str, device: torch.device) -> tuple[Cla
         raise UserError(f"{file}: does not fit {settings} ({e})") from e
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{file}: holds weights that are not finite")
-    return model.to(device).eval(), hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return model.to(device).eval(), digest(file.read_bytes())
 
 
 def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:

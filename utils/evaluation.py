@@ -5,7 +5,6 @@ the same command again computes only what is missing or stale. utils/steps.py ha
 """
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from models.classifiers import CLASSIFIERS
 from train_classifier import load_classifier
 from utils.config import Config
 from utils.errors import UserError
-from utils.runs import Run, load_model, read_json, write_atomic, write_json
+from utils.runs import Run, digest, load_model, read_json, write_atomic, write_json
 from utils.seeds import generator
 
 BATCH = 256  # images at a time; fixed, since the noise is drawn batch by batch
@@ -137,7 +136,7 @@ def fingerprint(s: Subject, step: Step) -> str:
     if step.classifier and s.config.dataset in CLASSIFIERS:
         parts["classifier"] = s.bench.classifier(s.config.dataset)[1]
     text = json.dumps([s.weights_digest, s.run.config.to_json(), parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(text.encode())
 
 
 def is_done(s: Subject, step: Step) -> bool:
@@ -163,7 +162,7 @@ def record(s: Subject, step: Step, results: dict) -> None:
         files = known.get("files", {})
         if step.file is not None:
             write_atomic(s.run.path / step.file, results[step.file])
-            files = files | {step.file: hashlib.sha256(results[step.file]).hexdigest()[:16]}
+            files = files | {step.file: digest(results[step.file])}
         steps = known.get("steps", {}) | {step.name: fingerprint(s, step)}
         bookkeeping = {"steps": steps, "files": files, "weights": s.weights_digest}
         write_json(s.run.path / "metrics.json", {**kept, **figures, **bookkeeping})
@@ -172,7 +171,7 @@ def record(s: Subject, step: Step, results: dict) -> None:
 def digest_of(path: Path) -> str | None:
     """Of a file's content; None if it is not there."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        return digest(path.read_bytes())
     except OSError:
         return None
 

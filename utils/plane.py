@@ -18,6 +18,7 @@ from utils.errors import UserError
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
 SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # runs alike in these are repeats
+SHARED = [n for n in SAME_CELL if n not in BETAS]  # by the cells of one grid
 FAR_OFF = 2.0  # a slope this many times its beta, or its inverse, is reported
 FAR_EXCESS = 0.1  # of what D typically differs by between neighbours; more excess loss than that is reported
 LEAST_RATE = 0.1  # nats by which neighbours' rates must differ to tell a slope
@@ -130,7 +131,7 @@ class Plane:
     @property
     def differing(self) -> list[str]:
         """The settings, other than the betas, that not all cells share."""
-        return [n for n in SAME_CELL if n not in BETAS and len({c.settings.get(n) for c in self.cells}) > 1]
+        return [n for n in SHARED if len({c.settings.get(n) for c in self.cells}) > 1]
 
     @property
     def names(self) -> list[str]:
@@ -263,7 +264,7 @@ def slopes(plane: Plane) -> list[Slope]:
     part = "train_" if all(f"train_{n}" in c.mean for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
     groups = {}
     for cell in plane.cells:
-        groups.setdefault(tuple(cell.settings.get(n) for n in SAME_CELL if n not in BETAS), []).append(cell)
+        groups.setdefault(tuple(cell.settings.get(n) for n in SHARED), []).append(cell)
     result = []
     for cells in groups.values():
         d, r_y, r_z = (

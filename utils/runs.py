@@ -10,6 +10,7 @@ events.out.*    TensorBoard
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -229,6 +230,11 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(data: bytes) -> str:
+    """A short digest, to tell contents apart."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def write_json(path: Path, values: dict) -> None:

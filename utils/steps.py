@@ -1,5 +1,6 @@
 """The steps of the evaluation: what each measures of a run on the test images."""
 
+import functools
 import hashlib
 import io
 import math
@@ -69,8 +70,9 @@ def fid(s: Subject) -> dict[str, float | str]:
 def fid_classifier(s: Subject) -> dict[str, float | str]:
     """Its stand-in in the features of the data set's own classifier."""
     found = s.bench.classifier_of(s.config)
-    name = f"{s.config.dataset} classifier {found[1]}" if found else ""
-    return {} if found is None else _frechet(s, found[0].features, "fid_classifier", name)
+    if found is None:
+        return {}
+    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.dataset} classifier {found[1]}")
 
 
 @torch.no_grad()
@@ -88,6 +90,7 @@ def npz(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
+@functools.cache
 def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
     """Images in [0, 1] to Inception-v3's 2048 features, if torch-fidelity and its weights are on this machine."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION[0]
