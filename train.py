@@ -11,19 +11,24 @@ import math
 import shlex
 import sys
 import threading
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
 
 import datasets
 from models import build_model
+from models.stack import ROUTES
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
 from utils.distributed import from_first, is_first, join, place, share, wait_for_all
-from utils.engine import COMPILE, Engine, fastest_size, use_precision
+from utils.engine import Engine, doublings, fastest, is_out_of_memory, use_precision
 from utils.errors import UserError, command_line, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
+
+LONG = 20_000  # model steps: about as many as cost what measuring and compiling do
+AT_ONCE = 32  # cells of shorter trainings on a GPU
 
 
 def parse_args(argv=None):
@@ -38,9 +43,16 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--compile",
-        choices=COMPILE,
+        choices=("auto", "on", "off"),
         default="auto",
-        help="the training step through torch.compile, on a GPU as a CUDA graph (default: auto: on a GPU)",
+        help="the training step through torch.compile, on a GPU as a CUDA graph; off: as it is written "
+        "(default: auto: for long trainings on a GPU)",
+    )
+    group.add_argument(
+        "--convolutions",
+        choices=("auto", *ROUTES),
+        default="auto",
+        help="how to convolve; kernels are this project's own, for a GPU (default: auto: plain, measured on a GPU)",
     )
     group.add_argument(
         "--save_every",
@@ -96,6 +108,7 @@ def open_cells(
             for line in damaged:
                 print(f"{line}; falling back to the state before it", file=sys.stderr)
             ready.append((run, state))
+        ready = align(ready)
     if args.data_parallel:  # the others follow the first
         paths = from_first([run.path for run, _ in ready])
         if not is_first():
@@ -103,47 +116,70 @@ def open_cells(
     return ready, problems
 
 
+def position(state: dict | None) -> tuple[int, int]:
+    """Where in the data a cell is: (epoch, step)."""
+    return (state["epoch"], state["step"]) if state else (0, 0)
+
+
+def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]:
+    """Brings cells to one position, so that they train together again.
+
+    A process killed while it saved leaves some ahead of the others: they go back to the state before.
+    """
+    last = min((position(state) for _, state in cells), default=(0, 0))
+    return [(run, position(state) > last > (0, 0) and run.step_back(last) or state) for run, state in cells]
+
+
 class Trainer:
     """Trains cells together that are at one position in the data; keeps the engine, which is compiled, for the next."""
 
-    def __init__(self, data, args, signals: Signals):
+    def __init__(self, data, args, signals: Signals, n_cells: int, config: Config):
         self.data, self.args, self.signals, self.engine = data, args, signals, None
-        measured = args.device.type == "cuda" and not args.data_parallel
-        self.size = args.cells_at_once or (None if measured else 1)
+        on_gpu, shared = args.device.type == "cuda", args.data_parallel
+        steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
+        self.long = on_gpu and steps >= LONG  # so that measuring and compiling pay
+        self.compile = self.long if args.compile == "auto" else args.compile == "on"
+        self.capture = on_gpu and args.compile != "off"
+        self.size = args.cells_at_once or (1 if shared or not on_gpu else None if self.long else AT_ONCE)
+        large = "channels_last" if on_gpu and config.image_shape[1] == 256 else "plain"
+        route = None if self.long and not shared else large
+        self.route = route if args.convolutions == "auto" else args.convolutions
 
     def size_for(self, config: Config, most: int) -> int:
-        """How many of `most` cells to train at once."""
-        if self.size is None:
-            self.size = fastest_size(config, most, self.args.device)
-            print(f"{self.size} cells at once", flush=True)
-        return self.size
+        """How many of `most` cells to train at once: chunks of one size, as far as that is possible."""
+        if self.size is None or self.route is None:
+            sizes = [self.size] if self.size else doublings(most)
+            routes = [self.route] if self.route else ROUTES
+            self.size, self.route = fastest(config, sizes, self.args.device, routes)
+            print(f"{self.size} cells at once, convolutions: {self.route}", flush=True)
+        return math.ceil(most / math.ceil(most / self.size))
 
     def train(self, cells: list[tuple[Run, dict | None]]) -> None:
         """In halves when the GPU's memory does not hold them."""
-        if self._fits_in_memory(cells):
-            return
+        try:
+            return self._train(cells)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        self.engine = None
         if len(cells) == 1:
             raise UserError("--batch_size: one cell does not fit into the GPU's memory; try fewer")
-        self.engine = None
         torch.cuda.empty_cache()
         print(f"{len(cells)} cells at once are too many for the GPU's memory; halving", flush=True)
-        self.size = len(cells) // 2
+        self.size = math.ceil(len(cells) / 2)
         for half in (cells[: self.size], cells[self.size :]):
             self.train([(run, run.load_state()[0]) for run, _ in half])
 
-    def _fits_in_memory(self, cells: list[tuple[Run, dict | None]]) -> bool:
-        config, device = cells[0][0].config, self.args.device
-        try:
-            if self.engine is None or not self.engine.fits(config, len(cells), device):
-                self.engine = None  # frees its memory first
-                self.engine = Engine(config, len(cells), device, self.args.compile, self.args.data_parallel)
-            chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
-            if chunk.epoch or chunk.step:
-                print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
-            train(chunk, self.data, self.signals, self.args.save_every)
-        except torch.OutOfMemoryError:
-            return False
-        return True
+    def _train(self, cells: list[tuple[Run, dict | None]]) -> None:
+        config = cells[0][0].config
+        if self.engine is None or not self.engine.fits(config, len(cells)):
+            self.engine = None  # frees its memory first
+            how = {"compile": self.compile, "capture": self.capture, "route": self.route}
+            self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
+        chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
+        if chunk.epoch or chunk.step:
+            print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
+        train(chunk, self.data, self.signals, self.args.save_every)
 
 
 def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
@@ -163,7 +199,7 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
     """Trains the runs chunk by chunk; returns what went wrong."""
     problems = []
     with Signals() as signals:
-        trainer = Trainer(data, args, signals)
+        trainer = Trainer(data, args, signals, len(runs), runs[0].config) if runs else None
         while runs:
             together = [run for run in runs if run.config.seed == runs[0].config.seed]
             together = together[: trainer.size_for(together[0].config, len(together))]
@@ -171,9 +207,8 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
             with contextlib.ExitStack() as held:
                 cells, wrong = open_cells(together, args, held)
                 problems += wrong
-                positions = [(s["epoch"], s["step"]) if s else (0, 0) for _, s in cells]
-                for position in sorted(set(positions)):
-                    trainer.train([cell for cell, p in zip(cells, positions, strict=True) if p == position])
+                for p in sorted({position(state) for _, state in cells}):
+                    trainer.train([(run, state) for run, state in cells if position(state) == p])
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
@@ -217,6 +252,8 @@ def main(argv=None) -> int:
         for run in runs:
             print(run.path)
         return 0
+    if args.convolutions == "kernels" and (args.device.type != "cuda" or find_spec("triton") is None):
+        raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
     data = datasets.load(configs[0], args.data_dir, args.device, args.download)
     mine = runs if args.data_parallel else share(runs)
     for run in mine:

@@ -24,7 +24,9 @@ def relu_after(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
 
 
-class _InFull:
+class InFull:
+    """A layer that computes in its weights' precision also under autocast."""
+
     def forward(self, h: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
             return super().forward(h.to(self.weight.dtype))
@@ -32,7 +34,7 @@ class _InFull:
 
 @functools.cache
 def _in_full(layer: type) -> type:
-    return type(f"{layer.__name__}InFull", (_InFull, layer), {})
+    return type(f"{layer.__name__}InFull", (InFull, layer), {})
 
 
 def in_full(layer: nn.Module) -> nn.Module:

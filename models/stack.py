@@ -1,12 +1,18 @@
 """M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parallel import DistributedDataParallel
 
 from .hvae import Noise, Terms
 
 TERMS = ("loss", *Terms._fields)  # what training and evaluation report of a model, in this order
+
+# The ways of convolving: as it comes (vmap makes the convolutions grouped ones), with the channels last in
+# memory, and by the Triton kernels of models/kernels.py.
+ROUTES = ("plain", "channels_last", "kernels")
 
 
 class Stack:
@@ -17,24 +23,39 @@ class Stack:
     With the precision "bf16" the networks' trunks train in bfloat16; their heads, rates and likelihoods do not.
     """
 
-    def __init__(self, model: nn.Module, m: int, precision: str = "fp32"):
-        self.model, self.m, self.low = model, m, precision == "bf16"
-        self.part, self.sum_over_all = slice(None), lambda tensors: None  # of data-parallel processes: see Engine
-        self.training_terms = self.terms
+    def __init__(self, model: nn.Module, m: int, precision: str = "fp32", route: str = "plain"):
+        self.model, self.m, self.low, self.route = model, m, precision == "bf16", route
+        self.compiled, self.compiled_batch = None, 0
+        self.parallel, self.world, self.part = None, 1, slice(None)  # of data-parallel processes: see `distribute`
+        if route == "kernels":
+            from .kernels import use_kernels  # it needs Triton, which is not everywhere
+
+            use_kernels(model)
         self.parameters = {
-            name: p.detach().expand(m, *p.shape).clone().requires_grad_() for name, p in model.named_parameters()
+            name: nn.Parameter(p.detach().expand(m, *p.shape).clone()) for name, p in model.named_parameters()
         }
 
     def terms(self, x: Tensor, noise: Noise) -> Terms:
-        """Terms (M, B) of images x (B, C, H, W) under every model."""
-        if self.m == 1:  # plain calls are faster than a vmap over one
+        """Terms (M, B) of images x (B, C, H, W) under every model, as written."""
+        if self.route == "channels_last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.m == 1 and self.route != "kernels":  # plain calls are faster than a vmap over one
             alone = {name: p.squeeze(0) for name, p in self.parameters.items()}
             return Terms(*[t.unsqueeze(0) for t in functional_call(self.model, alone, (x, noise))])
         return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)
 
-    def compile(self, on: bool = True) -> None:
-        """Lets the training step go through torch.compile."""
-        self.training_terms = torch.compile(self.terms, fullgraph=True) if on else self.terms
+    def compile(self, batch_size: int) -> None:
+        """Lets the terms of batches of that size go through torch.compile; an epoch's last one stays as written."""
+        self.compiled, self.compiled_batch = torch.compile(self.terms, fullgraph=True), batch_size
+
+    def fast_terms(self, x: Tensor, noise: Noise) -> Terms:
+        """`terms`, compiled where that is wanted."""
+        return (self.compiled if self.compiled and len(x) == self.compiled_batch else self.terms)(x, noise)
+
+    def distribute(self, rank: int, world: int) -> None:
+        """Makes this process take its part of every batch; the gradients are averaged over the processes."""
+        self.world, self.part = world, slice(rank, None, world)
+        self.parallel = DistributedDataParallel(_Terms(self))
 
     def step(self, optimizer, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
         """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4).
@@ -43,14 +64,12 @@ class Stack:
         """
         n, noise = len(noise.y), self.own(noise)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
-            terms = self.training_terms(x, noise)
+            terms = (self.parallel or self.fast_terms)(x, noise)
         loss = terms.loss(beta_y[:, None], beta_z[:, None])
         optimizer.zero_grad()
-        (loss.sum() / n).backward()
-        sums = _sums(loss, terms)
-        self.sum_over_all([*(p.grad for p in self.parameters.values()), sums])
+        (loss.sum() * (self.world / n)).backward()
         optimizer.step()
-        return sums
+        return self._sums(loss, terms)
 
     def own(self, noise: Noise) -> Noise:
         """This process's part of a whole batch's noise."""
@@ -62,10 +81,16 @@ class Stack:
         sums = torch.zeros(self.m, len(TERMS), dtype=torch.float64, device=beta_y.device)
         for i, (x, _) in enumerate(split.batches(batch_size, part=self.part)):
             whole = min(batch_size, len(split) - i * batch_size)
-            terms = self.terms(x, self.own(self.model.noise(whole, generator)))
-            sums += _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
-        self.sum_over_all([sums])
+            terms = self.fast_terms(x, self.own(self.model.noise(whole, generator)))
+            sums += self._sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
         return sums / len(split)
+
+    def _sums(self, loss: Tensor, terms: Terms) -> Tensor:
+        """Sums over the images, of all processes, of loss, ll, kl_y, kl_z: (M, B) each -> (M, 4)."""
+        sums = torch.stack([loss, *terms], dim=-1).detach().sum(1)
+        if self.parallel:
+            dist.all_reduce(sums)
+        return sums
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of all parameters, stacked, from which `cell` can take a model later."""
@@ -88,6 +113,9 @@ class Stack:
         return self.model
 
 
-def _sums(loss: Tensor, terms: Terms) -> Tensor:
-    """Sums over the images of loss, ll, kl_y, kl_z: (M, B) each -> (M, 4)."""
-    return torch.stack([loss, *terms], dim=-1).detach().sum(1)
+class _Terms(nn.Module):
+    """A stack's terms as a module that holds its parameters, which is what DistributedDataParallel takes."""
+
+    def __init__(self, stack: Stack):
+        super().__init__()
+        self.weights, self.forward = nn.ParameterList(stack.parameters.values()), stack.fast_terms

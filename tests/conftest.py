@@ -12,6 +12,9 @@ os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: kernels then run on the CPU, slowly
+
 import train
 from datasets import Data, Resident, lookup
 from utils.config import Config

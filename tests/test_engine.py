@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from models import build_model
-from models.stack import Stack
+from models.stack import ROUTES, Stack
 from utils import engine as engine_module
 from utils.config import Config
-from utils.engine import Engine, fastest_size
+from utils.engine import Engine, doublings, fastest
 from utils.seeds import generator
 
 CPU = torch.device("cpu")
@@ -26,24 +26,110 @@ def gradients(stack, terms_of):
     return loss, torch.autograd.grad(loss.mean(1).sum(), list(stack.parameters.values()))
 
 
-def test_compiled_equals_plain():
-    stack = Stack(build_model(TINY).double(), 2)
-    stack.compile()
-    loss, grads = gradients(stack, stack.training_terms)
-    expected, plain = gradients(stack, stack.terms)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("compile", [False, True])
+def test_every_route_compiled_or_not_gives_the_plain_gradients(route, compile):
+    """Of the kernels this tries all but the arithmetic: their reference stands in for it; see test_kernels.py."""
+    stack, plain = Stack(build_model(TINY).double(), 2, route=route), Stack(build_model(TINY).double(), 2)
+    for name, p in plain.parameters.items():
+        stack.parameters[name].data.copy_(p.data)
+    if compile:
+        stack.compile(8)
+    loss, grads = gradients(stack, stack.fast_terms)
+    expected, right = gradients(plain, plain.terms)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(grads, plain, strict=True):
+    for a, b in zip(grads, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_ten_steps_compiled_equal_ten_plain_ones():
-    betas = torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.1])
-    history = {}
-    for compile in ("on", "off"):
-        engine = Engine(TINY, 2, CPU, compile)
-        engine.restart(2)
-        history[compile] = torch.stack([engine.step(*batch(engine.stack, i), *betas) for i in range(10)])
-    torch.testing.assert_close(history["on"], history["off"], rtol=1e-5, atol=1e-3)
+def ten_steps(**how):
+    engine, betas = Engine(TINY, 2, CPU, **how), (torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.1]))
+    engine.restart(2)
+    return torch.stack([engine.step(*batch(engine.stack, i), *betas).clone() for i in range(10)]), engine
+
+
+@pytest.mark.parametrize("how", [{"compile": True}, {"route": "channels_last"}, {"route": "kernels"}])
+def test_ten_fast_steps_equal_ten_plain_ones(how):
+    torch.testing.assert_close(ten_steps(**how)[0], ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+def replaying(step, device):
+    """Stands in for a CUDA graph: its replay makes the step again, on the tensors that it was given."""
+    for _ in range(3):
+        step()
+    result = step()
+    return lambda: result.copy_(step()), result
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, monkeypatch):
+    monkeypatch.setattr(engine_module, "record", replaying)
+    history, engine = ten_steps(compile=compile, capture=True)
+    assert engine.replay is not None and engine.adam_steps == 10
+    torch.testing.assert_close(history, ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+def test_smaller_batches_are_neither_captured_nor_compiled(monkeypatch):
+    monkeypatch.setattr(engine_module, "record", replaying)
+    engine, ones = Engine(TINY, 1, CPU, compile=True, capture=True), torch.ones(1)
+    x, noise = batch(engine.stack)
+    few = x[:3], noise._replace(z=noise.z[:3], y=noise.y[:3]), ones, ones
+    engine.step(*few)
+    assert engine.replay is None and engine.to_capture
+    engine.step(x, noise, ones, ones)
+    assert engine.replay is not None
+    monkeypatch.setattr(engine, "replay", lambda: pytest.fail("replayed for a batch of another size"))
+    monkeypatch.setattr(engine.stack, "compiled", lambda *_: pytest.fail("compiled for a batch of another size"))
+    engine.step(*few)
+    assert engine.adam_steps == 3
+
+
+def wrong(step, device):
+    replay, result = replaying(step, device)
+    return lambda: (replay(), result.mul_(1.1)), result
+
+
+def wrong_gradients(step, device):
+    replay, result = replaying(lambda: (step(), [p.grad.mul_(1.1) for p in ENGINE[0].stack.parameters.values()])[0], 0)
+    return replay, result
+
+
+def impossible(step, device):
+    step()
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+ENGINE = []
+
+
+@pytest.mark.parametrize(
+    "fails, why", [(wrong, "another result"), (wrong_gradients, "another"), (impossible, "not perm")]
+)
+def test_a_step_that_cannot_be_captured_or_comes_out_wrong_is_left_as_it_was(fails, why, monkeypatch, capsys):
+    monkeypatch.setattr(engine_module, "record", fails)
+    engine, ones = Engine(TINY, 2, CPU, capture=True), torch.ones(2)
+    ENGINE[:] = [engine]
+    engine.restart(2)
+    history = torch.stack([engine.step(*batch(engine.stack, i), ones, ones) for i in range(3)])
+    plain = Engine(TINY, 2, CPU)
+    plain.restart(2)
+    assert torch.equal(history, torch.stack([plain.step(*batch(plain.stack, i), ones, ones) for i in range(3)]))
+    out = capsys.readouterr().out
+    assert out.startswith("note: the step cannot be captured") and why in out and out.count("\n") == 1
+
+
+def test_out_of_memory_is_known_however_it_is_wrapped(monkeypatch):
+    def out_of_memory(step, device):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("capture failed due to a previous error")  # noqa: B904
+
+    monkeypatch.setattr(engine_module, "record", out_of_memory)
+    engine, ones = Engine(TINY, 2, CPU, capture=True), torch.ones(2)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step(*batch(engine.stack), ones, ones)
+    assert not engine_module.is_out_of_memory(RuntimeError("another one"))
 
 
 def test_a_restarted_engine_is_a_new_one():
@@ -60,46 +146,67 @@ def test_a_restarted_engine_is_a_new_one():
     assert used.adam_steps == 0 and torch.equal(steps(used), steps(new)) and used.adam_steps == 3
 
 
-def test_an_engine_fits_other_betas_and_seeds_only():
-    engine = Engine(TINY, 2, CPU)
+def test_an_engine_fits_other_betas_and_seeds_and_most_of_its_cells():
+    engine = Engine(TINY, 4, CPU)
     fields = dict(conv_channels=2, z_dims=3, batch_size=8)
-    assert engine.fits(Config(**fields, beta_y=3.0, beta_z=0.1, seed=5, run_name="a", run_batch_name="b"), 2, CPU)
-    assert not engine.fits(Config(**fields), 3, CPU)
-    assert not engine.fits(Config(**fields, learning_rate=1e-3), 2, CPU)
-    assert not engine.fits(Config(**{**fields, "conv_channels": 4}), 2, CPU)
+    assert engine.fits(Config(**fields, beta_y=3.0, beta_z=0.1, seed=5, run_name="a", run_batch_name="b"), 4)
+    assert engine.fits(Config(**fields), 3)
+    assert not engine.fits(Config(**fields), 2) and not engine.fits(Config(**fields), 5)
+    assert not engine.fits(Config(**fields, learning_rate=1e-3), 4)
+    assert not engine.fits(Config(**{**fields, "conv_channels": 4}), 4)
+
+
+@pytest.mark.parametrize("most, sizes", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (441, [2**i for i in range(9)])])
+def test_sizes_to_try(most, sizes):
+    assert doublings(most) == sizes
+
+
+class Timed:
+    """An engine whose step takes 10 seconds and 1 a cell, up to 16 cells, after which cells are no cheaper.
+
+    The kernels take half of that from 4 cells on, and before twice as long.
+    """
+
+    now, tried, memory, wrong = 0.0, [], 99, None
+
+    def __init__(self, config, m, device, capture, route):
+        if m > self.memory:
+            raise torch.OutOfMemoryError("out of memory")
+        self.m, self.route, self.stack = m, route, self
+        self.low = False
+        Timed.tried.append((m, route))
+
+    def restart(self, seed):
+        pass
+
+    def results(self, sums):
+        return [torch.full((1,), 2.0 if self.route == self.wrong else 1.0)]
+
+    def step(self, *_):
+        takes = 10 + self.m if self.m <= 16 else 1.7 * self.m
+        Timed.now += takes * {"plain": 1, "channels_last": 1.5, "kernels": 2 if self.m < 4 else 0.5}[self.route]
 
 
 @pytest.mark.parametrize(
-    "most, memory, sizes, best",
+    "sizes, memory, wrong, last, best",
     [
-        (1, 99, [1], 1),
-        (6, 99, [1, 2, 4, 6], 6),
-        (20, 99, [1, 2, 4, 8, 16, 20], 16),
-        (100, 99, [1, 2, 4, 8, 16, 32], 16),
-        (100, 10, [1, 2, 4, 8], 8),
+        ([1], 99, None, 1, (1, "plain")),
+        ([1, 2, 4, 6], 99, None, 6, (6, "kernels")),
+        ([1, 2, 4, 6], 99, "kernels", 6, (6, "plain")),
+        (doublings(100), 99, None, 32, (16, "kernels")),
+        (doublings(100), 10, None, 8, (8, "kernels")),
+        ([20], 99, "channels_last", 20, (20, "kernels")),
+        ([20], 10, None, None, (20, "plain")),
     ],
 )
-def test_the_size_grows_while_it_pays_and_fits(most, memory, sizes, best, monkeypatch):
-    """A step takes 10 seconds and 1 for each cell, up to 16 cells; more cells make none cheaper."""
-    now, tried = [0.0], []
-
-    class Timed:
-        def __init__(self, config, m, device, compile):
-            if m > memory:
-                raise torch.OutOfMemoryError("out of memory")
-            tried.append(m)
-            self.m, self.stack = m, self
-
-        @property
-        def model(self):
-            return build_model(TINY)
-
-        def step(self, *_):
-            now[0] += 10 + self.m if self.m <= 16 else 1.7 * self.m
-
+def test_the_fastest_size_and_route(sizes, memory, wrong, last, best, monkeypatch, capsys):
     monkeypatch.setattr(engine_module, "Engine", Timed)
-    monkeypatch.setattr(engine_module, "clock", lambda device: now[0])
-    assert fastest_size(TINY, most, CPU) == best and tried == sizes
+    monkeypatch.setattr(engine_module, "clock", lambda device: Timed.now)
+    for name, value in {"memory": memory, "wrong": wrong, "tried": []}.items():
+        monkeypatch.setattr(Timed, name, value)
+    assert fastest(TINY, sizes, CPU) == best
+    assert max((m for m, _ in Timed.tried), default=None) == last
+    assert ("left out" in capsys.readouterr().out) == (wrong is not None)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 import utils.runs
+from datasets import Data
 from models.stack import Stack
 from tests.conftest import TINY, start
 from utils.config import Config
+from utils.engine import Engine
 from utils.errors import UserError
 from utils.runs import Run, load_model, load_tensors, save_tensors, write_atomic
+from utils.seeds import generator
+from utils.training import Chunk
 
 TRIALS = [pytest.param(i, marks=[pytest.mark.slow] if i >= 2 else []) for i in range(50)]
 
@@ -470,9 +475,157 @@ def test_out_of_memory_halves_the_chunk(script, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(Stack, "step", small_memory)
-    status, out, _ = script(train.main, *TINY, "--beta_y", "1:6:6", "--cells_at_once", "5")
-    assert status == 0 and "halving" in out and len(list(Path("runs/singles").iterdir())) == 6
+    status, out, _ = script(train.main, *TINY, "--beta_y", "1:5:5", "--cells_at_once", "5")
+    assert status == 0 and "halving" in out and len(list(Path("runs/singles").iterdir())) == 5
     assert [m for m in sizes if m > 2] == [5, 3]
+
+
+def test_chunks_are_of_one_size_and_share_an_engine(script, monkeypatch):
+    """Seven cells, at most three at once: 3, 2 and 2, for which the engine of three is kept."""
+    built, init = [], Engine.__init__
+
+    def counted(self, config, m, *args, **kwargs):
+        built.append(m)
+        init(self, config, m, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "__init__", counted)
+    grid = [*TINY, "--beta_y", "1:7:7"]
+    assert script(train.main, *grid, "--cells_at_once", "3")[0] == 0
+    assert built == [3]
+    assert script(train.main, *grid, "--cells_at_once", "1", "--runs_dir", "alone")[0] == 0
+    paths = list(Path("runs/singles").iterdir())
+    assert len(paths) == 7
+    for path in paths:
+        alone = load_tensors(Path("alone/singles", path.name, "vae.pth"))
+        torch.testing.assert_close(load_tensors(path / "vae.pth"), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n, size, chunks", [(441, 64, [63] * 7), (20, 8, [7, 7, 6]), (5, 9, [5]), (3, 1, [1, 1, 1])])
+def test_sizes_of_chunks(n, size, chunks):
+    args = train.parse_args(["--cells_at_once", str(size), "--device", "cpu"])
+    trainer, taken = train.Trainer(Data(range(100), range(9), 10), args, None, n, Config()), []
+    while sum(taken) < n:
+        taken.append(trainer.size_for(Config(), n - sum(taken)))
+    assert taken == chunks
+
+
+def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
+    """Decided from the number of steps; `on`, `off` and a named way of convolving overrule it."""
+
+    def trainer(n_cells, *flags, device="cuda", **settings):
+        args = train.parse_args(["--device", "cpu", *flags])
+        args.device = torch.device(device)
+        return train.Trainer(
+            Data(range(50_000), range(9), 10), args, None, n_cells, Config(dataset="CIFAR10", **settings)
+        )
+
+    def how(t):
+        return t.compile, t.capture, t.size, t.route
+
+    assert how(trainer(441)) == (True, True, None, None)
+    assert how(trainer(1, num_epochs=2)) == (False, True, train.AT_ONCE, "plain")
+    assert how(trainer(441, device="cpu")) == (False, False, 1, "plain")
+    assert how(trainer(441, "--compile", "off", "--cells_at_once", "7")) == (False, False, 7, None)
+    assert how(trainer(1, "--compile", "on", num_epochs=2))[:2] == (True, True)
+    assert how(trainer(441, "--convolutions", "kernels", "--data_parallel"))[2:] == (1, "kernels")
+    asked = []
+    monkeypatch.setattr(train, "fastest", lambda config, *a: (asked.append(a), (49, "kernels"))[1])
+    measured = trainer(441)
+    assert measured.size_for(Config(), 441) == 49 and measured.size_for(Config(), 392) == 49
+    assert measured.route == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
+
+
+def test_kernels_are_refused_without_a_gpu(script):
+    status, _, err = script(train.main, *TINY, "--convolutions", "kernels")
+    assert status == 2 and err.startswith("error: --convolutions: kernels need an NVIDIA GPU")
+    assert not Path("runs").exists()
+
+
+# --- states are written while the training goes on ---
+
+
+def in_training(n_cells=2):
+    runs = [Run.of(Config(conv_channels=2, z_dims=3, batch_size=4, beta_y=1.0 + i), "runs") for i in range(n_cells)]
+    for run in runs:
+        run.create()
+    chunk = Chunk(runs, [None] * n_cells, Engine(runs[0].config, n_cells, torch.device("cpu")))
+    return runs, chunk
+
+
+def a_step(chunk):
+    x = torch.rand(4, 1, 28, 28, generator=generator("cpu", 0))
+    chunk.engine.step(x, chunk.stack.model.noise(4, generator("cpu", 1)), chunk.beta_y, chunk.beta_z)
+
+
+def test_a_state_is_of_the_moment_of_its_save_and_not_of_its_writing(monkeypatch):
+    runs, chunk = in_training()
+    a_step(chunk)
+    expected, may_write, save_state = [chunk.stack.cell(m) for m in range(2)], threading.Event(), Run.save_state
+
+    def slow(self, state):
+        assert may_write.wait(60)
+        save_state(self, state)
+
+    monkeypatch.setattr(Run, "save_state", slow)
+    chunk.save()
+    a_step(chunk)  # while it waits to be written
+    assert not chunk.saving.done() and not chunk.cheap_to_save(0.0)
+    may_write.set()
+    chunk.settle()
+    for run, weights in zip(runs, expected, strict=True):
+        state = run.load_state()[0]
+        assert all(torch.equal(state["weights"][name], p) for name, p in weights.items()) and state["adam_steps"] == 1
+        assert sum(p.numel() for p in weights.values()) * 3 * 4 < (run.path / "resume.pth").stat().st_size < 200_000
+
+
+def test_what_goes_wrong_while_writing_is_told_at_the_next_occasion(monkeypatch):
+    def full(self, state):
+        raise UserError("disk full")
+
+    _, chunk = in_training()
+    monkeypatch.setattr(Run, "save_state", full)
+    chunk.save()
+    with pytest.raises(UserError, match="disk full"):
+        chunk.settle()
+    chunk.settle()
+
+
+def test_cells_that_a_kill_left_apart_train_together_again(script, monkeypatch):
+    """Three cells saved after the first epoch, one of them also after the second: it goes back."""
+    grid = [*LONGER, "--beta_y", "1", "2", "3", "--cells_at_once", "3"]
+    assert script(train.main, *grid, "--runs_dir", "whole")[0] == 0
+    save_state, saves = Run.save_state, []
+
+    def killed(self, state):
+        saves.append(self.path)
+        if len(saves) > 4:
+            raise UserError("killed")
+        save_state(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", killed)
+        assert script(train.main, *grid)[0] == 2
+    states = {path.parent.name: load_tensors(path) for path in Path("runs").rglob("resume.pth")}
+    assert sorted(s["epoch"] for s in states.values()) == [1, 1, 2]
+    status, out, _ = script(train.main, *grid)
+    assert status == 0 and out.count("resuming at epoch 1") == 1 and "epoch 2" not in out
+    for path in Path("runs/singles").iterdir():
+        assert weights(path) == weights(Path("whole/singles", path.name))
+
+
+def test_a_cell_that_cannot_go_back_goes_on_by_itself():
+    runs, chunk = in_training()
+    for epoch in (1, 2):
+        chunk.epoch = epoch
+        chunk.save()
+        chunk.settle()
+    cells = [(run, run.load_state()[0]) for run in runs]
+    assert train.align(cells) == cells
+    (runs[0].path / "resume.prev.pth").replace(runs[0].path / "resume.pth")
+    (runs[1].path / "resume.prev.pth").write_bytes(b"damaged")
+    apart = train.align([(run, run.load_state()[0]) for run in runs])
+    assert [train.position(state) for _, state in apart] == [(1, 0), (2, 0)]
+    assert train.align([(runs[0], None), (runs[1], cells[1][1])])[1][1] is cells[1][1]  # a new cell waits for none
 
 
 def test_warmup_weights(script, monkeypatch):

@@ -75,6 +75,8 @@ def device(name: str) -> torch.device:
         if found.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("only cpu, cuda and mps can train")
         torch.empty(0, device=found)
+        if found.type == "cuda" and found.index is not None:
+            torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
     return found
@@ -84,9 +86,7 @@ def default_device() -> torch.device:
     """The GPU, of several the one that torchrun means for this process; the CPU if there is none."""
     if not torch.cuda.is_available():
         return device("cpu")
-    found = device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
-    torch.cuda.set_device(found)
-    return found
+    return device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
 
 
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:

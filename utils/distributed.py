@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import UserError
@@ -51,14 +50,6 @@ def wait_for_all() -> None:
             join(torch.device("cpu"))
         dist.barrier()
         dist.destroy_process_group()
-
-
-def sum_over_all(tensors: list[Tensor]) -> None:
-    """Adds up the processes' tensors, in place and in one message."""
-    together = torch.cat([t.reshape(-1) for t in tensors])
-    dist.all_reduce(together)
-    for t, total in zip(tensors, together.split([t.numel() for t in tensors]), strict=True):
-        t.copy_(total.view_as(t))
 
 
 def largest_of_all(value: int, device: torch.device) -> int:

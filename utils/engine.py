@@ -3,51 +3,62 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from models import build_model
 from models.hvae import Noise
-from models.stack import Stack
+from models.stack import ROUTES, Stack
 from utils.config import Config
-from utils.distributed import place, sum_over_all
+from utils.distributed import place
 
-COMPILE = ("auto", "on", "off")
 WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle the compiler's and cuDNN's choices
+LARGEST = 256  # cells that `fastest` tries to stack
+
+
+class Differs(Exception):
+    """A fast step does not give what the plain one gives."""
 
 
 class Engine:
-    """M stacked models in training; kept from chunk to chunk, so that a grid is compiled once.
+    """M stacked models in training; kept from chunk to chunk, so that a grid is compiled and captured once.
 
-    With `data_parallel` each process of torchrun takes its part of every batch, and the gradients are added up.
-    `compile` is one of COMPILE: "off" runs the step as it is written, "on" through torch.compile and, on a GPU,
-    as one CUDA graph for all batches of full size; "auto" is on for a GPU, off elsewhere.
+    `compile` takes the step through torch.compile; `capture`, on a GPU, makes it one CUDA graph for all batches of
+    full size, after comparing it with the step as it is written. `route` is one of models.stack.ROUTES.
+    With `data_parallel` each process of torchrun takes its part of every batch.
     """
 
     def __init__(
-        self, config: Config, m: int, device: torch.device, compile: str = "auto", data_parallel: bool = False
+        self,
+        config: Config,
+        m: int,
+        device: torch.device,
+        compile: bool = False,
+        capture: bool = False,
+        route: str = "plain",
+        data_parallel: bool = False,
     ):
         on_gpu = device.type == "cuda"
-        self.config, self.device, self.graph, self.data_parallel = config, device, None, data_parallel
-        self.stack = Stack(build_model(config).to(device), m, config.precision)
-        self.to_capture = on_gpu and compile != "off" and not data_parallel
-        if data_parallel:
-            rank, world = place()
-            self.stack.part, self.stack.sum_over_all = slice(rank, None, world), sum_over_all
+        self.config, self.device, self.data_parallel = config, device, data_parallel
+        self.compile, self.to_capture, self.replay = compile, capture and not data_parallel, None
+        self.stack = Stack(build_model(config).to(device), m, config.precision, route)
         parameters = self.stack.parameters.values()
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
         for p in parameters:  # at once, so that every state is set in place and a captured graph goes on seeing it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
-        if not self.to_capture and (compile == "on" or compile == "auto" and on_gpu):
-            self.stack.compile()
+        rank, world = place() if data_parallel else (0, 1)
+        if compile and not self.to_capture:
+            self.stack.compile(len(range(config.batch_size)[rank::world]))
+        if data_parallel:
+            self.stack.distribute(rank, world)
 
-    def fits(self, config: Config, m: int, device: torch.device) -> bool:
-        """Whether it can train m cells of that Config: all but betas, seed and names must be its own."""
+    def fits(self, config: Config, m: int) -> bool:
+        """Whether m cells of that Config can train in it, and fill most of it; betas, seed and names are free."""
         free = {name: getattr(self.config, name) for name in ("beta_y", "beta_z", "seed", "run_name", "run_batch_name")}
-        return dataclasses.replace(config, **free) == self.config and (m, device) == (self.stack.m, self.device)
+        return dataclasses.replace(config, **free) == self.config and m <= self.stack.m < 2 * m
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
@@ -63,13 +74,14 @@ class Engine:
     def adam_steps(self) -> int:
         return int(next(iter(self.optimizer.state.values()))["step"])
 
-    def moments(self, m: int) -> dict[str, dict[str, Tensor]]:
-        """Adam's moments of model m, a copy on the CPU."""
-        state = self.optimizer.state
-        return {
-            key: {name: state[p][key][m].cpu().clone() for name, p in self.stack.parameters.items()}
+    def on_host(self) -> dict[str, dict[str, Tensor]]:
+        """All weights and Adam's moments, stacked, copied to the CPU."""
+        state, parameters = self.optimizer.state, self.stack.parameters.items()
+        moments = {
+            key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters}
             for key in ("exp_avg", "exp_avg_sq")
         }
+        return {"weights": {name: p.detach().to("cpu", copy=True) for name, p in parameters}, **moments}
 
     @torch.no_grad()
     def load_cell(self, m: int, state: dict) -> None:
@@ -84,14 +96,14 @@ class Engine:
     def step(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
         """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4)."""
         inputs = (x, noise, beta_y, beta_z)
-        if self.to_capture:
+        if self.to_capture and len(x) == self.config.batch_size:
             self.to_capture = False
             self._capture(inputs)
-        if self.graph is None or any(a.shape != b.shape for a, b in zip(flat(inputs), self.inputs, strict=True)):
+        if self.replay is None or any(a.shape != b.shape for a, b in zip(flat(inputs), self.inputs, strict=True)):
             return self.stack.step(self.optimizer, *inputs)  # so does the last batch of an epoch, where it is smaller
         for there, new in zip(self.inputs, flat(inputs), strict=True):
             there.copy_(new)
-        self.graph.replay()
+        self.replay()
         return self.sums
 
     def _tensors(self) -> list[Tensor]:
@@ -99,77 +111,124 @@ class Engine:
         adam = (t for state in self.optimizer.state.values() for t in state.values())
         return [*self.stack.parameters.values(), *adam]
 
+    def results(self, sums: Tensor) -> list[Tensor]:
+        """What tells one way of making a step from another: its sums, and the gradients that it left; copies."""
+        return [sums.clone(), *(p.grad.clone() for p in self.stack.parameters.values())]
+
     def _capture(self, inputs: tuple) -> None:
         """Captures the step for batches of this size, after comparing it with the step as it is written.
 
-        What cannot be captured, or gives another result, is not used; a line says so.
+        What cannot be compiled or captured, or gives another result, is not used; a line says so.
         """
         before = [t.detach().clone() for t in self._tensors()]
-        expected = self.stack.step(self.optimizer, *inputs)
+        expected = self.results(self.stack.step(self.optimizer, *inputs))
         self._set(before)
-        for compile in (True, False):
-            try:
-                self.stack.compile(compile)
-                self._record(inputs)
-                self._set(before)
-                self.graph.replay()
-                torch.testing.assert_close(self.sums, expected, rtol=1e-2 if self.stack.low else 1e-3, atol=1e-2)
-                return self._set(before)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as e:
-                self.graph = None
-                self._set(before)
-                line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-                what = "compiled" if compile else "captured"
-                print(f"note: the step cannot be {what} on this machine, going on without: {line}", flush=True)
-
-    def _record(self, inputs: tuple) -> None:
         self.inputs = [t.clone() for t in flat(inputs)]
         x, z, y, *temperature, beta_y, beta_z = self.inputs
         fixed = (x, Noise(z, y, *temperature), beta_y, beta_z)
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.stack.step(self.optimizer, *fixed)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.sums = self.stack.step(self.optimizer, *fixed)
-        self.graph = graph
+        for compile in (True, False) if self.compile else (False,):
+            try:
+                if compile:
+                    self.stack.compile(len(x))
+                self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
+                self._set(before)
+                self.replay()
+                check_same(self.results(self.sums), expected, self.stack.low)
+                return self._set(before)
+            except Exception as e:
+                self.replay = self.stack.compiled = None
+                if is_out_of_memory(e):
+                    raise torch.OutOfMemoryError(str(e)) from e
+                self._set(before)
+                what = "compiled" if compile else "captured as a CUDA graph"
+                print(f"note: the step cannot be {what} on this machine, going on without: {one_line(e)}", flush=True)
 
     @torch.no_grad()
-    def _set(self, values: Iterable[Tensor]) -> None:
+    def _set(self, values: list[Tensor]) -> None:
         for there, value in zip(self._tensors(), values, strict=True):
             there.copy_(value)
 
 
-def fastest_size(config: Config, most: int, device: torch.device) -> int:
-    """How many cells, at most so many, to stack: doubled while that pays and the memory holds them.
+def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Captures a step as a CUDA graph. Returns what replays it, and the tensor in which it leaves its result."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
-    Measured on a few steps of random images, as written rather than compiled.
+
+def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None:
+    """Raises Differs unless the tensors agree, each in norm, to what is expected of float32, TF32 or bfloat16."""
+    tolerance = 0.05 if low else 0.01 if torch.backends.cudnn.allow_tf32 else 1e-3
+    for got, right in zip(results, expected, strict=True):
+        error, size = float((got - right).norm()), float(right.norm())
+        if not error <= tolerance * size + 1e-6:
+            raise Differs(f"it gives another result, off by {error:.3g} of {size:.3g}")
+
+
+def is_out_of_memory(e: BaseException | None) -> bool:
+    """Whether a GPU's memory did not hold what was asked for: as torch says it, or a library below or above it."""
+    while e is not None:
+        if isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "ALLOC_FAILED" in str(e):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def doublings(most: int) -> list[int]:
+    """1, 2, 4, ... and the last at most so many, or LARGEST."""
+    most = min(most, LARGEST)
+    return sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
+
+
+def fastest(
+    config: Config, sizes: Sequence[int], device: torch.device, routes: Sequence[str] = ROUTES
+) -> tuple[int, str]:
+    """How many cells to stack, and by which route to convolve: the fastest a cell on this device.
+
+    Measured on a few captured steps of random images, size after size while that pays and the memory holds it.
+    A route that cannot run here, or gives another result than the first, is out.
     """
-    x = torch.rand(config.batch_size, *config.image_shape, device=device)
-    best, fastest, size = 1, math.inf, 1
-    while size <= most:
-        try:
-            engine, ones = Engine(config, size, device, "off"), torch.ones(size, device=device)
-            noise = engine.stack.model.noise(len(x), torch.Generator(device))
-            for i in range(6):
-                if i == 2:
-                    start = clock(device)
-                engine.step(x, noise, ones, ones)
-            each = (clock(device) - start) / size
-        except torch.OutOfMemoryError:
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.rand(config.batch_size, *config.image_shape, generator=g, device=device)
+    noise = build_model(config).noise(len(x), g)
+    seconds, expected, out = {}, None, set()
+    for size in sizes:
+        before = min(seconds.values(), default=math.inf)
+        for route in [r for r in routes if r not in out]:
+            ones, engine = torch.ones(size, device=device), None
+            try:
+                engine = Engine(config, size, device, capture=device.type == "cuda", route=route)
+                engine.restart(0)
+                results = engine.results(engine.step(x, noise, ones, ones))
+                if size == sizes[0]:
+                    expected = expected or results
+                    check_same(results, expected, engine.stack.low)
+                for i in range(6):
+                    if i == 2:
+                        start = clock(device)
+                    engine.step(x, noise, ones, ones)
+                seconds[size, route] = (clock(device) - start) / size
+            except Exception as e:
+                if not is_out_of_memory(e):
+                    out.add(route)
+                    print(f"note: convolutions by {route} are left out: {one_line(e)}", flush=True)
+            finally:
+                engine = results = None  # before the next one takes memory
+        if min(seconds.values(), default=math.inf) > 0.95 * before:
             break
-        finally:
-            engine = None  # before the next one takes memory
-        if each > 0.95 * fastest:
-            break
-        best, fastest = size, each
-        size = 2 * size if 2 * size <= most or size == most else most
-    return best
+    return min(seconds, key=seconds.get, default=(sizes[0], routes[0]))
+
+
+def one_line(e: BaseException) -> str:
+    """The first line of an exception's message, or its name."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def use_precision(precision: str) -> None:

@@ -141,6 +141,19 @@ class Run:
             raise UserError(f"{'; '.join(problems)}; no whole state is left, --overwrite starts anew")
         return None, problems
 
+    def step_back(self, position: tuple[int, int]) -> dict | None:
+        """The state before the newest, if it is at that (epoch, step): it becomes the newest. None if it is not."""
+        path = self.path / "resume.prev.pth"
+        try:
+            state = load_tensors(path)
+            self._check_state(path, state)
+        except UserError:
+            return None
+        if (state["epoch"], state["step"]) != position:
+            return None
+        os.replace(path, self.path / "resume.pth")
+        return state
+
     def _check_state(self, path: Path, state: dict) -> None:
         """Raises UserError if a resume state is not one of this run's model."""
         with torch.device("meta"):

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +21,7 @@ from utils.seeds import generator
 
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
 LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+SAVER = ThreadPoolExecutor(1)  # writes the resume states while the training goes on
 N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
 
 
@@ -52,18 +54,21 @@ class Chunk:
 
     All cells share the seed's initial weights, batches and noise, so what differs between them is due to
     their betas alone. A position is resumed exactly: batches and noise depend on (seed, epoch, step) only.
+    Where the engine has room for more models than there are cells, the rest train along and are forgotten.
     """
 
     def __init__(self, runs: list[Run], states: list[dict | None], engine: Engine):
         self.runs, self.config, self.device = runs, runs[0].config, engine.device
         self.engine, self.stack, device = engine, engine.stack, engine.device
         engine.restart(self.config.seed)
-        self.beta_y = torch.tensor([r.config.beta_y for r in runs], device=device)
-        self.beta_z = torch.tensor([r.config.beta_z for r in runs], device=device)
+        spare = [1.0] * (self.stack.m - len(runs))
+        self.beta_y = torch.tensor([r.config.beta_y for r in runs] + spare, device=device)
+        self.beta_z = torch.tensor([r.config.beta_z for r in runs] + spare, device=device)
         self.live = dict(enumerate(runs))  # those not failed
         self.epoch = self.step = 0
         self.seconds = 0.0  # spent on each cell
         self.history = self.noise = None  # of this epoch: the batches' sums (steps, M, 4), the generator
+        self.saving, self.cost_of_save = None, 0.0  # what is being written, and the seconds that it took last
         if states[0] is not None:
             self._load(states)
         self.good = self.stack.snapshot()  # the weights to keep where a loss is not finite
@@ -74,34 +79,45 @@ class Chunk:
         first = states[0]
         self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
         if self.step:
-            self.history = torch.stack([s["history"] for s in states], 1).to(self.device)
+            self.history = torch.zeros(len(first["history"]), self.stack.m, len(TERMS), device=self.device)
+            self.history[:, : len(states)] = torch.stack([s["history"] for s in states], 1)
             self.noise = torch.Generator(self.device)
             self.noise.set_state(first["noise"])
 
-    def state(self, m: int) -> dict:
-        """The resume state of cell m: tensors and plain numbers."""
-        within_epoch = (
-            {"history": self.history[:, m].cpu().clone(), "noise": self.noise.get_state()} if self.step else {}
-        )
-        return {
-            "weights": self.stack.cell(m),
-            **self.engine.moments(m),
-            "adam_steps": self.engine.adam_steps,
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            **within_epoch,
-        }
-
     def save(self) -> None:
-        """Writes every live cell's resume state."""
-        for m, run in self.written.items():
-            run.save_state(self.state(m))
+        """Copies every live cell's resume state to the CPU; it is written while the training goes on."""
+        self.settle()
+        start = time.monotonic()
+        stacked, written = self.engine.on_host(), dict(self.written)
+        numbers = {"adam_steps": self.engine.adam_steps, "epoch": self.epoch, "step": self.step}
+        numbers["seconds"] = self.seconds
+        history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 
-    def agree(self, signals: "Signals") -> None:
-        """Data-parallel processes stop together: what one has received, all have."""
-        if self.engine.data_parallel:
-            signals.received = largest_of_all(signals.received or 0, self.device) or None
+        def write():
+            for m, run in written.items():
+                state = {key: {name: t[m].clone() for name, t in stacked[key].items()} for key in stacked}
+                within_epoch = {"history": history[:, m].clone(), "noise": noise} if history is not None else {}
+                run.save_state({**state, **numbers, **within_epoch})
+            self.cost_of_save = time.monotonic() - start
+
+        self.saving = SAVER.submit(write)
+
+    def settle(self) -> None:
+        """Waits until what is being written is on the disk; raises what went wrong with it."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def cheap_to_save(self, saved_at: float) -> bool:
+        """Whether a save now, the last one having begun then, keeps within its share of the time."""
+        done = self.saving is None or self.saving.done()
+        return done and (time.monotonic() - saved_at) * SAVING_SHARE >= self.cost_of_save
+
+    def stop(self, signals: "Signals") -> int | None:
+        """The signal to stop for; data-parallel processes stop together: what one has received, all have."""
+        if not self.engine.data_parallel:
+            return signals.received
+        return largest_of_all(signals.received or 0, self.device) or None
 
     @property
     def written(self) -> dict[int, Run]:
@@ -111,6 +127,7 @@ class Chunk:
     def drop_failed(self, means: torch.Tensor, step: int) -> None:
         """Ends the cells whose figures (M, ...) are not finite: marks them failed, keeps their last good weights."""
         for m in [m for m in self.live if not means[m].isfinite().all()]:
+            self.settle()
             values = self.history[:step, m].tolist()
             bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), None)
             if bad is None:  # the training images' figures are finite, the test images' are not
@@ -129,6 +146,7 @@ class Chunk:
 
     def finish(self, train: torch.Tensor, test: torch.Tensor, data: Data) -> None:
         """Writes the trained weights of every live cell, and how the training ended."""
+        self.settle()
         for m, run in self.written.items():
             model = self.stack.plain(m)
             quality = psnr(model, data.test.batches(self.config.batch_size))
@@ -158,20 +176,29 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
 
     Raises Interrupted, after saving, when a signal has come.
     """
+    try:
+        _train(chunk, data, signals, save_every)
+    finally:
+        chunk.settle()
+
+
+def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -> None:
     config, stack = chunk.config, chunk.stack
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
     bar = progress(
         total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
     )
-    saved_at, cost_of_save = time.monotonic(), 0.0
+    saved_at = time.monotonic()
 
-    def save():
-        nonlocal saved_at, cost_of_save
-        start = time.monotonic()
-        chunk.save()
+    def save(stop):
+        nonlocal saved_at
         saved_at = time.monotonic()
-        cost_of_save = saved_at - start
+        chunk.save()
+        if stop:
+            chunk.settle()
+            bar.close()
+            raise Interrupted(stop, chunk.epoch)
 
     started, seconds_before = time.monotonic(), chunk.seconds
     while chunk.live and chunk.epoch < config.num_epochs:
@@ -181,7 +208,7 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
             temperature = torch.tensor(temperature, device=chunk.device)
         if chunk.step == 0:
             chunk.noise = generator(chunk.device, config.seed, chunk.epoch, "noise")
-            chunk.history = torch.zeros(steps, len(chunk.runs), len(TERMS), device=chunk.device)
+            chunk.history = torch.zeros(steps, stack.m, len(TERMS), device=chunk.device)
             chunk.good = stack.snapshot()
         batches = data.train.batches(config.batch_size, (config.seed, chunk.epoch), chunk.step, stack.part)
         for x, _ in batches:
@@ -190,16 +217,13 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
             chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
             chunk.step += 1
             bar.update()
-            chunk.agree(signals)
+            stop = chunk.stop(signals)
             overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
-            if (signals.received or overdue) and chunk.step < steps:
+            if (stop or overdue) and chunk.step < steps:
                 chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
                 chunk.drop_failed(chunk.history[: chunk.step].sum(0).cpu(), chunk.step)
                 log.show(bar, chunk.history[: chunk.step].double().sum(0) / (chunk.step * config.batch_size))
-                save()
-            if signals.received and chunk.step < steps:
-                bar.close()
-                raise Interrupted(signals.received, chunk.epoch)
+                save(stop)
         train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
         test_noise = generator(chunk.device, config.seed, "test")
         test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.beta_y, chunk.beta_z).cpu()
@@ -208,18 +232,11 @@ def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = N
         chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
         log.show(bar, train_means)
         log.epoch(train_means, test_means)
-        chunk.agree(signals)
+        stop = chunk.stop(signals)
         if chunk.epoch == config.num_epochs:
             chunk.finish(train_means, test_means, data)
-        elif (
-            signals.received
-            or (save_every is not None and chunk.epoch % save_every == 0)
-            or (save_every is None and (time.monotonic() - saved_at) * SAVING_SHARE >= cost_of_save)
-        ):
-            save()
-            if signals.received:
-                bar.close()
-                raise Interrupted(signals.received, chunk.epoch)
+        elif stop or (chunk.cheap_to_save(saved_at) if save_every is None else chunk.epoch % save_every == 0):
+            save(stop)
     bar.close()
     log.close()
 
