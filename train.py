@@ -52,7 +52,8 @@ def parse_args(argv=None):
         "--convolutions",
         choices=("auto", *ROUTES),
         default="auto",
-        help="how to convolve; kernels are this project's own, for a GPU (default: auto: plain, measured on a GPU)",
+        help="how to convolve; kernels are this project's own, for a GPU (default: auto: measured for long trainings on a "
+        "GPU; else plain, or channels_last for 256 pixels)",
     )
     group.add_argument(
         "--save_every",
@@ -141,8 +142,8 @@ class Trainer:
         self.compile = self.long if args.compile == "auto" else args.compile == "on"
         self.capture = on_gpu and args.compile != "off"
         self.size = args.cells_at_once or (1 if shared or not on_gpu else None if self.long else AT_ONCE)
-        large = "channels_last" if on_gpu and config.image_shape[1] == 256 else "plain"
-        route = None if self.long and not shared else large
+        usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
+        route = None if self.long and not shared else usual
         self.route = route if args.convolutions == "auto" else args.convolutions
 
     def size_for(self, config: Config, most: int) -> int:

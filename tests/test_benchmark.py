@@ -1,8 +1,16 @@
 """The benchmarks run, and say what they measured."""
 
-import pytest
+import json
+from pathlib import Path
 
-from utils import benchmark
+import numpy as np
+import pytest
+import torch
+
+import train
+from tests.conftest import TINY
+from utils.benchmark import __main__ as benchmark
+from utils.benchmark import training
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
 
@@ -10,8 +18,10 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
 @pytest.mark.parametrize(
     "what, images, lines",
     [
-        ("train", 40, ["plain", "1 cell ", "2 cells stacked", "per model and epoch of 40 images (5 steps)"]),
-        ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s"]),
+        ("step", 40, ["1 cell, plain", "2 cells, channels_last", "first step"]),
+        ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s", "whole epochs", "grid takes"]),
+        ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient by weights"]),
+        ("loader", 12, ["JPEG files of 500 x 375", "the loader feeds"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
         ("inception", 100, ["plain loop", "inception_score"]),
@@ -25,9 +35,40 @@ def test_benchmarks_run(what, images, lines, script):
 
 
 def test_the_paper_grids_hours_follow_from_its_steps(script, monkeypatch):
-    """A step of 36 ms: 441 models x 500 epochs x 5 steps of it take 11.0 hours."""
+    """A step of 36 ms: 441 models x 500 epochs x 5 steps of it take 11.0 hours; epochs of 0.36 s, 22.05."""
     monkeypatch.setattr(
-        benchmark, "measure", lambda candidates, n, device, warmup=3: {k: [0.036] * 2 for k in candidates}
+        training, "measure", lambda candidates, n, device, warmup=3: {k: [0.036] * 2 for k in candidates}
     )
+    monkeypatch.setattr(training, "whole_epochs", lambda *_: (3600.0, [0.3, 0.36, 0.4]))
     out = script(benchmark.main, "grid", *SMALL, "--images", "40", "--cells", "1", "--device", "cpu")[1]
     assert "20000.0 models x epochs an hour, the grid in      11.0 hours" in out
+    assert "0.36 s (n = 3, 0.30 .. 0.40), the first 3600.0 s" in out
+    assert "so the grid takes 23.05 hours" in out and "alone, 0.5 times as long" in out
+
+
+def test_im2col_is_the_convolution():
+    for layer in (torch.nn.Conv2d(3, 5, 4, 2, 1), torch.nn.ConvTranspose2d(3, 5, 5, 2, 2, 1)):
+        x = torch.randn(2, 3, 8, 8)
+        right = layer(x)
+        got = training.by_im2col(layer, right.shape[2:], dict(layer.named_parameters()), x)
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_precision_changes_beside_the_seed(script):
+    grid = [*TINY, "--beta_y", "1", "--run_batch_name", "b"]
+    for flags in (["--seed", "1", "2", "3"], ["--seed", "1", "--precision", "bf16"]):
+        assert script(train.main, *grid, *flags)[0] == 0
+    status, out, _ = script(benchmark.main, "precision", "runs/b", "--device", "cpu")
+    rows = [line.split() for line in out.splitlines()[2:4]]
+    assert status == 0 and [r[:4] for r in rows] == [["1", "1", "fp32", "3"], ["1", "1", "bf16", "1"]]
+    paths = [p for p in Path("runs/b").rglob("training.json") if "bf16" not in str(p)]
+    fp32 = [json.loads(p.read_text())["test"]["loss"] for p in paths]
+    assert float(rows[0][4]) == pytest.approx(np.mean(fp32), abs=1e-3)
+    assert float(rows[0][6]) == pytest.approx(np.std(fp32, ddof=1), abs=1e-3)
+    status, _, err = script(benchmark.main, "precision", "runs/none", "--device", "cpu")
+    assert status == 2 and "needs a folder of finished runs" in err
+
+
+def test_streams_are_refused_without_a_gpu(script):
+    status, _, err = script(benchmark.main, "streams", "--device", "cpu")
+    assert status == 2 and "streams are of a GPU" in err

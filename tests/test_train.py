@@ -525,6 +525,8 @@ def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
     assert how(trainer(441)) == (True, True, None, None)
     assert how(trainer(1, num_epochs=2)) == (False, True, train.AT_ONCE, "plain")
     assert how(trainer(441, device="cpu")) == (False, False, 1, "plain")
+    data, args = Data(range(9), range(9), 10), train.parse_args(["--device", "cpu"])
+    assert train.Trainer(data, args, None, 1, Config(dataset="ImageNet")).route == "channels_last"
     assert how(trainer(441, "--compile", "off", "--cells_at_once", "7")) == (False, False, 7, None)
     assert how(trainer(1, "--compile", "on", num_epochs=2))[:2] == (True, True)
     assert how(trainer(441, "--convolutions", "kernels", "--data_parallel"))[2:] == (1, "kernels")
