@@ -52,8 +52,8 @@ def parse_args(argv=None):
         "--convolutions",
         choices=("auto", *ROUTES),
         default="auto",
-        help="how to convolve; kernels are this project's own, for a GPU (default: auto: measured for long trainings on a "
-        "GPU; else plain, or channels_last for 256 pixels)",
+        help="how to convolve; kernels are this project's own, for a GPU (default: auto: measured where long trainings "
+        "run on a GPU; else plain, or channels_last for 256 pixels)",
     )
     group.add_argument(
         "--save_every",
