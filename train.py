@@ -22,8 +22,8 @@ from models.stack import ROUTES
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
 from utils.distributed import from_first, is_first, join, place, share, wait_for_all
-from utils.engine import Engine, doublings, fastest, is_out_of_memory, use_precision
-from utils.errors import UserError, command_line, run_script
+from utils.engine import Engine, doublings, fastest, free, use_precision
+from utils.errors import UserError, command_line, is_out_of_memory, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
 
@@ -156,31 +156,40 @@ class Trainer:
         return math.ceil(most / math.ceil(most / self.size))
 
     def train(self, cells: list[tuple[Run, dict | None]]) -> None:
-        """In halves when the GPU's memory does not hold them."""
+        """Position by position; in halves when the GPU's memory does not hold them."""
+        for p in sorted({position(state) for _, state in cells}):
+            together = [(run, state) for run, state in cells if position(state) == p]
+            if not self._train(together):
+                self._train_halves([run for run, _ in together])
+
+    def _train_halves(self, runs: list[Run]) -> None:
+        self.engine = None
+        free(self.args.device)
+        if len(runs) == 1 or self.args.data_parallel:
+            raise UserError("--batch_size: the GPU's memory does not hold the cells; try fewer images, or fewer cells")
+        print(f"{len(runs)} cells at once are too many for the GPU's memory; halving", flush=True)
+        self.size = math.ceil(len(runs) / 2)
+        for half in (runs[: self.size], runs[self.size :]):
+            self.train([(run, run.load_state()[0]) for run in half if run.status == "unfinished"])
+
+    def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
+        """Whether the memory held them."""
+        config = cells[0][0].config
         try:
-            return self._train(cells)
+            if self.engine is None or not self.engine.fits(config, len(cells)):
+                self.engine = None
+                free(self.args.device)
+                how = {"compile": self.compile, "capture": self.capture, "route": self.route}
+                self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
+            chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
+            if chunk.epoch or chunk.step:
+                print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
+            train(chunk, self.data, self.signals, self.args.save_every)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
-        self.engine = None
-        if len(cells) == 1:
-            raise UserError("--batch_size: one cell does not fit into the GPU's memory; try fewer")
-        torch.cuda.empty_cache()
-        print(f"{len(cells)} cells at once are too many for the GPU's memory; halving", flush=True)
-        self.size = math.ceil(len(cells) / 2)
-        for half in (cells[: self.size], cells[self.size :]):
-            self.train([(run, run.load_state()[0]) for run, _ in half])
-
-    def _train(self, cells: list[tuple[Run, dict | None]]) -> None:
-        config = cells[0][0].config
-        if self.engine is None or not self.engine.fits(config, len(cells)):
-            self.engine = None  # frees its memory first
-            how = {"compile": self.compile, "capture": self.capture, "route": self.route}
-            self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
-        chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
-        if chunk.epoch or chunk.step:
-            print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
-        train(chunk, self.data, self.signals, self.args.save_every)
+            return False
+        return True
 
 
 def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
@@ -208,8 +217,7 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
             with contextlib.ExitStack() as held:
                 cells, wrong = open_cells(together, args, held)
                 problems += wrong
-                for p in sorted({position(state) for _, state in cells}):
-                    trainer.train([(run, state) for run, state in cells if position(state) == p])
+                trainer.train(cells)
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
@@ -255,6 +263,8 @@ def main(argv=None) -> int:
         return 0
     if args.convolutions == "kernels" and (args.device.type != "cuda" or find_spec("triton") is None):
         raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
+    if configs[0].precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
+        raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
     data = datasets.load(configs[0], args.data_dir, args.device, args.download)
     mine = runs if args.data_parallel else share(runs)
     for run in mine:

@@ -130,9 +130,9 @@ def _weight_grad(
 
 
 def _tile(size: int, most: int = 128) -> int:
-    """A tile's length along a dimension of that size: the longest that leaves at most a quarter of it empty."""
-    tiles = [tile for tile in (128, 64, 32, 16) if tile <= most]
-    return next((tile for tile in tiles if triton.cdiv(size, tile) * tile <= 1.25 * size), 16)
+    """A tile's length along a dimension of that size: a long one, as far as it leaves little of the last one empty."""
+    covered = {tile: triton.cdiv(size, tile) * tile for tile in (128, 64, 32, 16) if tile <= most}
+    return next(tile for tile, length in covered.items() if length <= 1.4 * min(covered.values()))
 
 
 def _in_memory(t: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import is_out_of_memory, one_line
 
 from .hvae import Noise, Terms
 
@@ -46,11 +49,20 @@ class Stack:
 
     def compile(self, batch_size: int) -> None:
         """Lets the terms of batches of that size go through torch.compile; an epoch's last one stays as written."""
+        torch._dynamo.config.recompile_limit = 1000  # for all the engines that a process makes, not for one
         self.compiled, self.compiled_batch = torch.compile(self.terms, fullgraph=True), batch_size
 
     def fast_terms(self, x: Tensor, noise: Noise) -> Terms:
-        """`terms`, compiled where that is wanted."""
-        return (self.compiled if self.compiled and len(x) == self.compiled_batch else self.terms)(x, noise)
+        """`terms`, compiled where that is wanted and possible."""
+        if self.compiled and len(x) == self.compiled_batch:
+            try:
+                return self.compiled(x, noise)
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise
+                self.compiled = None
+                print(f"note: the step cannot be compiled on this machine, going on without: {one_line(e)}", flush=True)
+        return self.terms(x, noise)
 
     def distribute(self, rank: int, world: int) -> None:
         """Makes this process take its part of every batch; the gradients are averaged over the processes."""

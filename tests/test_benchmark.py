@@ -1,6 +1,5 @@
 """The benchmarks run, and say what they measured."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import train
 from tests.conftest import TINY
 from utils.benchmark import __main__ as benchmark
 from utils.benchmark import training
+from utils.runs import Run
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
 
@@ -56,15 +56,19 @@ def test_im2col_is_the_convolution():
 
 def test_what_a_precision_changes_beside_the_seed(script):
     grid = [*TINY, "--beta_y", "1", "--run_batch_name", "b"]
-    for flags in (["--seed", "1", "2", "3"], ["--seed", "1", "--precision", "bf16"]):
+    for flags in (["--seed", "1", "2", "3"], ["--seed", "1", "2", "--precision", "bf16"]):
         assert script(train.main, *grid, *flags)[0] == 0
     status, out, _ = script(benchmark.main, "precision", "runs/b", "--device", "cpu")
-    rows = [line.split() for line in out.splitlines()[2:4]]
-    assert status == 0 and [r[:4] for r in rows] == [["1", "1", "fp32", "3"], ["1", "1", "bf16", "1"]]
-    paths = [p for p in Path("runs/b").rglob("training.json") if "bf16" not in str(p)]
-    fp32 = [json.loads(p.read_text())["test"]["loss"] for p in paths]
-    assert float(rows[0][4]) == pytest.approx(np.mean(fp32), abs=1e-3)
-    assert float(rows[0][6]) == pytest.approx(np.std(fp32, ddof=1), abs=1e-3)
+    rows = [line.replace("- fp32", "difference").split() for line in out.splitlines()[2:5]]
+    assert status == 0 and [r[2:4] for r in rows] == [["fp32", "3"], ["bf16", "2"], ["difference", "2"]]
+    losses = {"fp32": {}, "bf16": {}}
+    for path in Path("runs/b").iterdir():
+        run = Run.open(path)
+        losses[run.config.precision][run.config.seed] = run.result["test"]["loss"]
+    fp32, difference = [*losses["fp32"].values()], [losses["bf16"][seed] - losses["fp32"][seed] for seed in (1, 2)]
+    for row, values, spread in ((rows[0], fp32, np.std(fp32, ddof=1)), (rows[2], difference, np.std(difference))):
+        assert float(row[4]) == pytest.approx(np.mean(values), abs=1e-3)
+        assert float(row[6]) == pytest.approx(spread, abs=1e-3)  # of two, the standard error is np.std
     status, _, err = script(benchmark.main, "precision", "runs/none", "--device", "cpu")
     assert status == 2 and "needs a folder of finished runs" in err
 

@@ -7,7 +7,8 @@ from models import build_model
 from models.stack import ROUTES, Stack
 from utils import engine as engine_module
 from utils.config import Config
-from utils.engine import Engine, doublings, fastest
+from utils.engine import Differs, Engine, check_same, doublings, fastest
+from utils.errors import is_out_of_memory
 from utils.seeds import generator
 
 CPU = torch.device("cpu")
@@ -118,6 +119,26 @@ def test_a_step_that_cannot_be_captured_or_comes_out_wrong_is_left_as_it_was(fai
     assert out.startswith("note: the step cannot be captured") and why in out and out.count("\n") == 1
 
 
+@pytest.mark.parametrize("low, least", [(False, 1e-3), (True, 0.05)])
+def test_what_counts_as_the_same(low, least, monkeypatch):
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    right = [torch.ones(2, 4), torch.ones(2, 10, 5), torch.full((2, 3), 1e-3)]
+    ill = [t.clone() for t in right]
+    ill[1][0, 3] = torch.nan
+    check_same(ill, ill, low)  # of a model whose gradient is not finite
+
+    def differs(index, factor):
+        try:
+            check_same([t * factor if i == index else t for i, t in enumerate(right)], right, low)
+        except Differs:
+            return True
+        return False
+
+    for index in (0, 1):  # the sums, and the gradients that make up most of the norm
+        assert differs(index, 1 + 1.1 * least) and not differs(index, 1 + 0.9 * least)
+    assert differs(2, 0) and differs(2, torch.nan) and not differs(2, 1.3 if low else 1.005)
+
+
 def test_out_of_memory_is_known_however_it_is_wrapped(monkeypatch):
     def out_of_memory(step, device):
         try:
@@ -129,7 +150,19 @@ def test_out_of_memory_is_known_however_it_is_wrapped(monkeypatch):
     engine, ones = Engine(TINY, 2, CPU, capture=True), torch.ones(2)
     with pytest.raises(torch.OutOfMemoryError):
         engine.step(*batch(engine.stack), ones, ones)
-    assert not engine_module.is_out_of_memory(RuntimeError("another one"))
+    assert not is_out_of_memory(RuntimeError("another one"))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_written(monkeypatch, capsys):
+    def impossible(*_):
+        raise RuntimeError("no compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: impossible)
+    assert torch.equal(ten_steps(compile=True)[0], ten_steps()[0])
+    assert (
+        capsys.readouterr().out
+        == "note: the step cannot be compiled on this machine, going on without: no compiler found\n"
+    )
 
 
 def test_a_restarted_engine_is_a_new_one():
@@ -172,15 +205,18 @@ class Timed:
     def __init__(self, config, m, device, capture, route):
         if m > self.memory:
             raise torch.OutOfMemoryError("out of memory")
-        self.m, self.route, self.stack = m, route, self
+        self.m, self.route, self.stack, self.optimizer = m, route, self, None
         self.low = False
         Timed.tried.append((m, route))
 
     def restart(self, seed):
         pass
 
+    def terms(self, x, noise):
+        pass
+
     def results(self, sums):
-        return [torch.full((1,), 2.0 if self.route == self.wrong else 1.0)]
+        return [torch.full((self.m, 4), 2.0 if self.route == self.wrong else 1.0)]
 
     def step(self, *_):
         takes = 10 + self.m if self.m <= 16 else 1.7 * self.m

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from tests.conftest import ROOT
 from utils.seeds import generator
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 from models import kernels  # noqa: E402
 
+# Triton's interpreter before 3.7 makes an int of an array of one number, which NumPy since 2.4 refuses
+OLD = triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # kernel, stride, padding, output padding, size: all that models/networks.py has
 LAYERS = [(4, 2, 1, 0, 8), (4, 1, 0, 0, 7), (3, 1, 1, 0, 4), (5, 2, 2, 1, 6), (5, 2, 2, 0, 7), (5, 1, 2, 0, 5)]
@@ -45,6 +48,7 @@ def guarded(monkeypatch):
 
 
 # Triton's interpreter multiplies no bfloat16; that a head reads it, it can show
+@pytest.mark.skipif(OLD and DEVICE == "cpu", reason="Triton < 3.7 interprets nothing with NumPy >= 2.4")
 @pytest.mark.parametrize("low, dtype", [(False, torch.float32), (DEVICE == "cuda", torch.bfloat16)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kernel, stride, padding, rest, size", LAYERS)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -478,6 +479,42 @@ def test_out_of_memory_halves_the_chunk(script, monkeypatch):
     status, out, _ = script(train.main, *TINY, "--beta_y", "1:5:5", "--cells_at_once", "5")
     assert status == 0 and "halving" in out and len(list(Path("runs/singles").iterdir())) == 5
     assert [m for m in sizes if m > 2] == [5, 3]
+
+
+def test_out_of_memory_leaves_alone_what_has_ended(script, monkeypatch):
+    """One cell has failed and one is finished when the memory runs out: the others go on from their states."""
+    grid = [*TINY, "--num_epochs", "3", "--beta_y", "1", "2", "3", "4", "--cells_at_once", "4", "--save_every", "1"]
+    step, failing = Stack.step, []
+
+    def poisoned(self, optimizer, x, noise, beta_y, beta_z):
+        n = int(next(iter(optimizer.state.values()))["step"])
+        if n == 7 and self.m == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        if self.m == 4 and n == 1:
+            beta_y = torch.where(beta_y == 2, torch.inf, beta_y)
+            failing.append(n)
+        return step(self, optimizer, x, noise, beta_y, beta_z)
+
+    monkeypatch.setattr(Stack, "step", poisoned)
+    status, out, _ = script(train.main, *grid)
+    assert status == 1 and failing and out.count("halving") == 1 and out.count("resuming at epoch 2") == 2
+    assert sorted(Run.open(p).status for p in Path("runs/singles").iterdir()) == ["failed"] + ["finished"] * 3
+
+
+def test_bf16_cells_are_not_stacked_on_a_cpu(script):
+    """torch's autocast lets stacked convolutions stay in float32 there, so they would not be what one cell is."""
+    status, _, err = script(train.main, *TINY, "--precision", "bf16", "--cells_at_once", "2")
+    assert status == 2 and err.startswith("error: --cells_at_once: with bf16 a CPU trains one cell at a time, got 2")
+
+
+def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
+    (run,), chunk = in_training(1)
+    chunk.step, chunk.history = 1, torch.zeros(3, 1, 4)
+    chunk.noise = SimpleNamespace(get_state=lambda: torch.zeros(16, dtype=torch.uint8))  # so long is a GPU's
+    chunk.save()
+    chunk.settle()
+    with pytest.raises(UserError, match="saved within an epoch on a GPU; continue there"):
+        Chunk([run], [run.load_state()[0]], chunk.engine)
 
 
 def test_chunks_are_of_one_size_and_share_an_engine(script, monkeypatch):

@@ -69,11 +69,13 @@ def batch_folder(runs_dir: str, batch: str) -> Path:
 
 
 def device(name: str) -> torch.device:
-    """The device of that name, after a look whether it is there."""
+    """The device of that name, if it is there; `cuda` is the GPU that torchrun means for this process."""
     try:
         found = torch.device(name)
-        if found.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("only cpu, cuda and mps can train")
+        if found.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can train")
+        if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.empty(0, device=found)
         if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
@@ -83,10 +85,8 @@ def device(name: str) -> torch.device:
 
 
 def default_device() -> torch.device:
-    """The GPU, of several the one that torchrun means for this process; the CPU if there is none."""
-    if not torch.cuda.is_available():
-        return device("cpu")
-    return device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+    """The GPU, or the CPU if there is none."""
+    return device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:

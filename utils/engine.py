@@ -1,6 +1,8 @@
 """The training step at full speed: M stacked models and their Adam, compiled; on a GPU captured as one CUDA graph."""
 
 import dataclasses
+import functools
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from models.hvae import Noise
 from models.stack import ROUTES, Stack
 from utils.config import Config
 from utils.distributed import place
+from utils.errors import is_out_of_memory, one_line
 
 WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle the compiler's and cuDNN's choices
 LARGEST = 256  # cells that `fastest` tries to stack
@@ -45,7 +48,8 @@ class Engine:
         self.compile, self.to_capture, self.replay = compile, capture and not data_parallel, None
         self.stack = Stack(build_model(config).to(device), m, config.precision, route)
         parameters = self.stack.parameters.values()
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
+        adam = {"fused": True, "capturable": on_gpu and self.to_capture}
+        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, **adam)
         for p in parameters:  # at once, so that every state is set in place and a captured graph goes on seeing it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
@@ -130,6 +134,8 @@ class Engine:
             try:
                 if compile:
                     self.stack.compile(len(x))
+                    with torch.no_grad():
+                        self.stack.fast_terms(x, Noise(z, y))  # as an evaluation does: so it compiles now or never
                 self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
                 self._set(before)
                 self.replay()
@@ -149,36 +155,54 @@ class Engine:
             there.copy_(value)
 
 
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps warm up and are captured: one stream, since cuBLAS keeps memory for each that it has seen."""
+    return torch.cuda.Stream(device)
+
+
 def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """Captures a step as a CUDA graph. Returns what replays it, and the tensor in which it leaves its result."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
+    here, side, graph = torch.cuda.current_stream(device), side_stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+    here.wait_stream(side)
+    try:
+        # the loader's threads may use CUDA meanwhile, which a capture of all threads would not bear
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            result = step()
+    finally:
+        torch.cuda.set_stream(here)  # where a capture fails, torch leaves its stream in place
     return graph.replay, result
 
 
+def free(device: torch.device) -> None:
+    """Gives back the memory of engines that are no longer in use; a compiled one holds on to itself."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None:
-    """Raises Differs unless the tensors agree, each in norm, to what is expected of float32, TF32 or bfloat16."""
-    tolerance = 0.05 if low else 0.01 if torch.backends.cudnn.allow_tf32 else 1e-3
-    for got, right in zip(results, expected, strict=True):
-        error, size = float((got - right).norm()), float(right.norm())
-        if not error <= tolerance * size + 1e-6:
-            raise Differs(f"it gives another result, off by {error:.3g} of {size:.3g}")
+    """Raises Differs unless a step's `results` agree in norm: all gradients together, the sums, and roughly each.
 
-
-def is_out_of_memory(e: BaseException | None) -> bool:
-    """Whether a GPU's memory did not hold what was asked for: as torch says it, or a library below or above it."""
-    while e is not None:
-        if isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) or "ALLOC_FAILED" in str(e):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
+    Models whose loss is not finite do not count. In bfloat16 the gradients of single layers differ by 5 to 10 %
+    between equally right ways of rounding.
+    """
+    each, together = (0.5, 0.05) if low else (0.1, 0.01) if torch.backends.cudnn.allow_tf32 else (0.01, 1e-3)
+    finite = torch.stack([t.flatten(1).isfinite().all(1) for t in expected]).all(0)  # (M,)
+    results, expected = ([t[finite] for t in tensors] for tensors in (results, expected))
+    errors, sizes = (
+        torch.stack([t.norm() for t in tensors]).tolist()
+        for tensors in ([a - b for a, b in zip(results, expected, strict=True)], expected)
+    )
+    limits = [together * sizes[0], *(each * size for size in sizes[1:])]
+    errors, limits = [*errors, math.hypot(*errors[1:])], [*limits, together * math.hypot(*sizes[1:])]
+    for error, limit in zip(errors, limits, strict=True):
+        if not error <= limit + 1e-6:
+            raise Differs(f"it gives another result, off by {error:.3g} where {limit:.3g} is allowed")
 
 
 def doublings(most: int) -> list[int]:
@@ -214,21 +238,22 @@ def fastest(
                     if i == 2:
                         start = clock(device)
                     engine.step(x, noise, ones, ones)
-                seconds[size, route] = (clock(device) - start) / size
+                took = clock(device) - start
+                few = noise._replace(z=noise.z[::2], y=noise.y[::2])  # what an epoch needs beside: its last batch
+                engine.stack.step(engine.optimizer, x[::2], few, ones, ones)
+                with torch.no_grad():  # and the test images
+                    engine.stack.terms(x, noise)
+                seconds[size, route] = took / size
             except Exception as e:
                 if not is_out_of_memory(e):
                     out.add(route)
                     print(f"note: convolutions by {route} are left out: {one_line(e)}", flush=True)
             finally:
-                engine = results = None  # before the next one takes memory
+                engine = results = None
+                free(device)  # before the next one takes memory
         if min(seconds.values(), default=math.inf) > 0.95 * before:
             break
     return min(seconds, key=seconds.get, default=(sizes[0], routes[0]))
-
-
-def one_line(e: BaseException) -> str:
-    """The first line of an exception's message, or its name."""
-    return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
 def use_precision(precision: str) -> None:

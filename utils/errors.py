@@ -30,6 +30,20 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return (f"; did you mean {close[match[0]]}?" if match else "") + f" (valid: {', '.join(valid)})"
 
 
+def is_out_of_memory(e: BaseException | None) -> bool:
+    """Whether a GPU's memory did not hold what was asked for: as torch says it, or a library below or above it."""
+    while e is not None:
+        if "out of memory" in str(e) or "ALLOC_FAILED" in str(e):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def one_line(e: BaseException) -> str:
+    """The first line of an exception's message, or its name."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
 def command_line() -> str:
     """The command that continues: as it was given, without --overwrite, which would start anew."""
     return shlex.join(["python", *(a for a in sys.argv if a not in ("--overwrite", "--force"))])

@@ -15,12 +15,14 @@ from datasets import Data
 from models.stack import TERMS
 from utils.distributed import is_first, largest_of_all, progress
 from utils.engine import Engine
+from utils.errors import UserError
 from utils.metrics import psnr
 from utils.runs import Run
 from utils.seeds import generator
 
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
 LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+ASK_EVERY = 16  # steps: data-parallel processes wait for each other when they ask
 SAVER = ThreadPoolExecutor(1)  # writes the resume states while the training goes on
 N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
 
@@ -82,7 +84,11 @@ class Chunk:
             self.history = torch.zeros(len(first["history"]), self.stack.m, len(TERMS), device=self.device)
             self.history[:, : len(states)] = torch.stack([s["history"] for s in states], 1)
             self.noise = torch.Generator(self.device)
-            self.noise.set_state(first["noise"])
+            try:
+                self.noise.set_state(first["noise"])
+            except RuntimeError as e:
+                where = "a CPU" if self.device.type == "cuda" else "a GPU"
+                raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; continue there") from e
 
     def save(self) -> None:
         """Copies every live cell's resume state to the CPU; it is written while the training goes on."""
@@ -114,9 +120,11 @@ class Chunk:
         return done and (time.monotonic() - saved_at) * SAVING_SHARE >= self.cost_of_save
 
     def stop(self, signals: "Signals") -> int | None:
-        """The signal to stop for; data-parallel processes stop together: what one has received, all have."""
+        """The signal to stop for; data-parallel processes ask each other, now and then, so as to stop together."""
         if not self.engine.data_parallel:
             return signals.received
+        if self.step % ASK_EVERY:
+            return None
         return largest_of_all(signals.received or 0, self.device) or None
 
     @property

@@ -356,17 +356,26 @@ def precision(args: argparse.Namespace) -> None:
     folder = Path(args.runs or "")
     runs = [Run.open(p.parent) for p in sorted(folder.glob("*/config.json"))] if args.runs else []
     runs = [run for run in runs if run.status == "finished" and run.result]
-    figures = {}
+    figures, names = {}, (*TERMS, "psnr")
     for run in runs:
-        key = run.config.beta_y, run.config.beta_z, run.config.precision
-        figures.setdefault(key, []).append([run.result["test"][name] for name in (*TERMS, "psnr")])
-    exact = {key[:2] for key in figures if key[2] == "fp32" and len(figures[key]) > 1}
-    if not exact:
+        c = run.config
+        test = [run.result["test"][name] for name in names]
+        figures.setdefault((c.beta_y, c.beta_z), {}).setdefault(c.precision, {})[c.seed] = np.array(test, float)
+    figures = {betas: by for betas, by in figures.items() if len(by.get("fp32", ())) > 1}
+    if not figures:
         raise UserError("precision: needs a folder of finished runs, fp32 ones of several seeds among them: runs/BATCH")
-    print(f"{'beta_y':>8} {'beta_z':>8} {'':5} {'n':>3}" + "".join(f" {name:>20}" for name in (*TERMS, "psnr")))
-    for (beta_y, beta_z, name), values in sorted(figures.items(), key=lambda item: (item[0][:2], item[0][2] != "fp32")):
-        if (beta_y, beta_z) in exact:
-            means, stds = np.mean(values, 0), np.std(values, 0, ddof=1) if len(values) > 1 else np.full(5, np.nan)
-            cells = "".join(f" {mean:10.3f} +- {std:6.3f}" for mean, std in zip(means, stds, strict=True))
-            print(f"{beta_y:8.4g} {beta_z:8.4g} {name:5} {len(values):3}{cells}")
-    print("(means and standard deviations over seeds; test images, nats per image, psnr in dB)")
+    print(f"{'beta_y':>8} {'beta_z':>8} {'':12} {'n':>3}" + "".join(f" {name:>20}" for name in names))
+
+    def line(betas, name, values, spread):
+        cells = "".join(f" {m:10.3f} +- {s:6.3f}" for m, s in zip(np.mean(values, 0), spread, strict=True))
+        print(f"{betas[0]:8.4g} {betas[1]:8.4g} {name:12} {len(values):3}{cells}")
+
+    for betas, by in sorted(figures.items()):
+        for name in sorted(by, key=lambda name: (name != "fp32", name)):
+            values = [*by[name].values()]
+            line(betas, name, values, np.std(values, 0, ddof=1) if len(values) > 1 else np.full(len(names), np.nan))
+            differences = [by[name][seed] - by["fp32"][seed] for seed in by[name] if seed in by["fp32"]]
+            if name != "fp32" and len(differences) > 1:
+                line(betas, " - fp32", differences, np.std(differences, 0, ddof=1) / len(differences) ** 0.5)
+    print("(means and standard deviations over seeds, of differences seed by seed the standard error;")
+    print(" test images, nats per image, psnr in dB)")
