@@ -99,10 +99,13 @@ class Chunk:
         numbers["seconds"] = self.seconds
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 
+        def copied(t):  # by NumPy: torch would start threads of its own here, which slow the training's down
+            return torch.from_numpy(t.numpy().copy())
+
         def write():
             for m, run in written.items():
-                state = {key: {name: t[m].clone() for name, t in stacked[key].items()} for key in stacked}
-                within_epoch = {"history": history[:, m].clone(), "noise": noise} if history is not None else {}
+                state = {key: {name: copied(t[m]) for name, t in stacked[key].items()} for key in stacked}
+                within_epoch = {"history": copied(history[:, m]), "noise": noise} if history is not None else {}
                 run.save_state({**state, **numbers, **within_epoch})
             self.cost_of_save = time.monotonic() - start
 
