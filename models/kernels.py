@@ -1,7 +1,7 @@
 """Convolutions of M models at once, as implicit matrix products in Triton: the route "kernels" of a training step.
 
-cuDNN is given the convolutions of stacked models as grouped ones, of which it makes poor use where the groups
-are narrow. Here a layer is one launch over all models, pixels and channels: it gathers its patches while it
+cuDNN is given the convolutions of stacked models as grouped ones, which it may be slow at where the groups are
+narrow. Here a layer is one launch over all models, pixels and channels: it gathers its patches while it
 multiplies, adds the bias and applies the ReLU before it writes. Activations lie in memory as (M, B, H, W, C).
 
 Two kernels serve all layers. `_gather` is a convolution, or a transposed one, and each is the other's gradient
