@@ -11,7 +11,6 @@ import math
 import shlex
 import sys
 import threading
-from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ from models.stack import ROUTES
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
 from utils.distributed import from_first, is_first, join, place, share, wait_for_all
-from utils.engine import Engine, doublings, fastest, free, use_precision
+from utils.engine import Engine, check_route, doublings, fastest, free, use_precision
 from utils.errors import UserError, command_line, is_out_of_memory, run_script
 from utils.runs import Run, load_tensors
 from utils.training import Chunk, Interrupted, Signals, train
@@ -128,7 +127,15 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
     A process killed while it saved leaves some ahead of the others: they go back to the state before.
     """
     last = min((position(state) for _, state in cells), default=(0, 0))
-    return [(run, position(state) > last > (0, 0) and run.step_back(last) or state) for run, state in cells]
+
+    def back(run, state):
+        if position(state) == last:
+            return state
+        if last == (0, 0):  # killed in the first save of all; of what is further, nothing is given up
+            return None if position(state) <= (1, 0) else state
+        return run.step_back(last) or state
+
+    return [(run, back(run, state)) for run, state in cells]
 
 
 class Trainer:
@@ -254,6 +261,9 @@ def report_thread(failure) -> None:
 def main(argv=None) -> int:
     args = parse_args(argv)
     configs = grid_configs(args)
+    check_route(args.convolutions, args.device)
+    if configs[0].precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
+        raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
     if is_first():
         describe(configs, args.device)
     runs = [Run.of(config, args.runs_dir) for config in configs]
@@ -261,10 +271,6 @@ def main(argv=None) -> int:
         for run in runs:
             print(run.path)
         return 0
-    if args.convolutions == "kernels" and (args.device.type != "cuda" or find_spec("triton") is None):
-        raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
-    if configs[0].precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
-        raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
     data = datasets.load(configs[0], args.data_dir, args.device, args.download)
     mine = runs if args.data_parallel else share(runs)
     for run in mine:
@@ -283,7 +289,8 @@ def main(argv=None) -> int:
     try:
         problems = train_all(todo, data, args)
     except Interrupted as e:
-        print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
+        if is_first() or not args.data_parallel:
+            print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
     wait_for_all()
     if is_first():

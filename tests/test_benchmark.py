@@ -21,7 +21,7 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
         ("step", 40, ["1 cell, plain", "2 cells, channels_last", "first step"]),
         ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s", "whole epochs", "grid takes"]),
         ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient by weights"]),
-        ("loader", 12, ["JPEG files of 500 x 375", "the loader feeds"]),
+        ("loader", 24, ["JPEG files of 500 x 375", "the loader feeds"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
         ("inception", 100, ["plain loop", "inception_score"]),
@@ -43,7 +43,7 @@ def test_the_paper_grids_hours_follow_from_its_steps(script, monkeypatch):
     out = script(benchmark.main, "grid", *SMALL, "--images", "40", "--cells", "1", "--device", "cpu")[1]
     assert "20000.0 models x epochs an hour, the grid in      11.0 hours" in out
     assert "0.36 s (n = 3, 0.30 .. 0.40), the first 3600.0 s" in out
-    assert "so the grid takes 23.05 hours" in out and "alone, 0.5 times as long" in out
+    assert "so the grid takes 23.05 hours; 11.03 by" in out and out.rstrip().endswith("0.5 x")
 
 
 def test_im2col_is_the_convolution():
@@ -71,6 +71,26 @@ def test_what_a_precision_changes_beside_the_seed(script):
         assert float(row[6]) == pytest.approx(spread, abs=1e-3)  # of two, the standard error is np.std
     status, _, err = script(benchmark.main, "precision", "runs/none", "--device", "cpu")
     assert status == 2 and "needs a folder of finished runs" in err
+
+
+@pytest.mark.parametrize(
+    "argv, why",
+    [
+        (["step", "--convolutions", "plain", "kernels"], "--convolutions: kernels need an NVIDIA GPU"),
+        (["step", "runs/b"], "runs/b: a folder of runs is for `precision`"),
+        (["loader", "--images", "20", "--batch_size", "16"], "--images: must be two batches at least, 32, got 20"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(argv, why, script):
+    status, _, err = script(benchmark.main, *argv, "--device", "cpu")
+    assert status == 2 and err.startswith(f"error: {why}") and err.count("\n") == 1
+
+
+def test_runs_that_differ_otherwise_are_not_compared(script):
+    for flags in (["--seed", "1", "2"], ["--learning_rate", "1e-3", "--num_epochs", "1"]):
+        assert script(train.main, *TINY, "--run_batch_name", "b", *flags)[0] == 0
+    status, _, err = script(benchmark.main, "precision", "runs/b", "--device", "cpu")
+    assert status == 2 and "differ in more than betas, seed and precision" in err
 
 
 def test_streams_are_refused_without_a_gpu(script):

@@ -681,6 +681,12 @@ def test_a_cell_that_cannot_go_back_goes_on_by_itself():
     assert train.align([(runs[0], None), (runs[1], cells[1][1])])[1][1] is cells[1][1]  # a new cell waits for none
 
 
+def test_a_kill_in_the_first_save_of_all_leaves_no_cell_ahead():
+    runs, _ = in_training()
+    first = {"epoch": 1, "step": 0}
+    assert train.align([(runs[0], first), (runs[1], None)]) == [(runs[0], None), (runs[1], None)]
+
+
 def test_warmup_weights(script, monkeypatch):
     from utils.training import rate_weight
 

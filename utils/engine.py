@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from models.hvae import Noise
 from models.stack import ROUTES, Stack
 from utils.config import Config
 from utils.distributed import place
-from utils.errors import is_out_of_memory, one_line
+from utils.errors import UserError, is_out_of_memory, one_line
 
 WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle the compiler's and cuDNN's choices
 LARGEST = 256  # cells that `fastest` tries to stack
@@ -203,6 +204,12 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
     for error, limit in zip(errors, limits, strict=True):
         if not error <= limit + 1e-6:
             raise Differs(f"it gives another result, off by {error:.3g} where {limit:.3g} is allowed")
+
+
+def check_route(route: str, device: torch.device) -> None:
+    """Raises UserError for a way of convolving that cannot be had on that device."""
+    if route == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
+        raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
 
 
 def doublings(most: int) -> list[int]:

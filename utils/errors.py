@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import shlex
 import signal
 import sys
@@ -46,7 +47,10 @@ def one_line(e: BaseException) -> str:
 
 def command_line() -> str:
     """The command that continues: as it was given, without --overwrite, which would start anew."""
-    return shlex.join(["python", *(a for a in sys.argv if a not in ("--overwrite", "--force"))])
+    module = getattr(sys.modules["__main__"].__spec__, "name", None)  # of python -m
+    program = [sys.argv[0]] if module is None else ["-m", module.removesuffix(".__main__")]
+    launcher = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
+    return f"{launcher} {shlex.join([*program, *(a for a in sys.argv[1:] if a not in ('--overwrite', '--force'))])}"
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

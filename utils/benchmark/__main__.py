@@ -21,8 +21,8 @@ from models.stack import ROUTES
 from utils.benchmark import evaluation, training
 from utils.benchmark.measuring import machine
 from utils.cli import Parser, whole
-from utils.engine import use_precision
-from utils.errors import run_script
+from utils.engine import check_route, use_precision
+from utils.errors import UserError, run_script
 
 BENCHMARKS = {
     f.__name__: f
@@ -42,6 +42,7 @@ def at_least_two(text: str) -> int:
 
 def main(argv=None) -> int:
     parser = Parser(__doc__, files=False)
+    parser.prog = "python -m utils.benchmark"
     parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("runs", nargs="?", help="for `precision`: a batch's folder, e.g. runs/precision")
     parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
@@ -56,6 +57,10 @@ def main(argv=None) -> int:
     parser.add_argument("--epochs", type=whole, help="grid: whole epochs to train (default: 20 on a GPU, else 1)")
     parser.add_argument("--n", type=at_least_two, default=20, help="repetitions (default: 20)")
     args = parser.parse(argv)
+    if args.runs and args.what != "precision":
+        raise UserError(f"{args.runs}: a folder of runs is for `precision`")
+    for route in args.convolutions or ():
+        check_route(route, args.device)
     args.convolutions = args.convolutions or [r for r in ROUTES if r != "kernels" or args.device.type == "cuda"]
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import dataclasses
 import itertools
 import math
 import statistics
@@ -153,7 +154,9 @@ def grid(args: argparse.Namespace) -> None:
         f"{best}, whole epochs with evaluation, logs and saves: {took:.2f} s (n = {len(epochs)}, {min(epochs):.2f} .. "
         f"{max(epochs):.2f}), the first {first:.1f} s{peak_memory(device)}"
     )
-    print(f"so the grid takes {hours:.2f} hours; the steps of {theirs}, alone, {paper / hours:.1f} times as long")
+    print(
+        f"so the grid takes {hours:.2f} hours; {paper:.2f} by the steps alone of a loop {theirs}: {paper / hours:.1f} x"
+    )
 
 
 def whole_epochs(
@@ -198,7 +201,8 @@ def step(args: argparse.Namespace) -> None:
     plain, batches = plain_step(config, device), forever(lambda: split.batches(args.batch_size, (0, 0)))
     ways = {"": {}} | ({"captured": {"capture": True}} if on_gpu else {})
     ways |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
-    print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model:")
+    print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model;")
+    print("speed beside that of a loop written plainly, one model, timed in turns:")
     head()
     for m, route, way in itertools.product(args.cells or [1, 4], args.convolutions, ways):
         name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", route, way]))
@@ -320,6 +324,8 @@ def loader(args: argparse.Namespace) -> None:
     """Images a second that the loader decodes and crops, beside those that ImageNet's model trains on."""
     device, n = args.device, args.images or 2_000
     config = config_of(args, dataset="ImageNet")
+    if n < 2 * config.batch_size:
+        raise UserError(f"--images: must be two batches at least, {2 * config.batch_size}, got {n}")
     with tempfile.TemporaryDirectory() as folder:
         rng, paths = np.random.default_rng(0), []
         for i in range(min(n, 200)):  # files of ImageNet's usual size, about 500 x 375 and 100 kB
@@ -361,6 +367,9 @@ def precision(args: argparse.Namespace) -> None:
         c = run.config
         test = [run.result["test"][name] for name in names]
         figures.setdefault((c.beta_y, c.beta_z), {}).setdefault(c.precision, {})[c.seed] = np.array(test, float)
+    free = {"beta_y": 1.0, "beta_z": 1.0, "seed": 0, "precision": "fp32", "run_name": ""}
+    if len({dataclasses.replace(run.config, **free) for run in runs}) > 1:
+        raise UserError(f"{folder}: holds runs that differ in more than betas, seed and precision")
     figures = {betas: by for betas, by in figures.items() if len(by.get("fp32", ())) > 1}
     if not figures:
         raise UserError("precision: needs a folder of finished runs, fp32 ones of several seeds among them: runs/BATCH")
