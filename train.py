@@ -145,12 +145,12 @@ class Trainer:
         self.data, self.args, self.signals, self.engine = data, args, signals, None
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
         steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
-        self.long = on_gpu and steps >= LONG  # so that measuring and compiling pay
-        self.compile = self.long if args.compile == "auto" else args.compile == "on"
+        long = on_gpu and steps >= LONG  # so that measuring and compiling pay
+        self.compile = long if args.compile == "auto" else args.compile == "on"
         self.capture = on_gpu and args.compile != "off"
-        self.size = args.cells_at_once or (1 if shared or not on_gpu else None if self.long else AT_ONCE)
+        self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
         usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
-        route = None if self.long and not shared else usual
+        route = None if long and not shared else usual
         self.route = route if args.convolutions == "auto" else args.convolutions
 
     def size_for(self, config: Config, most: int) -> int:

@@ -81,7 +81,7 @@ class Stack:
         optimizer.zero_grad()
         (loss.sum() * (self.world / n)).backward()
         optimizer.step()
-        return self._sums(loss, terms)
+        return self._of_all(_sums(loss, terms))
 
     def own(self, noise: Noise) -> Noise:
         """This process's part of a whole batch's noise."""
@@ -94,12 +94,11 @@ class Stack:
         for i, (x, _) in enumerate(split.batches(batch_size, part=self.part)):
             whole = min(batch_size, len(split) - i * batch_size)
             terms = self.fast_terms(x, self.own(self.model.noise(whole, generator)))
-            sums += self._sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
-        return sums / len(split)
+            sums += _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
+        return self._of_all(sums) / len(split)
 
-    def _sums(self, loss: Tensor, terms: Terms) -> Tensor:
-        """Sums over the images, of all processes, of loss, ll, kl_y, kl_z: (M, B) each -> (M, 4)."""
-        sums = torch.stack([loss, *terms], dim=-1).detach().sum(1)
+    def _of_all(self, sums: Tensor) -> Tensor:
+        """This process's sums, with those of data-parallel ones added."""
         if self.parallel:
             dist.all_reduce(sums)
         return sums
@@ -131,3 +130,8 @@ class _Terms(nn.Module):
     def __init__(self, stack: Stack):
         super().__init__()
         self.weights, self.forward = nn.ParameterList(stack.parameters.values()), stack.fast_terms
+
+
+def _sums(loss: Tensor, terms: Terms) -> Tensor:
+    """Sums over the images of loss, ll, kl_y, kl_z: (M, B) each -> (M, 4)."""
+    return torch.stack([loss, *terms], dim=-1).detach().sum(1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.config import Config, kind_of
-from utils.errors import UserError, nearest
+from utils.errors import UserError, nearest, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +80,7 @@ def device(name: str) -> torch.device:
         if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device: {name} is not there on this machine; try cpu ({str(e).splitlines()[0]})") from e
+        raise UserError(f"--device: {name} is not there on this machine; try cpu ({one_line(e)})") from e
     return found
 
 

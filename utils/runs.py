@@ -30,7 +30,7 @@ from torch import nn
 from models import build_model
 from models.reference import translate
 from utils.config import Config
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ class Run:
         for name in ("resume.pth", "resume.prev.pth"):
             if (self.path / name).exists():
                 try:
-                    state = load_tensors(self.path / name)
-                    self._check_state(self.path / name, state)
+                    state = self._read_state(name)
                     if problems:  # lest the next save keeps it as the state before
                         (self.path / "resume.pth").unlink()
                     return state, problems
@@ -143,19 +142,19 @@ class Run:
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
         """The state before the newest, if it is at that (epoch, step): it becomes the newest. None if it is not."""
-        path = self.path / "resume.prev.pth"
         try:
-            state = load_tensors(path)
-            self._check_state(path, state)
+            state = self._read_state("resume.prev.pth")
         except UserError:
             return None
         if (state["epoch"], state["step"]) != position:
             return None
-        os.replace(path, self.path / "resume.pth")
+        os.replace(self.path / "resume.prev.pth", self.path / "resume.pth")
         return state
 
-    def _check_state(self, path: Path, state: dict) -> None:
-        """Raises UserError if a resume state is not one of this run's model."""
+    def _read_state(self, name: str) -> dict:
+        """A resume state. Raises UserError if it is damaged, or not one of this run's model."""
+        path = self.path / name
+        state = load_tensors(path)
         with torch.device("meta"):
             expected = {name: p.shape for name, p in build_model(self.config).named_parameters()}
         numbers = ("adam_steps", "epoch", "step", "seconds")
@@ -163,6 +162,7 @@ class Run:
         fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
         if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
             raise UserError(f"{path}: damaged, or the state of another model")
+        return state
 
     def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
         """Writes the weights and how the training ended; removes the resume states."""
@@ -295,5 +295,4 @@ def load_tensors(path: Path) -> dict:
         return state
     except Exception as e:  # the readers raise anything on damaged files
         refused = isinstance(e, pickle.UnpicklingError)
-        line = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-        raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({line})") from e
+        raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e

@@ -95,8 +95,8 @@ class Chunk:
         self.settle()
         start = time.monotonic()
         stacked, written = self.engine.on_host(), dict(self.written)
-        numbers = {"adam_steps": self.engine.adam_steps, "epoch": self.epoch, "step": self.step}
-        numbers["seconds"] = self.seconds
+        numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds")}
+        numbers["adam_steps"] = self.engine.adam_steps
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 
         def copied(t):  # by NumPy: torch would start threads of its own here, which slow the training's down

@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +29,8 @@ from models import build_model
 from models.stack import TERMS
 from utils.benchmark.measuring import copy_bandwidth, head, measure, peak_memory, report, row
 from utils.config import Config
-from utils.engine import Engine, clock, doublings, fastest, is_out_of_memory, one_line
-from utils.errors import UserError
+from utils.engine import Engine, clock, doublings, fastest
+from utils.errors import UserError, is_out_of_memory, one_line
 from utils.runs import Run
 from utils.seeds import generator
 from utils.training import Chunk, train
@@ -165,17 +166,15 @@ def whole_epochs(
     """Seconds of a chunk's first epoch, in which it is compiled, and of each of the n after it."""
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        betas = [1.0 + i / m for i in range(m)]
-        settings = {name: getattr(config, name) for name in ("dataset", "conv_channels", "z_dims", "batch_size")}
-        settings |= {"precision": config.precision, "num_epochs": n + 1}
-        runs = [Run.of(Config(**settings, beta_y=beta), folder) for beta in betas]
+        configs = [dataclasses.replace(config, num_epochs=n + 1, beta_y=1.0 + i / m) for i in range(m)]
+        runs = [Run.of(c, folder) for c in configs]
         for run in runs:
             run.create()
-        engine = Engine(runs[0].config, m, device, on_gpu, on_gpu, route)
+        started = time.time()
+        engine = Engine(configs[0], m, device, on_gpu, on_gpu, route)
         train(Chunk(runs, [None] * m, engine), data, SimpleNamespace(received=None))
         events = EventAccumulator(str(runs[0].path), size_guidance={"scalars": 0}).Reload()
         times = [e.wall_time for e in events.Scalars("train/loss")]
-        started = min(p.stat().st_mtime for p in runs[0].path.glob("config.json"))
     return times[0] - started, [b - a for a, b in itertools.pairwise(times)]
 
 
@@ -188,10 +187,15 @@ def activations(config: Config, device: torch.device) -> int:
             layer.register_forward_hook(
                 lambda _, __, out: sizes.append(out.numel() * width if hasattr(out, "numel") else 0)
             )
-    x = torch.rand(config.batch_size, *config.image_shape, device=device)
-    with torch.no_grad():
-        model(x, model.noise(len(x), torch.Generator(device)))
+    run_once(model, config, device)
     return sum(sizes)
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, config: Config, device: torch.device) -> None:
+    """A forward pass over one batch, for its hooks."""
+    x = torch.rand(config.batch_size, *config.image_shape, device=device)
+    model(x, model.noise(len(x), torch.Generator(device)))
 
 
 def step(args: argparse.Namespace) -> None:
@@ -234,9 +238,7 @@ def layers(args: argparse.Namespace) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.register_forward_hook(lambda _, x, out, name=name: inputs.update({name: (x[0].shape, out.shape)}))
-    x = torch.rand(config.batch_size, *config.image_shape, device=device)
-    with torch.no_grad():
-        model(x, model.noise(len(x), torch.Generator(device)))
+    run_once(model, config, device)
     low = torch.bfloat16 if config.precision == "bf16" else torch.float32
     for m, name in itertools.product(args.cells or [8, 49], inputs):
         (_, c, h, w), (_, n, h_out, w_out) = inputs[name]
