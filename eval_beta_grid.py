@@ -27,9 +27,9 @@ from utils.config import Config
 from utils.distributed import is_first, progress, share, wait_for_all
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import PATIENCE, Bench, Subject, is_done, metrics_of, record
+from utils.files import to_csv, write_atomic
 from utils.probes import PROBES, probe
-from utils.report import to_csv
-from utils.runs import Run, locked, write_atomic
+from utils.runs import Run, locked
 from utils.steps import STEPS, bound, inception_features
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]

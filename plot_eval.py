@@ -16,15 +16,15 @@ import torch
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-import datasets
+from datasets.loading import load_data
 from utils import figures
 from utils.cli import Parser, batch_folder, whole
 from utils.errors import UserError, nearest, run_script
-from utils.evaluation import read_arrays
+from utils.files import check_writable, read_arrays, to_csv, write_atomic
 from utils.information import accuracy_bound, entropy
 from utils.plane import FAR_OFF, PROBES, SETTINGS, Plane, Slope, advice, number, read_plane, slopes
-from utils.report import ADVICE, CAPTIONS, page, to_csv, to_html, to_markdown
-from utils.runs import Run, check_writable, load_model, write_atomic
+from utils.report import ADVICE, CAPTIONS, page, to_html, to_markdown
+from utils.runs import Run, load_model
 from utils.seeds import generator
 
 SHOWN = [  # unless --metrics says otherwise; those that the batch has
@@ -135,7 +135,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, figures.Figure]:
 def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
     """The first test images, or None, with a note, when the data set is not there."""
     try:
-        test = datasets.load(run.config, args.data_dir, args.device, args.download).test
+        test = load_data(run.config, args.data_dir, args.device, args.download).test
         return next(iter(test.batches(args.images)))[0]
     except UserError as e:
         plane.notes.append(f"no reconstructions: {e}")

@@ -15,15 +15,16 @@ import threading
 import torch
 import torch.distributed as dist
 
-import datasets
-from models import build_model
+from datasets.loading import load_data
+from models.build import build_model
 from models.stack import ROUTES
 from utils.cli import Parser, add_config_flags, grid_configs, whole
 from utils.config import Config
 from utils.distributed import from_first, is_first, join, place, share, wait_for_all
 from utils.engine import Engine, check_route, doublings, fastest, free, use_precision
 from utils.errors import UserError, command_line, is_out_of_memory, run_script
-from utils.runs import Run, load_tensors
+from utils.files import load_tensors
+from utils.runs import Run
 from utils.training import Chunk, Interrupted, Signals, train
 
 LONG = 20_000  # model steps: about as many as cost what measuring and compiling do
@@ -271,7 +272,7 @@ def main(argv=None) -> int:
         for run in runs:
             print(run.path)
         return 0
-    data = datasets.load(configs[0], args.data_dir, args.device, args.download)
+    data = load_data(configs[0], args.data_dir, args.device, args.download)
     mine = runs if args.data_parallel else share(runs)
     for run in mine:
         run.check(args.overwrite)

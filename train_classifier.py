@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import datasets
-from models.classifiers import CLASSIFIERS, Classifier
+from datasets.loading import load_data
+from models.classifiers import CLASSIFIERS, Classifier, load_classifier
 from utils.cli import Parser, whole
 from utils.config import Config
 from utils.errors import UserError, nearest, run_script
-from utils.runs import check_writable, digest, load_tensors, locked, read_json, save_tensors, write_json
+from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json
+from utils.runs import locked
 from utils.seeds import generator
 
 
@@ -41,30 +42,6 @@ def parse_args(argv=None):
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed: must be from 0 to 2^63 - 1, got {args.seed}")
     return args
-
-
-def load_classifier(path: Path, dataset: str, device: torch.device) -> tuple[Classifier, str]:
-    """The trained classifier of a data set in eval mode, from its folder or its weights' file, and their digest.
-
-    Raises UserError when it is missing, unfinished, damaged, or another data set's.
-    """
-    file = path if path.suffix == ".pth" else path / "classifier.pth"
-    settings = file.with_name("config.json")
-    if not file.is_file() or not settings.is_file():
-        raise UserError(
-            f"{file}: no trained classifier there; python train_classifier.py --dataset {dataset} makes one"
-        )
-    config, state = read_json(settings), load_tensors(file)
-    if config.get("dataset") != dataset:
-        raise UserError(f"{file}: labels {config.get('dataset')}, not {dataset}")
-    try:
-        model = CLASSIFIERS[dataset].build(int(config["n_classes"]))
-        model.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{file}: does not fit {settings} ({e})") from e
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"{file}: holds weights that are not finite")
-    return model.to(device).eval(), digest(file.read_bytes())
 
 
 def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
@@ -145,7 +122,7 @@ def main(argv=None) -> int:
         print(f"already complete: {folder}, test accuracy {before.get('test_accuracy')}")
         return 0
     check_writable(folder)
-    data = datasets.load(Config(dataset=args.dataset), args.data_dir, args.device, args.download)
+    data = load_data(Config(dataset=args.dataset), args.data_dir, args.device, args.download)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if args.overwrite:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from utils.errors import UserError
 from utils.seeds import generator
@@ -53,6 +52,8 @@ class _Decoded(Dataset):
     """Decodes and crops one image; its key (index, seed) makes random crops independent of the workers."""
 
     def __init__(self, samples: list[tuple[str, int]], channels: int, size: int):
+        from torchvision.transforms import v2
+
         self.samples, self.channels = samples, channels
         self.random_crop = v2.Compose([v2.RandomResizedCrop(size), v2.PILToTensor()])
         self.centre_crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])

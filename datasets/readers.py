@@ -10,10 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from utils.errors import UserError
 
@@ -50,6 +48,8 @@ def mnist(root: Path, train: bool) -> Split:
     part = "train" if train else "t10k"
     raw = root / "MNIST" / "raw"
     _existing(raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte")
+    import torchvision
+
     data = torchvision.datasets.MNIST(root, train=train)
     return data.data.unsqueeze(1), data.targets.long()
 
@@ -103,8 +103,10 @@ def svhn(root: Path, train: bool) -> Split:
     return torch.from_numpy(images), torch.from_numpy(data["y"].astype(np.int64).ravel() % 10)
 
 
-def folder(root: Path, train: bool) -> torchvision.datasets.ImageFolder:
+def folder(root: Path, train: bool):
     """A folder of class folders of images: `train/` and `val/` (or `test/`), or one fixed 80/20 split."""
+    import torchvision
+
     parts = [root / "train"] if train else [root / "val", root / "test"]
     if not (root / "train").is_dir():
         data = torchvision.datasets.ImageFolder(root)
@@ -118,7 +120,7 @@ def folder(root: Path, train: bool) -> torchvision.datasets.ImageFolder:
     return torchvision.datasets.ImageFolder(found)
 
 
-def imagenet(root: Path, train: bool) -> torchvision.datasets.ImageFolder:
+def imagenet(root: Path, train: bool):
     """ImageNet's folders `train/` and `val/`, each with a folder for every class."""
     _existing(root / "train", root / "val")
     return folder(root, train)
@@ -137,6 +139,8 @@ def open_image(path: str, channels: int) -> Image.Image:
 
 def read_folder(root: Path, train: bool, channels: int, size: int) -> Split:
     """All images of a `folder`, resized and cropped in the centre to size x size, in memory."""
+    from torchvision.transforms import v2
+
     data = folder(root, train)
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
     images = torch.stack([fit(open_image(path, channels)) for path, _ in data.samples])

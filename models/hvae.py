@@ -10,6 +10,8 @@ Because both factorise in the same order, the rate splits into one for each laye
     loss = D + beta_y R(y|z) + beta_z R(z)
 """
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -128,6 +130,15 @@ class HVAE(nn.Module):
         """Reconstructions in [0, 1] from the posterior's modes, deterministic; (B, C, H, W)."""
         z = self.q_z(x).mode
         return self.p_x(self.q_y(z, x).mode).mean.clamp(0, 1)
+
+    @torch.no_grad()
+    def psnr(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Peak signal-to-noise ratio in dB of the reconstructions of all images together: 10 log10(1 / MSE)."""
+        squares, n = 0.0, 0
+        for x, _ in batches:
+            squares += ((self.reconstruct(x) - x) ** 2).sum(dtype=torch.float64)
+            n += x.numel()
+        return -10 * math.log10(squares / n) if squares > 0 else math.inf
 
     @torch.no_grad()
     def sample(self, n: int | None = None, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -16,7 +16,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: kernels then run on the CPU, slowly
 
 import train
-from datasets import Data, Resident, lookup
+from datasets.batches import Resident
+from datasets.loading import Data
+from datasets.table import lookup
 from utils.config import Config
 from utils.errors import run_script
 

@@ -11,9 +11,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-import datasets
 import train
+from datasets import readers
 from datasets.batches import Resident, Streamed
+from datasets.loading import load_data
 from tests.conftest import TINY
 from utils.config import Config
 from utils.errors import UserError
@@ -59,7 +60,7 @@ def write_folder(root: Path, size=(40, 50), classes=("cat", "dog"), n=5) -> None
 
 
 def load(name, root="data", **settings):
-    return datasets.load(Config(dataset=name, **settings), root, CPU)
+    return load_data(Config(dataset=name, **settings), root, CPU)
 
 
 def test_digits_come_with_the_house():
@@ -196,7 +197,7 @@ def test_resident_batches_cover_every_image_once_in_the_epochs_order():
 
 def test_streamed_crops_do_not_depend_on_the_workers():
     write_folder(Path("pets"), size=(300, 280), n=4)
-    samples = datasets.readers.folder(Path("pets"), train=True).samples
+    samples = readers.folder(Path("pets"), train=True).samples
 
     def epoch(workers, **kwargs):
         split = Streamed(samples, (3, 256, 256), CPU)

@@ -13,7 +13,7 @@ import eval_beta_grid
 import train
 from tests.conftest import ROOT, TINY, python, start
 from utils.distributed import share
-from utils.runs import load_tensors
+from utils.files import load_tensors
 
 GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import build_model
+from models.build import build_model
 from models.stack import ROUTES, Stack
 from utils import engine as engine_module
 from utils.config import Config

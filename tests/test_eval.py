@@ -21,10 +21,9 @@ from tests.conftest import TINY, start
 from tests.test_datasets import write_cifar10, write_folder, write_svhn
 from tests.test_models import REFERENCE
 from utils.errors import UserError
-from utils.evaluation import read_arrays
+from utils.files import read_arrays, read_json
 from utils.metrics import inception_score
 from utils.probes import fit_probe
-from utils.runs import read_json
 
 FAST = ["--device", "cpu", "--run_batch_name", "b"]
 STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]

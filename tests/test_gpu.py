@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from models import build_model
+from models.build import build_model
 from models.stack import ROUTES, Stack
 from tests.conftest import TINY
 from utils.config import Config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import MODELS, build_model
+from models.build import MODELS, build_model
 from models.hvae import Terms
 from models.latents import LATENTS
 from models.likelihoods import LIKELIHOODS

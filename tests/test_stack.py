@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from datasets import Resident
-from models import build_model
+from datasets.batches import Resident
+from models.build import build_model
 from models.stack import Stack
 from utils.config import Config
 from utils.seeds import generator

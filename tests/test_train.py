@@ -17,14 +17,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-import utils.runs
-from datasets import Data
+import utils.files
+from datasets.loading import Data
 from models.stack import Stack
 from tests.conftest import TINY, start
 from utils.config import Config
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.runs import Run, load_model, load_tensors, save_tensors, write_atomic
+from utils.files import load_tensors, save_tensors, write_atomic
+from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training import Chunk
 
@@ -218,14 +219,14 @@ def test_disk_full_leaves_the_old_file(monkeypatch):
 
 
 def test_disk_full_while_training_gives_one_line(script, monkeypatch):
-    real = utils.runs.write_atomic
+    real = utils.files.write_atomic
 
     def full(path, data):
         if path.name == ".resume.tmp":
             raise UserError(f"{path}: disk full: needs 9 bytes, has 0")
         real(path, data)
 
-    monkeypatch.setattr(utils.runs, "write_atomic", full)
+    monkeypatch.setattr(utils.files, "write_atomic", full)
     status, _, err = script(train.main, *TINY, "--save_every", "1")
     assert status == 2 and err.splitlines()[-1].endswith("disk full: needs 9 bytes, has 0")
 
@@ -346,7 +347,7 @@ def test_a_signal_in_a_cells_last_step_ends_the_grid(script, monkeypatch):
 
 
 def test_perfect_reconstructions_have_an_infinite_psnr(script, monkeypatch):
-    monkeypatch.setattr("utils.training.psnr", lambda model, batches: float("inf"))
+    monkeypatch.setattr("models.hvae.HVAE.psnr", lambda self, batches: float("inf"))
     status, out, _ = script(train.main, *TINY)
     assert status == 0 and "   inf " in out
 

@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import DATASETS, lookup
-from models import MODELS
+from datasets.table import DATASETS, lookup
+from models.build import MODELS
 from models.latents import LATENTS
 from models.likelihoods import LIKELIHOODS
 from utils.errors import UserError, nearest

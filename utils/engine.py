@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from models import build_model
+from models.build import build_model
 from models.hvae import Noise
 from models.stack import ROUTES, Stack
 from utils.config import Config

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import datasets
-from models.classifiers import CLASSIFIERS
-from train_classifier import load_classifier
+from datasets.loading import Data, load_data
+from models.classifiers import CLASSIFIERS, load_classifier
 from utils.config import Config
 from utils.errors import UserError
-from utils.runs import Run, digest, load_model, read_json, write_atomic, write_json
+from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
+from utils.runs import Run, load_model
 from utils.seeds import generator
 
 BATCH = 256  # images at a time; fixed, since the noise is drawn batch by batch
@@ -61,10 +61,10 @@ class Bench:
             self.notes.add(text)
             print(f"note: {text}", flush=True)
 
-    def data(self, config: Config) -> datasets.Data:
+    def data(self, config: Config) -> Data:
         key = (config.dataset, config.image_shape)
         if key not in self._data:
-            self._data[key] = datasets.load(config, self.data_dir, self.device, self.download)
+            self._data[key] = load_data(config, self.data_dir, self.device, self.download)
         return self._data[key]
 
     @functools.cache  # noqa: B019  (one bench lives as long as the script)
@@ -168,14 +168,6 @@ def record(s: Subject, step: Step, results: dict) -> None:
         write_json(s.run.path / "metrics.json", {**kept, **figures, **bookkeeping})
 
 
-def digest_of(path: Path) -> str | None:
-    """Of a file's content; None if it is not there."""
-    try:
-        return digest(path.read_bytes())
-    except OSError:
-        return None
-
-
 def metrics_of(run: Run) -> dict:
     """What metrics.json holds; empty while there is none. Raises UserError if it is damaged."""
     path = run.path / "metrics.json"
@@ -185,12 +177,3 @@ def metrics_of(run: Run) -> dict:
         if wrong or isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: damaged ({name} cannot be {value!r:.40}); remove it, and evaluate the run anew")
     return known
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as e:  # numpy and zipfile raise anything on damaged files
-        raise UserError(f"{path}: missing or damaged ({e})") from e

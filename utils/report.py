@@ -1,10 +1,8 @@
 """The report of a batch: tables as CSV, Markdown and HTML, and one page that holds everything."""
 
 import base64
-import csv
 import html
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 ADVICE = {  # columns of the advice, and how they are headed
     "task": "task",
@@ -74,14 +72,6 @@ def shown(value: object) -> str:
 def columns_of(rows: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
     """The columns that some row fills."""
     return [name for name in headings if any(row.get(name) not in (None, "") for row in rows)]
-
-
-def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:

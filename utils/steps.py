@@ -16,7 +16,7 @@ from models.latents import Gaussian
 from models.stack import TERMS, Stack
 from utils.evaluation import BATCH, Bench, Step, Subject
 from utils.information import accuracy_bound, discrete_mi, gaussian_mi
-from utils.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score, psnr
+from utils.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
 from utils.probes import calibration_error
 
 INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "6726825d")  # torch-fidelity's file, start of its sha256
@@ -40,7 +40,7 @@ def rates(s: Subject) -> dict[str, float]:
     if model.likelihood.is_mass:
         result["bpd"] = (-terms["ll"] + terms["kl_y"] + terms["kl_z"]) / (math.log(2) * math.prod(s.config.image_shape))
     result["active_z"], result["active_y"] = active_units(arrays["qz_mu"]), active_units(arrays["qy_mu"])
-    result["psnr"] = psnr(model, s.test.batches(BATCH))
+    result["psnr"] = model.psnr(s.test.batches(BATCH))
     return result
 
 

@@ -11,12 +11,11 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from datasets import Data
+from datasets.loading import Data
 from models.stack import TERMS
 from utils.distributed import is_first, largest_of_all, progress
 from utils.engine import Engine
 from utils.errors import UserError
-from utils.metrics import psnr
 from utils.runs import Run
 from utils.seeds import generator
 
@@ -160,7 +159,7 @@ class Chunk:
         self.settle()
         for m, run in self.written.items():
             model = self.stack.plain(m)
-            quality = psnr(model, data.test.batches(self.config.batch_size))
+            quality = model.psnr(data.test.batches(self.config.batch_size))
             result = {
                 "status": "finished",
                 "epoch": self.epoch,

@@ -16,7 +16,7 @@ import argparse
 
 import torch
 
-from datasets import DATASETS
+from datasets.table import DATASETS
 from models.stack import ROUTES
 from utils.benchmark import evaluation, training
 from utils.benchmark.measuring import machine

@@ -24,8 +24,9 @@ from torch.func import functional_call, vmap
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from datasets import Data, Resident, Streamed
-from models import build_model
+from datasets.batches import Resident, Streamed
+from datasets.loading import Data
+from models.build import build_model
 from models.stack import TERMS
 from utils.benchmark.measuring import copy_bandwidth, head, measure, peak_memory, report, row
 from utils.config import Config

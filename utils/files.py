@@ -1,0 +1,126 @@
+"""Files, written whole or not at all, and read without ever running what they hold."""
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.errors import UserError, one_line
+
+
+def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
+    """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise UserError(f"{there}: cannot write there; choose another {flag}")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part.
+
+    Raises UserError, with what is needed and what there is, when the disk is full.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(data: bytes) -> str:
+    """A short digest, to tell contents apart."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_of(path: Path) -> str | None:
+    """Of a file's content; None if it is not there."""
+    try:
+        return digest(path.read_bytes())
+    except OSError:
+        return None
+
+
+def write_json(path: Path, values: dict) -> None:
+    write_atomic(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError naming the file if it holds no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: unreadable or damaged ({e})") from e
+    return values
+
+
+def _tensor_bytes(tensors: dict) -> bytes:
+    buffer = io.BytesIO()  # not a path: torch would write the file's name into it, and bytes would differ
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def save_tensors(path: Path, tensors: dict) -> None:
+    write_atomic(path, _tensor_bytes(tensors))
+
+
+def load_tensors(path: Path) -> dict:
+    """Tensors and plain values of a file, on the CPU; checks its checksums and executes nothing.
+
+    Raises UserError naming the file if it is damaged or holds anything else.
+    """
+    clean = io.BytesIO()
+    try:
+        # torch compares no checksums and trusts the archive's headers: give it what Python's reader has checked
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as copy:
+            if len(set(archive.namelist())) < len(archive.namelist()):
+                raise zipfile.BadZipFile("two entries of one name")
+            for name in archive.namelist():
+                copy.writestr(name, archive.read(name))
+        clean.seek(0)
+        state = torch.load(clean, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("no dictionary of tensors")
+        return state
+    except Exception as e:  # the readers raise anything on damaged files
+        refused = isinstance(e, pickle.UnpicklingError)
+        raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e
+
+
+def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as e:  # numpy and zipfile raise anything on damaged files
+        raise UserError(f"{path}: missing or damaged ({e})") from e
