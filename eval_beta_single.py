@@ -7,10 +7,11 @@ Step 2 of the evaluation; see eval_beta_grid.py, whose step 1 comes before it.
 
 from pathlib import Path
 
-from eval_beta_grid import MI_STEPS, add_bench_flags, choose, gather, open_run, run_step
 from utils.cli import Parser
 from utils.errors import run_script
-from utils.evaluation import Bench, Subject, metrics_of
+from utils.evaluation.batch import add_bench_flags, gather, open_run, run_step
+from utils.evaluation.steps import MI_STEPS, choose
+from utils.evaluation.subject import Bench, Subject, metrics_of
 
 
 def parse_args(argv=None):
@@ -24,10 +25,7 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     args = parse_args(argv)
     run = open_run(args.run_path)
-    bench = Bench(
-        args.device, args.data_dir, args.runs_dir, args.download, args.classifier_path,
-        with_classifier=args.with_classifier, y_samples=args.y_samples,
-    )  # fmt: skip
+    bench = Bench.of(args)
     subject = Subject(run, bench)
     for name in MI_STEPS:
         if choose(name, bench):

@@ -1,7 +1,6 @@
 """M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -49,6 +48,8 @@ class Stack:
 
     def compile(self, batch_size: int) -> None:
         """Lets the terms of batches of that size go through torch.compile; an epoch's last one stays as written."""
+        import torch._dynamo
+
         torch._dynamo.config.recompile_limit = 1000  # for all the engines that a process makes, not for one
         self.compiled, self.compiled_batch = torch.compile(self.terms, fullgraph=True), batch_size
 

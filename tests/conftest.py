@@ -1,5 +1,6 @@
 """What the tests share: tiny configurations, and the scripts run inside this process or as one of their own."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -58,6 +59,11 @@ def trained(script):
         return sorted(p for p in Path("runs", batch).iterdir())
 
     return run
+
+
+def weights(path: Path) -> str:
+    """The digest of a run's weights."""
+    return hashlib.sha256((path / "vae.pth").read_bytes()).hexdigest()
 
 
 def start(name, *argv, **where):

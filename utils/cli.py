@@ -61,6 +61,22 @@ def whole(text: str, least: int = 1, most: int = 10**9) -> int:
     return int(text)
 
 
+def whole_or_auto(text: str) -> int | None:
+    """None for auto, or a whole number >= 1."""
+    return None if text == "auto" else whole(text)
+
+
+def positive(text: str) -> float:
+    """A rate in bits, as a flag's value."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of bits > 0, got {text!r}")
+    return value
+
+
 def batch_folder(runs_dir: str, batch: str) -> Path:
     """The folder of a batch. Raises UserError for what cannot be its name."""
     if not batch or batch == "classifiers" or batch[0] == "." or set(batch) & set("/\\"):

@@ -13,23 +13,20 @@ ratios are taken between measurements that alternate.
 """
 
 import argparse
+import importlib
 
 import torch
 
 from datasets.table import DATASETS
 from models.stack import ROUTES
-from utils.benchmark import evaluation, training
 from utils.benchmark.measuring import machine
 from utils.cli import Parser, whole
-from utils.engine import check_route, use_precision
 from utils.errors import UserError, run_script
+from utils.training.engine import check_route, use_precision
 
-BENCHMARKS = {
-    f.__name__: f
-    for f in (
-        *(training.grid, training.step, training.layers, training.streams, training.loader, training.precision),
-        *(evaluation.mi, evaluation.probes, evaluation.inception),
-    )
+BENCHMARKS = {  # and the modules that they are in
+    **{name: name for name in ("grid", "step", "layers", "loader", "precision")},
+    **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
 }
 
 
@@ -65,7 +62,7 @@ def main(argv=None) -> int:
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
     print(machine(args.device))
-    BENCHMARKS[args.what](args)
+    getattr(importlib.import_module(f"utils.benchmark.{BENCHMARKS[args.what]}"), args.what)(args)
     return 0
 
 

@@ -12,9 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal
 
 from utils.benchmark.measuring import measure, report
-from utils.information import gaussian_mi
-from utils.metrics import inception_score
-from utils.probes import PROBES, fit_probe, split
+from utils.evaluation.information import gaussian_mi
+from utils.evaluation.metrics import inception_score
+from utils.evaluation.probes import PROBES, fit_probe, split
 from utils.seeds import generator
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.engine import clock
+from utils.training.engine import clock
 
 
 def machine(device: torch.device) -> str:

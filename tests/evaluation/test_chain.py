@@ -1,0 +1,190 @@
+"""The four steps on a small real batch: what the figures are, and that nothing is done twice."""
+
+import csv
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_beta_grid
+import eval_beta_single
+import train
+from tests.conftest import TINY
+from tests.evaluation.conftest import FAST, STEP1, four_steps
+from tests.models.test_models import REFERENCE
+from tests.test_datasets import write_cifar10, write_folder, write_svhn
+from utils.evaluation.metrics import inception_score
+from utils.evaluation.probes import fit_probe
+from utils.files import read_json
+
+
+def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
+    for status, _, err in four_steps(script):
+        assert status == 0, err
+    rows = batch()
+    assert len(rows) == 4
+    expected_empty = {"bpd", "ll_iw", "iw_samples", "fid", "mi_q", "mi_p", "run_name", "image_size", "image_channels"}
+    expected_empty |= {c for c in rows[0] if c.endswith("_standardized")} | {"fid_features", "fid_samples"}
+    for row in rows:
+        assert {k for k, v in row.items() if v == ""} == expected_empty
+        v = {k: float(row[k]) for k in row if k not in expected_empty and row[k].lstrip("-")[:1].isdigit()}
+        assert v["loss"] == pytest.approx(-v["ll"] + v["beta_y"] * v["kl_y"] + v["beta_z"] * v["kl_z"], rel=1e-6)
+        assert v["D"] == -v["ll"] and v["kl_y"] >= 0 and v["kl_z"] >= 0
+        h = math.log(10)
+        for mi in ("mi_q_mc", "mi_q_mc_y"):
+            assert -3 * v[mi + "_se"] <= v[mi] <= h + 3 * v[mi + "_se"] + 0.01
+        assert v["mi_q_mc"] <= v["kl_z"] + 4 * v["mi_q_mc_se"] + 0.1
+        assert v["mi_lr_lb"] <= math.log(10) and v["mi_lr_lb_y"] <= math.log(10)
+        with np.load(Path("runs/b", row["run"], "latents.npz")) as latents:  # samples of z keep to the bounds of z
+            noise = np.random.default_rng(0).standard_normal(latents["qz_mu"].shape)
+            z, labels = latents["qz_mu"] + latents["qz_std"] * noise, latents["labels"]
+        probe = fit_probe("lr", z, labels, "", standardize=False)
+        assert probe["mi_lr_lb"] <= v["mi_q_mc"] + 4 * v["mi_q_mc_se"] + 0.1
+        assert probe["lr_acc_mean"] <= v["acc_bound"] + 3 * math.sqrt(0.25 / 72)
+        assert 1 <= v["is_mean"] <= 10 and v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
+        assert 0 <= v["recons_acc"] <= 1 and 0 <= v["recons_pred_entropy"] <= h and 0 <= v["clsfr_ece"] <= 1
+        assert v["psnr"] > 5 and v["fid_classifier"] >= 0 and 0 <= v["active_z"] <= 6
+        assert row["fid_classifier_features"].startswith("Digits classifier") and v["fid_classifier_samples"] == 200
+    cell = {(float(r["beta_y"]), float(r["beta_z"])): r for r in rows}
+    assert float(cell[0.1, 0.1]["kl_y"]) > float(cell[5.0, 0.1]["kl_y"])  # each beta moves its own rate
+    assert float(cell[0.1, 0.1]["kl_z"]) > float(cell[0.1, 5.0]["kl_z"])
+    for row in rows:
+        with np.load(Path("runs/b", row["run"], "latents.npz")) as latents:
+            assert latents["qz_mu"].shape == (360, 6) and latents["qy_std"].shape == (360, 4, 4, 4)
+            assert all(latents[k].dtype == np.float32 for k in ("qz_mu", "qz_std", "qy_mu", "qy_std"))
+        with np.load(Path("runs/b", row["run"], "pca.npz")) as pca:
+            assert pca["projections"].shape == (360, 3)
+
+
+def test_same_seed_same_numbers_and_nothing_is_done_twice(batch, script, monkeypatch):
+    four_steps(script)
+    first = {p: p.read_bytes() for p in Path("runs/b").rglob("*") if p.suffix in (".json", ".csv", ".npz")}
+    with monkeypatch.context() as m:
+        m.setattr("utils.evaluation.batch.record", None)
+        assert all(status == 0 for status, _, _ in four_steps(script))
+    assert {p: p.read_bytes() for p in first} == first
+    for p in first:
+        if p.name in ("metrics.json", "latents.npz"):
+            p.unlink()
+    four_steps(script)
+    for p, content in first.items():
+        if p.suffix != ".npz":
+            assert p.read_bytes() == content, p
+
+
+def test_a_changed_setting_makes_only_its_step_stale(batch, script):
+    script(eval_beta_grid.main, *STEP1)
+    before = [row["psnr"] for row in batch()]
+    script(eval_beta_grid.main, *STEP1[:-1], "100", "--iw_samples", "3")
+    rows = batch()
+    assert [row["n_samples"] for row in rows] == ["100"] * 4 and [row["psnr"] for row in rows] == before
+    for row in rows:  # the bound is at least the ELBO's, which one sample of it estimates
+        elbo = float(row["ll"]) - float(row["kl_y"]) - float(row["kl_z"])
+        assert float(row["ll_iw"]) >= elbo - 0.5
+
+
+def test_each_step_tells_when_the_one_before_is_missing(batch, script):
+    path = next(p for p in Path("runs/b").iterdir() if p.is_dir())
+    status, _, err = script(eval_beta_single.main, "--run_path", path, "--device", "cpu")
+    assert status == 2 and "run eval_beta_grid.py --exclude_mi first" in err and err.count("\n") == 1
+    status, _, err = script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc")
+    assert status == 1 and err.count("run eval_beta_grid.py --exclude_mi first") == 4
+    shutil.rmtree("runs/classifiers")
+    status, _, err = script(eval_beta_grid.main, *STEP1)
+    assert status == 2 and "train_classifier.py" in err and err.count("\n") == 1
+
+
+def test_a_step_leaves_the_others_figures_alone(made, script):
+    shutil.copytree(made / "runs/classifiers", "runs/classifiers")
+    assert script(train.main, *TINY, "--qz_family", "GumbelSoftmax", "--run_batch_name", "b")[0] == 0
+    assert script(eval_beta_grid.main, *FAST, "--with_classifier", "--n_samples", "50")[0] == 0
+    (path,) = (p for p in Path("runs/b").iterdir() if p.is_dir())
+    before = read_json(path / "metrics.json")
+    assert {"mi_p", "fid_classifier", "is_mean"} <= set(before)
+    status, out, _ = script(eval_beta_single.main, "--run_path", path, "--device", "cpu")
+    assert status == 0 and "note: mi_p" in out
+    assert script(eval_beta_grid.main, *FAST, "--exclude_mi")[0] == 0
+    assert read_json(path / "metrics.json") == before
+
+
+def test_runs_of_the_papers_code_evaluate_unchanged(script):
+    write_cifar10(Path("data"))
+    write_svhn(Path("data"))
+    shutil.copytree(REFERENCE, "runs/golden")
+    Path("runs/golden/README.md").unlink()
+    status, _, err = script(
+        eval_beta_grid.main, "--run_batch_name", "golden", "--device", "cpu", "--exclude_fid", "--data_dir", "data"
+    )
+    assert status == 0, err
+    with open("runs/golden/eval_results.csv", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    gauss = rows["hvae_fixed_cifar_gauss"]
+    with np.load("runs/golden/hvae_fixed_cifar_gauss/latents.npz") as latents:
+        assert latents["qz_mu"].shape == (20, 8)
+    # scored with the sigma it was trained with: ll = -1770.85 - 3047.01 MSE, and the MSE of a [0, 1] image is below 1
+    assert -1770.85 - 3047.01 < float(gauss["ll"]) < -1770.85
+    assert rows["hvae_fixed_cifar_mol"]["bpd"] != "" and gauss["bpd"] == ""
+    assert all(row["mi_q_mc"] != "" and row["mi_q_mc_y"] != "" for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    "flags, empty",
+    [
+        (["--qz_family", "GumbelSoftmax", "--z_dims", "7"], {"mi_q_mc"}),
+        (["--use_conv_z"], {"mi_q"}),
+        (["--vae_type", "LVAE"], {"mi_q"}),
+        (["--vae_type", "LVAE", "--use_conv_z"], {"mi_q"}),
+        (["--vae_type", "BVAE"], {"mi_q", "mi_q_mc", "acc_bound", "lr_acc_mean"}),
+        (["--linear_y_with_dims", "5"], {"mi_q"}),
+    ],
+)
+def test_every_kind_of_run_goes_through_all_steps(flags, empty, made, script):
+    shutil.copytree(made / "runs/classifiers", "runs/classifiers")
+    assert script(train.main, *TINY, *flags, "--run_batch_name", "b")[0] == 0
+    for extra in (
+        ["--with_classifier", "--n_samples", "50", "--iw_samples", "2"],
+        ["--get_mi_cal_acc"],
+        ["--recons_acc", "--pca"],
+    ):
+        status, out, err = script(eval_beta_grid.main, *FAST, *extra)
+        assert status == 0, err
+    with open("runs/b/eval_results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    for column in ("mi_q_mc", "mi_q", "mi_q_mc_y", "acc_bound", "lr_acc_mean", "lr_acc_mean_y", "ll_iw", "is_mean"):
+        assert (row[column] == "") == (column in empty), column
+    assert (row["mi_p"] != "") == ("GumbelSoftmax" in flags)
+
+
+def test_own_images_have_no_classifier_and_the_log_says_so_once(script):
+    write_folder(Path("pets"), n=15)
+    flags = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]
+    assert script(train.main, *TINY, *flags, "--beta_y", "1", "2")[0] == 0
+    status, out, _ = script(eval_beta_grid.main, *STEP1)
+    assert status == 0 and out.count("has no classifier") == 1
+    assert script(eval_beta_grid.main, *FAST, "--recons_acc")[0] == 0
+
+
+def test_samples_are_clamped_before_any_metric_sees_them(batch, script, monkeypatch):
+    from utils.evaluation.subject import Bench, Subject
+
+    run = eval_beta_grid.open_run(next(p for p in Path("runs/b").iterdir() if p.is_dir()))
+    subject = Subject(run, Bench(torch.device("cpu"), "data", "runs", n_samples=300))
+    seen = []
+    monkeypatch.setattr(type(subject.model), "p_x", lambda self, y: Wild(len(y)))
+    subject.samples("samples", lambda x: seen.append((x.min().item(), x.max().item())) or x)
+    assert seen and all(low >= 0 and high <= 1 for low, high in seen)
+
+
+class Wild:
+    def __init__(self, n):
+        self.n = n
+
+    def sample(self, generator):
+        return torch.randn(self.n, 1, 28, 28) * 3
+
+
+def test_is_of_the_chain_is_the_library_function():
+    assert inception_score(torch.full((100, 2), math.log(0.5)))["is_mean"] == pytest.approx(1)

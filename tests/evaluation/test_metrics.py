@@ -1,0 +1,204 @@
+"""Measures of images, samples and predictions against closed forms and independent libraries."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch.distributions import MultivariateNormal
+
+from models.hvae import HVAE
+from models.latents import Gaussian
+from utils.evaluation.information import gaussian_mi
+from utils.evaluation.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
+from utils.evaluation.probes import calibration_error, fit_probe, split
+from utils.seeds import generator
+
+
+def test_psnr_equals_scikit_images():
+    """skimage.metrics.peak_signal_noise_ratio (scikit-image 0.26) of these arrays is 20.58897870264339 dB."""
+    rng = np.random.default_rng(0)
+    images = rng.random((3, 1, 4, 4))
+    others = np.clip(images + rng.normal(size=images.shape) * 0.1, 0, 1)
+
+    class Model:
+        def reconstruct(self, x):
+            return torch.from_numpy(others)
+
+    assert HVAE.psnr(Model(), [(torch.from_numpy(images), None)]) == pytest.approx(20.58897870264339, abs=1e-12)
+
+
+def test_psnr_is_of_all_pixels_together():
+    x = torch.rand(10, 1, 4, 4)
+    noisy = (x + 0.1 * torch.randn(10, 1, 4, 4) * torch.arange(10)[:, None, None, None]).clamp(0, 1)
+    lookup = {float(a.sum()): b for a, b in zip(x, noisy, strict=True)}
+    model = SimpleNamespace(reconstruct=lambda batch: torch.stack([lookup[float(a.sum())] for a in batch]))
+    batches = [(x[:7], None), (x[7:], None)]
+    expected = 10 * math.log10(1 / ((x - noisy) ** 2).double().mean())
+    assert HVAE.psnr(model, batches) == pytest.approx(expected, rel=1e-6)
+
+
+def test_active_units():
+    means = np.zeros((100, 2, 2), dtype=np.float32)
+    means[:, 0, 0] = np.linspace(-1, 1, 100)
+    means[:, 0, 1] = np.linspace(-0.1, 0.1, 100)  # variance 0.0034
+    means[:, 1, 1] = 1000 + np.linspace(-1, 1, 100)
+    assert active_units(means) == 2
+    assert active_units(np.zeros((5, 0))) == 0
+
+
+def linear_gaussian():
+    """z ~ N(0, I), y|z ~ N(A z, s^2 I), x|y ~ N(B y, t^2 I), with Gaussian but inexact q: log p(x) is known."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 2, generator=g).double(), torch.randn(4, 3, generator=g).double()
+    s, t = 0.7, 0.5
+    cov_y = a @ a.T + s**2 * torch.eye(3)
+    cov_x = b @ cov_y @ b.T + t**2 * torch.eye(4)
+    to_z = (b @ a).T @ torch.linalg.inv(cov_x)  # E[z|x]
+    std_z = 1.1 * (torch.eye(2) - to_z @ b @ a).diagonal().sqrt()
+    cov_y_zx = torch.linalg.inv(b.T @ b / t**2 + torch.eye(3) / s**2)
+    std_y = 1.1 * cov_y_zx.diagonal().sqrt()
+
+    class Model:
+        family = Gaussian
+
+        def noise(self, n, g):
+            return SimpleNamespace(z=Gaussian.noise((n, 2), g).double(), y=Gaussian.noise((n, 3), g).double())
+
+        def q_z(self, x):
+            return Gaussian(x @ to_z.T, std_z.expand(len(x), 2))
+
+        def q_y(self, z, x):
+            return Gaussian((x @ b / t**2 + z @ a.T / s**2) @ cov_y_zx, std_y.expand(len(x), 3))
+
+        def p_y(self, z):
+            return Gaussian(z @ a.T, torch.full((len(z), 3), s).double())
+
+        def p_x(self, y):
+            return Gaussian(y @ b.T, torch.full((len(y), 4), t).double())
+
+    p_x = MultivariateNormal(torch.zeros(4).double(), cov_x)
+    x = p_x.sample((200,))
+    return Model(), x, p_x.log_prob(x).mean().item()
+
+
+def test_importance_weighted_ll_rises_to_the_closed_form():
+    torch.manual_seed(0)
+    model, x, exact = linear_gaussian()
+    estimates = [importance_weighted_ll(model, x, k, generator("cpu", 1)).mean().item() for k in (1, 5, 50, 2000)]
+    assert all(a < b + 0.02 for a, b in zip(estimates, estimates[1:], strict=False))
+    assert estimates[0] < exact - 0.1 and abs(estimates[-1] - exact) < 0.02
+    assert all(e < exact + 0.05 for e in estimates)
+
+
+def random_log_p(n=1003, k=10, sharp=3.0):
+    return torch.log_softmax(sharp * torch.randn(n, k, generator=torch.Generator().manual_seed(0)).double(), 1)
+
+
+def test_inception_score_equals_a_loop_with_scipy():
+    log_p = random_log_p()
+    scores, log_parts = [], []
+    for part in np.array_split(log_p.exp().numpy(), 5):
+        marginal = part.mean(0)
+        scores.append(math.exp(np.mean([scipy.stats.entropy(p, marginal) for p in part])))
+        log_parts.append(scipy.stats.entropy(marginal) - np.mean([scipy.stats.entropy(p) for p in part]))
+    ours = inception_score(log_p)
+    assert ours["is_mean"] == pytest.approx(np.mean(scores), rel=1e-10)
+    assert ours["is_std"] == pytest.approx(np.std(scores), rel=1e-8)
+    np.testing.assert_allclose(np.log(scores), log_parts, atol=1e-9)
+    one = inception_score(log_p, splits=1)
+    assert math.log(one["is_mean"]) == pytest.approx(math.log(one["is_div"]) + math.log(one["is_sharp"]), abs=1e-6)
+    assert 1 <= ours["is_mean"] <= 10
+
+
+def test_inception_score_extremes():
+    confident = torch.full((1000, 10), -1e4).double()
+    confident[torch.arange(1000), torch.arange(1000) % 10] = 0
+    assert inception_score(confident)["is_mean"] == pytest.approx(10)
+    constant = torch.log_softmax(torch.arange(10.0), 0).expand(1000, 10)
+    assert inception_score(constant)["is_mean"] == pytest.approx(1)
+
+
+def test_frechet_distance():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 6)), rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) + 1
+    ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(ca @ cb).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    one = frechet_distance(a[:, :1], 3 * a[:, :1])
+    assert one == pytest.approx((2 * a[:, 0].mean()) ** 2 + (2 * a[:, 0].std(ddof=1)) ** 2, rel=1e-8)
+    few = rng.normal(size=(4, 6))  # a singular covariance
+    assert math.isfinite(frechet_distance(few, b))
+
+
+def slow_calibration_error(p, labels, bins=15):
+    total = 0.0
+    for low in range(bins):
+        inside = [
+            i
+            for i in range(len(p))
+            if low / bins <= p[i].max() < (low + 1) / bins or (p[i].max() == 1 and low == bins - 1)
+        ]
+        if inside:
+            gap = np.mean([p[i].argmax() == labels[i] for i in inside]) - np.mean([p[i].max() for i in inside])
+            total += len(inside) / len(p) * abs(gap)
+    return total
+
+
+def test_calibration_error():
+    p = random_log_p(300, 4).exp().numpy()
+    labels = np.random.default_rng(0).integers(0, 4, 300)
+    assert calibration_error(p, labels) == pytest.approx(slow_calibration_error(p, labels), abs=1e-12)
+    sure = np.eye(4)[labels]
+    assert calibration_error(sure, labels) == 0
+    assert calibration_error(sure, (labels + 1) % 4) == 1
+
+
+def blobs(gap, n=1000, k=4, d=3):
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % k
+    centres = gap * rng.normal(size=(k, d))
+    return (centres[labels] + rng.normal(size=(n, d))).astype(np.float32), labels, centres
+
+
+@pytest.mark.parametrize("gap", [0.7, 20.0])
+def test_probes_and_the_information_they_certify(gap):
+    latents, labels, centres = blobs(gap)
+    figures = {}
+    for name in ("lr", "svm_rbf", "svm_linear", "kNN"):
+        figures |= fit_probe(name, latents, labels, "", standardize=False)
+    train, test = split(len(labels))
+    assert len(train) == 800 and set(train) | set(test) == set(range(1000))
+    model = LogisticRegression(max_iter=1000).fit(latents[train], labels[train])
+    assert figures["lr_acc_mean"] == model.score(latents[test], labels[test])
+    p = model.predict_proba(latents[test]).astype(np.float64)
+    assert figures["lr_nll"] == pytest.approx(log_loss(labels[test], p))
+    assert figures["lr_ece"] == pytest.approx(slow_calibration_error(p, labels[test]), abs=1e-9)
+    assert figures["mi_lr_lb"] == pytest.approx(math.log(4) - figures["lr_nll"])
+    means = torch.tensor(centres[labels])[:, None]
+    mi = gaussian_mi(torch.tensor(latents), means, torch.ones_like(means), torch.tensor(labels))
+    assert figures["mi_lr_lb"] <= mi.mi + 3 * mi.se + 0.05
+    if gap > 10:
+        assert min(v for k, v in figures.items() if "_acc" in k and "std" not in k) > 0.99
+
+
+def test_a_class_that_the_training_part_lacks_is_an_error_not_a_crash():
+    latents, labels, _ = blobs(1.0, n=50, k=2)
+    train, test = split(50)
+    labels = labels.copy()
+    labels[test[0]] = 2
+    figures = fit_probe("lr", latents, labels, "", standardize=False)
+    assert figures["lr_nll"] == math.inf and figures["lr_acc_mean"] < 1
+
+
+def test_standardized_probes_have_names_of_their_own():
+    latents, labels, _ = blobs(5.0)
+    figures = fit_probe("kNN", latents * [1, 1e6, 1], labels, "_y_standardized", standardize=True)
+    assert list(figures) == ["kNN_acc_y_standardized"] and figures["kNN_acc_y_standardized"] > 0.9

@@ -1,0 +1,63 @@
+"""Planes and CSVs with known answers."""
+
+import csv
+import math
+from pathlib import Path
+
+from utils.plane.cells import Cell, Plane
+
+AXIS = [0.1, 10**-0.5, 1.0, 10**0.5, 10.0]
+
+
+def plane_of(rows):
+    """A Plane of rows of figures, one cell each."""
+    cells = []
+    for row in rows:
+        row = {"rate": row["kl_y"] + row["kl_z"], **row}
+        cells.append(Cell({"vae_type": "HVAE"}, (f"{row['beta_y']}-{row['beta_z']}",), row, {}))
+    return Plane(cells)
+
+
+def exponential(beta_y, beta_z, slope=1.0):
+    """The optimum of D = a exp(-R(y|z) / c) + b exp(-R(z) / d) + e, where -dD/dR = slope * beta."""
+    a, b, c, d = 400.0, 100.0, 20.0, 5.0
+    kl_y, kl_z = -c * math.log(slope * beta_y * c / a), -d * math.log(slope * beta_z * d / b)
+    distortion = a * math.exp(-kl_y / c) + b * math.exp(-kl_z / d) + 7
+    return {"beta_y": beta_y, "beta_z": beta_z, "kl_y": kl_y, "kl_z": kl_z, "ll": -distortion}
+
+
+HEADER = [
+    "run",
+    "status",
+    "vae_type",
+    "z_dims",
+    "seed",
+    "beta_y",
+    "beta_z",
+    "ll",
+    "kl_y",
+    "kl_z",
+    "psnr",
+    "is_mean",
+    "lr_acc_mean",
+]
+
+
+def write_csv(rows, batch="b", header=HEADER):
+    path = Path("runs", batch, "eval_results.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, header, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def rows_of(grid=AXIS, **more):
+    rows = []
+    for by in grid:
+        for bz in grid:
+            row = {"run": f"r-{by}-{bz}", "status": "finished", "vae_type": "HVAE", "z_dims": 8, "seed": 2}
+            row |= exponential(by, bz) | {"psnr": 20 + bz, "is_mean": 2 + by, "lr_acc_mean": 0.5} | more
+            rows.append(row)
+    return rows

@@ -1,0 +1,41 @@
+"""Advice on surfaces where the best is known."""
+
+import math
+
+import pytest
+
+from tests.plane.planes import AXIS, exponential, plane_of
+from utils.plane.advice import ADVICE, advice
+from utils.plane.cells import BITS
+from utils.plane.report import to_markdown
+
+
+def test_advice_on_a_known_surface():
+    """PSNR grows with R(y|z), the accuracy from z peaks at R(z) = 6, the distance falls with the total rate."""
+    rows = []
+    for by in AXIS:
+        for bz in AXIS:
+            kl_y, kl_z = 10 - 4 * math.log10(by), 6 - 5 * math.log10(bz)
+            rows.append({"beta_y": by, "beta_z": bz, "kl_y": kl_y, "kl_z": kl_z, "psnr": 20 + kl_y})
+            rows[-1] |= {"lr_acc_mean": 0.9 - 0.1 * abs(kl_z - 6) + 0.01 * kl_y, "fid": 100 - kl_y - kl_z}
+    found = {row["metric"]: row for row in advice(plane_of(rows))}
+    assert set(found) == {"psnr", "lr_acc_mean", "fid"}
+    psnr, acc, fid = found["psnr"], found["lr_acc_mean"], found["fid"]
+    assert (psnr["beta_y"], psnr["beta_z"], psnr["value"]) == (0.1, 10, 34)  # the lowest total rate of the five
+    assert psnr["diagonal_beta"] == 0.1 and psnr["gain"] == 0
+    assert (acc["beta_y"], acc["beta_z"], acc["kl_z"]) == (0.1, 1, 6)
+    assert acc["diagonal_beta"] == 1 and acc["gain"] == pytest.approx(0.04)
+    assert (fid["beta_y"], fid["beta_z"], fid["value"], fid["gain"]) == (0.1, 0.1, 75, 0)
+    budget = {"rate": 17 * BITS}
+    within = {row["metric"]: row for row in advice(plane_of(rows), budget)}
+    assert (within["psnr"]["beta_y"], within["psnr"]["beta_z"]) == (0.1, 10)
+    assert all(row["rate"] <= 17 + 1e-9 and row["budget"] == "R(z) + R(y|z) <= 24.5258 bits" for row in within.values())
+    assert within["fid"]["value"] > 75 and within["fid"]["diagonal_beta"] == 1
+    assert advice(plane_of(rows), {"kl_z": 0.5}) == []
+    assert all(row["kl_z"] <= 3.5 for row in advice(plane_of(rows), {"kl_z": 3.5 * BITS}))
+
+
+def test_advice_without_ordinary_cells_leaves_them_empty():
+    (row,) = advice(plane_of([exponential(1, 10) | {"psnr": 3.0}]))
+    assert "gain" not in row and "diagonal_beta" not in row
+    assert "gain" not in to_markdown([row], ADVICE)

@@ -1,0 +1,93 @@
+"""Files are whole or not there, and what could run code is refused."""
+
+import errno
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.conftest import start
+from utils.errors import UserError
+from utils.files import load_tensors, save_tensors, write_atomic
+from utils.runs import Run, load_model
+
+TRIALS = [pytest.param(i, marks=[pytest.mark.slow] if i >= 2 else []) for i in range(50)]
+
+
+def test_disk_full_leaves_the_old_file(monkeypatch):
+    path = Path("file")
+    write_atomic(path, b"old")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"file: disk full: needs 1,000 bytes, has [\d,]+$"):
+        write_atomic(path, b"x" * 1000)
+    assert path.read_bytes() == b"old" and len(list(Path().iterdir())) == 1
+
+
+def test_every_flipped_bit_of_the_weights_is_seen_or_harmless(trained):
+    (path,) = trained()
+    run, original = Run.open(path), (path / "vae.pth").read_bytes()
+    expected = load_tensors(path / "vae.pth")
+    rng = random.Random(0)
+    tail = original.rindex(b"PK\x01\x02") - 2000  # where the archive's directory is
+    places = [rng.randrange(len(original)) for _ in range(60)] + [
+        rng.randrange(tail, len(original)) for _ in range(200)
+    ]
+    for place in [*places, 29]:
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << rng.randrange(8)
+        (path / "vae.pth").write_bytes(damaged)
+        try:
+            state = load_model(run, torch.device("cpu")).state_dict()
+        except UserError as e:
+            assert "vae.pth: " in str(e) and "\n" not in str(e)
+        else:
+            assert all(torch.equal(state[k], v) for k, v in expected.items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_weights_that_run_code_are_refused(trained):
+    (path,) = trained()
+    torch.save({"x": Malicious()}, path / "vae.pth")
+    with pytest.raises(UserError, match="vae.pth: .*refused"):
+        load_model(Run.open(path), torch.device("cpu"))
+    assert not Path("executed").exists()
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from utils.runs import save_tensors
+i = 0
+while True:
+    i += 1
+    save_tensors(Path("x.pth"), {{"i": torch.full((20000,), float(i))}})
+"""
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_kill_9_inside_a_save_leaves_a_whole_file(trial):
+    root = str(Path(train.__file__).parent)
+    Path("saver.py").write_text(SAVER.format(root=root))
+    save_tensors(Path("x.pth"), {"i": torch.zeros(20000)})
+    process = start(Path("saver.py").resolve())
+    end = time.monotonic() + 60
+    while load_tensors(Path("x.pth"))["i"][0] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(random.Random(trial).uniform(0, 0.3))
+    process.kill()
+    process.wait()
+    values = load_tensors(Path("x.pth"))["i"]
+    assert values[0] > 0 and (values == values[0]).all()

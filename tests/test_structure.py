@@ -1,0 +1,68 @@
+"""What may import what, how long a script may be, and what its --help may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPTS = ("train", "train_classifier", "eval_beta_grid", "eval_beta_single", "plot_eval")
+WINGS = ("utils.training", "utils.evaluation", "utils.plane", "utils.benchmark")
+ABOVE = ("utils.plane", "utils.benchmark")  # these show and measure what the other wings do
+LEAVES = ("utils.errors", "utils.seeds", "utils.files")
+HEAVY = ("torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "joblib", "torch._dynamo")
+MODULES = sorted(p.relative_to(ROOT) for d in ("datasets", "models", "utils") for p in (ROOT / d).rglob("*.py"))
+
+
+def room(module: str) -> tuple[int, str]:
+    """Where a module lies: its floor, 0 being the lowest, and its room there."""
+    if module in SCRIPTS:
+        return 4, module
+    for wing in WINGS:
+        if module == wing or module.startswith(wing + "."):
+            return 3, wing
+    if module in LEAVES:
+        return 0, "leaves"
+    return (2, "ground") if module.split(".")[0] == "utils" else (1, module.split(".")[0])
+
+
+def imported(path: Path, module: str) -> set[str]:
+    """The project's modules that a file imports, anywhere in it."""
+    names, package = set(), module.rpartition(".")[0]
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = ".".join(filter(None, [package, node.module])) if node.level else node.module
+            submodules = {f"{source}.{alias.name}" for alias in node.names}
+            names |= {n if (ROOT / n.replace(".", "/")).with_suffix(".py").exists() else source for n in submodules}
+    return {n for n in names if n.split(".")[0] in (*SCRIPTS, "datasets", "models", "utils")}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *(Path(f"{s}.py") for s in SCRIPTS)], ids=str)
+def test_imports_go_down(path):
+    module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    floor, here = room(module)
+    for other in imported(path, module):
+        below, there = room(other)
+        allowed = there == here if below == floor else below < floor
+        assert allowed or here in ABOVE and below == 3 and there != "utils.benchmark", f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_short_and_its_help_imports_only_what_it_uses(script):
+    lines = (ROOT / f"{script}.py").read_text().splitlines()
+    assert len(lines) < 150
+    code = f"import sys, {script}\nsys.argv = ['x', '--help']\ntry: {script}.main()\nexcept SystemExit: pass\n"
+    code += "print(*sys.modules, file=sys.stderr)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage:" in loaded.stdout and not set(HEAVY) & set(loaded.stderr.split())
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.name == "__init__.py"], ids=str)
+def test_a_package_says_what_it_is_for_and_holds_no_code(path):
+    body = ast.parse((ROOT / path).read_text()).body
+    assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body)

@@ -1,0 +1,106 @@
+"""train_classifier.py, and the classifiers that it makes."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval_beta_grid
+import train_classifier
+from tests.conftest import start
+from tests.evaluation.conftest import STEP1
+from tests.test_datasets import write_cifar10, write_svhn
+from utils.files import read_json
+
+
+def test_classifiers_that_cannot_be_used(batch, script):
+    good = Path("runs/classifiers/Digits")
+
+    def refused(message, *flags):
+        status, out, err = script(eval_beta_grid.main, *STEP1, *flags)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+    refused("bogus.pth: no trained classifier", "--classifier_path", good / "bogus.pth")
+    other = Path(shutil.copytree(good, "other"))
+    settings = read_json(other / "config.json")
+    (other / "config.json").write_text(json.dumps(settings | {"dataset": "SVHN"}))
+    refused("labels SVHN, not Digits", "--classifier_path", other)
+    (other / "config.json").write_text(json.dumps(settings))
+    state = torch.load(good / "classifier.pth", weights_only=True)
+    torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
+    refused("holds weights that are not finite", "--classifier_path", other)
+    (good / "classifier.pth").write_bytes((good / "classifier.pth").read_bytes()[:1000])
+    flags = ["--device", "cpu", "--num_epochs", "2"]
+    status, _, err = script(train_classifier.main, *flags)
+    assert status == 2 and "classifier.pth: damaged" in err
+    (good / "classifier.pth").unlink()
+    for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
+        torch.save(state, good / "resume.pth")
+        status, _, err = script(train_classifier.main, *flags)
+        assert status == 2 and "resume.pth: damaged, --overwrite starts anew" in err and err.count("\n") == 1
+    status, _, err = script(train_classifier.main, *flags[:2], "--overwrite", "--learning_rate", "1e30")
+    assert status == 2 and "--learning_rate: the loss is not finite in epoch 1" in err
+    assert not (good / "classifier.pth").exists()
+
+
+def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
+    flags = ["--device", "cpu", "--num_epochs", "2", "--batch_size", "500"]
+    process = start("train_classifier.py", *flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    folder = Path("runs/classifiers/Digits")
+    assert 0 < read_json(folder / "config.json")["test_accuracy"] <= 1
+    status, out, _ = script(train_classifier.main, *flags)
+    assert status == 0 and "already complete" in out
+    status, _, err = script(train_classifier.main, *flags, "--seed", "3")
+    assert status == 2 and "--seed (2)" in err
+    process = start("train_classifier.py", *flags, "--runs_dir", "killed")
+    end = time.monotonic() + 60
+    while not Path("killed/classifiers/Digits/resume.pth").exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    again = start("train_classifier.py", *flags, "--runs_dir", "killed")
+    out, err = again.communicate()
+    assert again.returncode == 0 and "resuming at epoch" in out, err
+    assert Path("killed/classifiers/Digits/classifier.pth").read_bytes() == (folder / "classifier.pth").read_bytes()
+
+
+@pytest.mark.parametrize("dataset", ["SVHN", "CIFAR10"])
+def test_colour_classifiers_train(dataset, script):
+    {"SVHN": write_svhn, "CIFAR10": write_cifar10}[dataset](Path("data"), n=2)
+    status, out, err = script(train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
+    assert status == 0, err
+    model, _ = train_classifier.load_classifier(Path("runs/classifiers", dataset), dataset, torch.device("cpu"))
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset", "ImageNet"], "--dataset: unknown 'ImageNet'"),
+        (["--learning_rate", "0"], "--learning_rate: must be > 0"),
+        (["--num_epochs", "0"], "--num_epochs: must be a whole number >= 1"),
+        (["--dataset", "SVHN"], "SVHN: not found; looked in"),
+    ],
+)
+def test_bad_input_to_the_classifier(flags, message, script):
+    status, _, err = script(train_classifier.main, *flags)
+    assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_augmentation_moves_and_mirrors_each_image_on_its_own():
+    x = torch.zeros(64, 1, 8, 8)
+    x[:, :, 3, 2] = 1
+    g = torch.Generator().manual_seed(0)
+    places = train_classifier.augmented(x, 2, False, g).flatten(1).argmax(1)
+    rows, columns = places // 8, places % 8
+    assert set(rows.tolist()) == {1, 2, 3, 4, 5} and set(columns.tolist()) == {0, 1, 2, 3, 4}
+    both = train_classifier.augmented(x, 0, True, g).flatten(1).argmax(1) % 8
+    assert set(both.tolist()) == {2, 5}
+    untouched = train_classifier.augmented(x, 0, False, g)
+    assert torch.equal(untouched, x)

@@ -1,0 +1,287 @@
+"""The fast step equals the plain one; the chunk's size is found; bfloat16 stays out of what must be exact."""
+
+import pytest
+import torch
+
+from models.build import build_model
+from models.stack import ROUTES, Stack
+from utils.config import Config
+from utils.errors import is_out_of_memory
+from utils.seeds import generator
+from utils.training import engine as engine_module
+from utils.training.engine import Differs, Engine, check_same, doublings, fastest
+
+CPU = torch.device("cpu")
+TINY = Config(conv_channels=2, z_dims=3, batch_size=8)
+
+
+def batch(stack, seed=0, dtype=torch.float32):
+    g = generator("cpu", seed)
+    noise = stack.model.noise(8, g)
+    return torch.rand(8, 1, 28, 28, generator=g).to(dtype), noise._replace(z=noise.z.to(dtype), y=noise.y.to(dtype))
+
+
+def gradients(stack, terms_of):
+    x, noise = batch(stack, dtype=torch.float64)
+    loss = terms_of(x, noise).loss(torch.tensor([[0.5], [2.0]]), torch.tensor([[3.0], [0.1]]))
+    return loss, torch.autograd.grad(loss.mean(1).sum(), list(stack.parameters.values()))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("compile", [False, True])
+def test_every_route_compiled_or_not_gives_the_plain_gradients(route, compile):
+    """Of the kernels this tries all but the arithmetic: their reference stands in for it; see test_kernels.py."""
+    stack, plain = Stack(build_model(TINY).double(), 2, route=route), Stack(build_model(TINY).double(), 2)
+    for name, p in plain.parameters.items():
+        stack.parameters[name].data.copy_(p.data)
+    if compile:
+        stack.compile(8)
+    loss, grads = gradients(stack, stack.fast_terms)
+    expected, right = gradients(plain, plain.terms)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(grads, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def ten_steps(**how):
+    engine, betas = Engine(TINY, 2, CPU, **how), (torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.1]))
+    engine.restart(2)
+    return torch.stack([engine.step(*batch(engine.stack, i), *betas).clone() for i in range(10)]), engine
+
+
+@pytest.mark.parametrize("how", [{"compile": True}, {"route": "channels_last"}, {"route": "kernels"}])
+def test_ten_fast_steps_equal_ten_plain_ones(how):
+    torch.testing.assert_close(ten_steps(**how)[0], ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+def replaying(step, device):
+    """Stands in for a CUDA graph: its replay makes the step again, on the tensors that it was given."""
+    for _ in range(3):
+        step()
+    result = step()
+    return lambda: result.copy_(step()), result
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, monkeypatch):
+    monkeypatch.setattr(engine_module, "record", replaying)
+    history, engine = ten_steps(compile=compile, capture=True)
+    assert engine.replay is not None and engine.adam_steps == 10
+    torch.testing.assert_close(history, ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+def test_smaller_batches_are_neither_captured_nor_compiled(monkeypatch):
+    monkeypatch.setattr(engine_module, "record", replaying)
+    engine, ones = Engine(TINY, 1, CPU, compile=True, capture=True), torch.ones(1)
+    x, noise = batch(engine.stack)
+    few = x[:3], noise._replace(z=noise.z[:3], y=noise.y[:3]), ones, ones
+    engine.step(*few)
+    assert engine.replay is None and engine.to_capture
+    engine.step(x, noise, ones, ones)
+    assert engine.replay is not None
+    monkeypatch.setattr(engine, "replay", lambda: pytest.fail("replayed for a batch of another size"))
+    monkeypatch.setattr(engine.stack, "compiled", lambda *_: pytest.fail("compiled for a batch of another size"))
+    engine.step(*few)
+    assert engine.adam_steps == 3
+
+
+def wrong(step, device):
+    replay, result = replaying(step, device)
+    return lambda: (replay(), result.mul_(1.1)), result
+
+
+def wrong_gradients(step, device):
+    replay, result = replaying(lambda: (step(), [p.grad.mul_(1.1) for p in ENGINE[0].stack.parameters.values()])[0], 0)
+    return replay, result
+
+
+def impossible(step, device):
+    step()
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+ENGINE = []
+
+
+@pytest.mark.parametrize(
+    "fails, why", [(wrong, "another result"), (wrong_gradients, "another"), (impossible, "not perm")]
+)
+def test_a_step_that_cannot_be_captured_or_comes_out_wrong_is_left_as_it_was(fails, why, monkeypatch, capsys):
+    monkeypatch.setattr(engine_module, "record", fails)
+    engine, ones = Engine(TINY, 2, CPU, capture=True), torch.ones(2)
+    ENGINE[:] = [engine]
+    engine.restart(2)
+    history = torch.stack([engine.step(*batch(engine.stack, i), ones, ones) for i in range(3)])
+    plain = Engine(TINY, 2, CPU)
+    plain.restart(2)
+    assert torch.equal(history, torch.stack([plain.step(*batch(plain.stack, i), ones, ones) for i in range(3)]))
+    out = capsys.readouterr().out
+    assert out.startswith("note: the step cannot be captured") and why in out and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("low, least", [(False, 1e-3), (True, 0.05)])
+def test_what_counts_as_the_same(low, least, monkeypatch):
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    right = [torch.ones(2, 4), torch.ones(2, 10, 5), torch.full((2, 3), 1e-3)]
+    ill = [t.clone() for t in right]
+    ill[1][0, 3] = torch.nan
+    check_same(ill, ill, low)  # of a model whose gradient is not finite
+
+    def differs(index, factor):
+        try:
+            check_same([t * factor if i == index else t for i, t in enumerate(right)], right, low)
+        except Differs:
+            return True
+        return False
+
+    for index in (0, 1):  # the sums, and the gradients that make up most of the norm
+        assert differs(index, 1 + 1.1 * least) and not differs(index, 1 + 0.9 * least)
+    assert differs(2, 0) and differs(2, torch.nan) and not differs(2, 1.3 if low else 1.005)
+
+
+def test_out_of_memory_is_known_however_it_is_wrapped(monkeypatch):
+    def out_of_memory(step, device):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise RuntimeError("capture failed due to a previous error")  # noqa: B904
+
+    monkeypatch.setattr(engine_module, "record", out_of_memory)
+    engine, ones = Engine(TINY, 2, CPU, capture=True), torch.ones(2)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step(*batch(engine.stack), ones, ones)
+    assert not is_out_of_memory(RuntimeError("another one"))
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_written(monkeypatch, capsys):
+    def impossible(*_):
+        raise RuntimeError("no compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph: impossible)
+    assert torch.equal(ten_steps(compile=True)[0], ten_steps()[0])
+    assert (
+        capsys.readouterr().out
+        == "note: the step cannot be compiled on this machine, going on without: no compiler found\n"
+    )
+
+
+def test_a_restarted_engine_is_a_new_one():
+    ones = torch.ones(2)
+
+    def steps(engine):
+        return torch.stack([engine.step(*batch(engine.stack, i), ones, ones) for i in range(3)])
+
+    used, new = Engine(TINY, 2, CPU), Engine(TINY, 2, CPU)
+    used.restart(7)
+    steps(used)
+    used.restart(2)
+    new.restart(2)
+    assert used.adam_steps == 0 and torch.equal(steps(used), steps(new)) and used.adam_steps == 3
+
+
+def test_an_engine_fits_other_betas_and_seeds_and_most_of_its_cells():
+    engine = Engine(TINY, 4, CPU)
+    fields = dict(conv_channels=2, z_dims=3, batch_size=8)
+    assert engine.fits(Config(**fields, beta_y=3.0, beta_z=0.1, seed=5, run_name="a", run_batch_name="b"), 4)
+    assert engine.fits(Config(**fields), 3)
+    assert not engine.fits(Config(**fields), 2) and not engine.fits(Config(**fields), 5)
+    assert not engine.fits(Config(**fields, learning_rate=1e-3), 4)
+    assert not engine.fits(Config(**{**fields, "conv_channels": 4}), 4)
+
+
+@pytest.mark.parametrize("most, sizes", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (441, [2**i for i in range(9)])])
+def test_sizes_to_try(most, sizes):
+    assert doublings(most) == sizes
+
+
+class Timed:
+    """An engine whose step takes 10 seconds and 1 a cell, up to 16 cells, after which cells are no cheaper.
+
+    The kernels take half of that from 4 cells on, and before twice as long.
+    """
+
+    now, tried, memory, wrong = 0.0, [], 99, None
+
+    def __init__(self, config, m, device, capture, route):
+        if m > self.memory:
+            raise torch.OutOfMemoryError("out of memory")
+        self.m, self.route, self.stack, self.optimizer = m, route, self, None
+        self.low = False
+        Timed.tried.append((m, route))
+
+    def restart(self, seed):
+        pass
+
+    def terms(self, x, noise):
+        pass
+
+    def results(self, sums):
+        return [torch.full((self.m, 4), 2.0 if self.route == self.wrong else 1.0)]
+
+    def step(self, *_):
+        takes = 10 + self.m if self.m <= 16 else 1.7 * self.m
+        Timed.now += takes * {"plain": 1, "channels_last": 1.5, "kernels": 2 if self.m < 4 else 0.5}[self.route]
+
+
+@pytest.mark.parametrize(
+    "sizes, memory, wrong, last, best",
+    [
+        ([1], 99, None, 1, (1, "plain")),
+        ([1, 2, 4, 6], 99, None, 6, (6, "kernels")),
+        ([1, 2, 4, 6], 99, "kernels", 6, (6, "plain")),
+        (doublings(100), 99, None, 32, (16, "kernels")),
+        (doublings(100), 10, None, 8, (8, "kernels")),
+        ([20], 99, "channels_last", 20, (20, "kernels")),
+        ([20], 10, None, None, (20, "plain")),
+    ],
+)
+def test_the_fastest_size_and_route(sizes, memory, wrong, last, best, monkeypatch, capsys):
+    monkeypatch.setattr(engine_module, "Engine", Timed)
+    monkeypatch.setattr(engine_module, "clock", lambda device: Timed.now)
+    for name, value in {"memory": memory, "wrong": wrong, "tried": []}.items():
+        monkeypatch.setattr(Timed, name, value)
+    assert fastest(TINY, sizes, CPU) == best
+    assert max((m for m, _ in Timed.tried), default=None) == last
+    assert ("left out" in capsys.readouterr().out) == (wrong is not None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_conv_z": True}, {"linear_y_with_dims": 5}, {"vae_type": "LVAE"}, {"vae_type": "BVAE"}]
+    + [{"vae_type": "LVAE", "use_conv_z": True}, {"qz_family": "GumbelSoftmax"}, {"px_y_family_ll": "MoL"}],
+)
+def test_bf16_ends_with_the_trunks(settings):
+    """Everything that a distribution is made of is float32 and computed in it; the trunks are not."""
+    config = Config(conv_channels=4, z_dims=3, precision="bf16", **settings)
+    torch.manual_seed(0)
+    stack = Stack(build_model(config), 1, config.precision)
+    x = torch.rand(64, 1, 28, 28)
+    noise, model = stack.model.noise(64, generator("cpu", 0)), stack.model
+    with torch.autocast("cpu", torch.bfloat16):
+        q_z = model.q_z(x)
+        z = q_z.sample(noise.z)
+        q_y, p_y = model.q_y(z, x), model.p_y(z)
+        outputs = model.decoder(q_y.mode)
+        low = stack.terms(x, noise)
+    tensors = [t for d in (q_z, q_y, p_y) for t in d] + [outputs, *low]
+    assert all(t.dtype == torch.float32 for t in tensors)
+    exact = stack.terms(x, noise)
+    assert not torch.equal(low.ll, exact.ll)  # it is in use
+    for a, b in zip(low, exact, strict=True):
+        torch.testing.assert_close(a.mean(), b.mean(), rtol=0.02, atol=0.02)
+
+
+def test_bf16_trains_to_the_rates_of_fp32():
+    """The loss falls as far, and small rates are not lost (plain autocast takes 30 to 40 % off R(y|z))."""
+    figures = {}
+    for precision in ("fp32", "bf16"):
+        config = Config(conv_channels=4, z_dims=3, precision=precision, learning_rate=3e-3)
+        engine = Engine(config, 1, CPU)
+        engine.restart(2)
+        x = batch(engine.stack)[0].repeat(4, 1, 1, 1)
+        ones = torch.ones(1)
+        for i in range(60):
+            noise = engine.stack.model.noise(32, generator("cpu", i))
+            sums = engine.step(x, noise, ones, ones)
+        figures[precision] = sums[0] / 32
+    torch.testing.assert_close(figures["bf16"], figures["fp32"], rtol=0.05, atol=0.05)

@@ -1,0 +1,78 @@
+"""What only a GPU can show; without one these are skipped. The kernels' own tests run on either."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from models.build import build_model
+from models.stack import ROUTES, Stack
+from tests.conftest import TINY
+from utils.config import Config
+from utils.seeds import generator
+from utils.training.engine import Engine, doublings, fastest, use_precision
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+BETAS = (0.1, 1.0, 10.0)
+
+
+@pytest.fixture
+def gpu():
+    use_precision("fp32")
+    return torch.device("cuda:0")
+
+
+def ten_steps(device, config, m=3, **how):
+    """Sums (10, M, 4) of ten steps on one batch each, the seventh of which is smaller."""
+    engine, g = Engine(config, m, device, **how), generator(device, 0)
+    engine.restart(2)
+    betas = torch.tensor(BETAS[:m], device=device)
+    history = []
+    for i in range(10):
+        n = 16 if i == 6 else config.batch_size
+        x = torch.rand(n, *config.image_shape, generator=g, device=device)
+        history.append(engine.step(x, engine.stack.model.noise(n, g), betas, betas.flip(0)).clone())
+    return torch.stack(history), engine
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"vae_type": "LVAE"}, {"use_conv_z": True}, {"px_y_family_ll": "MoL"}])
+def test_the_captured_step_is_the_plain_one(gpu, route, compile, settings, capsys):
+    config = Config(dataset="CIFAR10", batch_size=64, conv_channels=32, z_dims=32, **settings)
+    fast, engine = ten_steps(gpu, config, compile=compile, capture=True, route=route)
+    assert engine.replay is not None and "note" not in capsys.readouterr().out
+    torch.testing.assert_close(fast, ten_steps(gpu, config)[0], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_lower_precisions_stay_close(gpu, precision):
+    exact = ten_steps(gpu, Config(dataset="CIFAR10", batch_size=64))[0]
+    use_precision(precision)
+    config = Config(dataset="CIFAR10", batch_size=64, precision=precision)
+    for route in ROUTES:
+        torch.testing.assert_close(ten_steps(gpu, config, capture=True, route=route)[0], exact, rtol=0.02, atol=0.5)
+
+
+def test_stacked_convolutions_are_of_the_precision_too(gpu):
+    stack, dtypes = Stack(build_model(Config(precision="bf16")).to(gpu), 2, "bf16"), []
+    stack.model.trunk[0].register_forward_hook(lambda layer, x, out: dtypes.append(out.dtype))
+    with torch.autocast("cuda", torch.bfloat16):
+        stack.terms(torch.rand(4, 1, 28, 28, device=gpu), stack.model.noise(4, generator(gpu, 0)))
+    assert dtypes == [torch.bfloat16]
+
+
+def test_the_fastest_is_found(gpu, capsys):
+    size, route = fastest(Config(dataset="CIFAR10", batch_size=64), doublings(8), gpu)
+    assert size in (1, 2, 4, 8) and route in ROUTES and "note" not in capsys.readouterr().out
+
+
+def test_a_grid_trains_alike_captured_and_as_written(gpu, script):
+    losses = {}
+    for how in ("auto", "off"):
+        flags = [*TINY[:-2], "--beta_y", "1", "2", "3", "--compile", how, "--runs_dir", how, "--device", "cuda"]
+        assert script(train.main, *flags)[0] == 0
+        losses[how] = [json.loads(p.read_text())["test"]["loss"] for p in sorted(Path(how).rglob("training.json"))]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-3) and len(losses["auto"]) == 3

@@ -1,0 +1,69 @@
+"""One training step: numbers of cells, backends of convolution, compiled or not; single models on streams."""
+
+import argparse
+import itertools
+import statistics
+
+import torch
+
+from utils.benchmark.loops import (
+    config_of,
+    forever,
+    or_say_why,
+    plain_step,
+    random_split,
+    stepper,
+)
+from utils.benchmark.measuring import head, measure, peak_memory, row
+from utils.errors import UserError
+from utils.training.engine import Engine, clock
+
+
+def step(args: argparse.Namespace) -> None:
+    """One training step, per model: numbers of cells, ways of convolving; as written, captured, compiled."""
+    config, device, on_gpu = config_of(args), args.device, args.device.type == "cuda"
+    split = random_split(config, 4 * args.batch_size, device)
+    plain, batches = plain_step(config, device), forever(lambda: split.batches(args.batch_size, (0, 0)))
+    ways = {"": {}} | ({"captured": {"capture": True}} if on_gpu else {})
+    ways |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
+    print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model;")
+    print("speed beside that of a loop written plainly, one model, timed in turns:")
+    head()
+    for m, route, way in itertools.product(args.cells or [1, 4], args.convolutions, ways):
+        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", route, way]))
+        with or_say_why(name):
+            peak_memory(device)
+            ours = stepper(Engine(config, m, device, route=route, **ways[way]), split)
+            start = clock(device)
+            ours()
+            first = clock(device) - start
+            seconds = measure({"plain": lambda: plain(next(batches)[0]), name: ours}, args.n, device)
+            base = statistics.median(seconds["plain"])
+            row(name, seconds[name], m, base, f"{peak_memory(device)}  first step {first:.1f} s")
+            ours = None
+
+
+def streams(args: argparse.Namespace) -> None:
+    """Captured single models side by side on 1, 4, 8 streams: what a GPU gives without stacking."""
+    config, device = config_of(args), args.device
+    if device.type != "cuda":
+        raise UserError("--device: streams are of a GPU, which is not there")
+    split = random_split(config, 4 * args.batch_size, device)
+    print(f"{config.vae_type}, batch {args.batch_size}, {config.precision}, per model:")
+    head()
+    alone = None
+    for k in args.cells or [1, 4, 8]:
+        ours = [stepper(Engine(config, 1, device, args.compile, True), split) for _ in range(k)]
+        places = [torch.cuda.Stream(device) for _ in range(k)]
+
+        def side_by_side(ours=ours, places=places):
+            for model_step, place in zip(ours, places, strict=True):
+                place.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(place):
+                    model_step()
+            for place in places:
+                torch.cuda.current_stream(device).wait_stream(place)
+
+        seconds = measure({"": side_by_side}, args.n, device)[""]
+        alone = alone or statistics.median(seconds) / k
+        row(f"{k} streams", seconds, k, alone, peak_memory(device))

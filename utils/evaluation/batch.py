@@ -1,0 +1,173 @@
+"""The runs of a batch: finding and opening them, running the steps, gathering the figures, listing what failed."""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+from models.stack import TERMS
+from utils.cli import Parser, batch_folder, whole
+from utils.config import Config
+from utils.distributed import is_first, progress
+from utils.errors import UserError, nearest
+from utils.evaluation.probes import PROBES, probe
+from utils.evaluation.steps import STEPS, bound
+from utils.evaluation.subject import PATIENCE, Bench, Subject, is_done, metrics_of, record
+from utils.files import to_csv, write_atomic
+from utils.runs import Run, locked
+
+CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
+METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of the workers
+TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
+
+
+def add_bench_flags(parser: Parser) -> None:
+    """Flags that the evaluation scripts share."""
+    group = parser.add_argument_group("what is computed, and how much of it")
+    group.add_argument("--classifier_path", help="classifier (default: runs/classifiers/<data set>)")
+    group.add_argument(
+        "--y_samples",
+        type=partial(whole, most=1000),
+        default=4,
+        help="samples of z in q(y|x), for the MI of y (default: 4)",
+    )
+    group.add_argument("--force", action="store_true", help="compute anew what is done already")
+
+
+def find_runs(runs_dir: str, batch: str) -> list[Path]:
+    """The run folders of a batch. Raises UserError, listing the batches there are, when there are none."""
+    root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
+    found = [p for p in found if p.name != "figures"]  # plot_eval.py's
+    if not found:
+        batches = (
+            sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
+        )
+        raise UserError(f"--run_batch_name: no runs in {folder}{nearest(batch, batches) if batches else ''}")
+    return found
+
+
+def open_run(path: Path) -> Run:
+    """A run that can be evaluated. Raises UserError if it is broken, unfinished or failed."""
+    run = Run.open(path)
+    if run.status != "finished":
+        raise UserError(f"{path}: {run.status}; only finished runs are evaluated")
+    return run
+
+
+@contextlib.contextmanager
+def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
+    """Lists what goes wrong with one run, whatever it is, so that the others go on."""
+    try:
+        yield
+    except UserError as e:
+        problems[path] = str(e) if str(path) in str(e) else f"{path}: {e}"
+    except Exception as e:
+        problems[path] = f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
+
+
+def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) -> list[Subject]:
+    """The runs that can be evaluated; the others are listed."""
+    subjects = []
+    for path in paths:
+        with listed(problems, path):
+            subjects.append(Subject(open_run(path), bench))
+    return subjects
+
+
+def require_classifiers(subjects: list[Subject], steps: list[str]) -> None:
+    """Raises UserError if a classifier that a step needs is missing: before hours of work, not after."""
+    if any(STEPS[name].classifier for name in steps):
+        for subject in {s.config.dataset: s for s in reversed(subjects)}.values():
+            subject.bench.classifier_of(subject.config)
+
+
+def run_steps(subjects: list[Subject], steps: list[str], args, problems: dict[Path, str]) -> None:
+    """Computes the steps of all runs, run by run, then the probes of all together; lists what fails."""
+    each = [name for name in steps if STEPS[name].compute is not None]
+    for subject in progress(subjects if each else [], unit="run"):
+        with listed(problems, subject.run.path):
+            for name in each:
+                run_step(subject, name, args.force)
+        subject.forget()
+    for name in set(steps) - set(each):
+        run_probes([s for s in subjects if s.run.path not in problems], name, args, problems)
+
+
+def run_step(subject: Subject, name: str, force: bool) -> None:
+    """Computes a step of one run, unless it is done."""
+    step = STEPS[name]
+    if force or not is_done(subject, step):
+        record(subject, step, step.compute(subject))
+
+
+def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
+    """Trains the simple classifiers of all runs in worker processes."""
+    from joblib.externals.loky import get_reusable_executor
+
+    step, suffix, jobs, figures = STEPS[name], "_standardized" * args.standardize, [], {}
+    for index, subject in enumerate(subjects):
+        with listed(problems, subject.run.path):
+            if not args.force and is_done(subject, step):
+                continue
+            tails = {"qz_mu": suffix, "qy_mu": "_y" + suffix}
+            tails = {key: tail for key, tail in tails.items() if subject.latents[key].size}
+            figures[index] = {} if args.standardize else bound(subject)
+            file = (subject.run.path / "latents.npz").resolve()  # workers that are kept have folders of their own
+            for key, tail in tails.items():
+                jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
+        subject.forget()
+    left = {index: sum(i == index for i, _ in jobs) for index in figures}
+    executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
+    try:
+        done = as_completed([executor.submit(probe, index, *job) for index, job in jobs])
+        for future in progress(done, total=len(jobs), unit="fit"):
+            index, result = future.result()
+            subject, left[index] = subjects[index], left[index] - 1
+            if isinstance(result, str):
+                problems[subject.run.path] = result
+            else:
+                figures[index] |= result
+            if left[index] == 0 and subject.run.path not in problems:
+                with listed(problems, subject.run.path):
+                    record(subject, step, figures[index])
+    except BrokenProcessPool:
+        for index in (i for i, n in left.items() if n):
+            problems[subjects[index].run.path] = f"{subjects[index].run.path}: a worker process was killed (memory?)"
+    except KeyboardInterrupt:  # do not wait for fits that may take minutes
+        threading.excepthook = lambda _: None  # nor let the pool's thread tell of their loss
+        executor.shutdown(wait=True, kill_workers=True)
+        raise
+
+
+def gather(runs_dir: str, batch: str) -> Path:
+    """Writes eval_results.csv, one row a run, from the runs' config.json and metrics.json; returns its path."""
+    columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS, *TRAIN_COLUMNS]
+    path = Path(runs_dir) / batch / "eval_results.csv"
+    with locked(path.parent, PATIENCE):
+        rows = []
+        for folder in find_runs(runs_dir, batch):
+            problems = {}
+            row = {"run": folder.name}
+            with listed(problems, folder):
+                run = Run.open(folder)
+                row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+                row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
+            rows.append(row | {"status": "broken"} if problems else row)
+        write_atomic(path, to_csv(rows, columns).encode())
+    return path
+
+
+def finish(runs_dir: str, batch: str, problems: dict[Path, str], n: int) -> int:
+    """Gathers, and lists the runs that this process could not evaluate; returns the exit status."""
+    where = gather(runs_dir, batch) if is_first() else Path(runs_dir) / batch / "eval_results.csv"
+    print(f"\n{n - len(problems)} of {n} runs evaluated: {where}")
+    for problem in problems.values():
+        print(f"failed: {problem}", file=sys.stderr)
+    return 1 if problems else 0

@@ -1,0 +1,126 @@
+"""Mutual information of latents and labels, and what it bounds; all in nats."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+ROWS, COLUMNS = 500, 2000  # block sizes: bound the memory, whatever the number of images
+
+
+class MutualInformation(NamedTuple):
+    """An estimate, its Monte-Carlo standard error, and the same estimate for shuffled labels."""
+
+    mi: float
+    se: float
+    null: float
+
+
+def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
+    """Monte-Carlo I_q(latent; label), the mean over images i of log q(s_i | class of i) - log q(s_i).
+
+    samples (N, d), one of each image's own posterior; means, stds (N, S, d): posterior j is the mixture of S
+    Gaussians; labels (N,). q(. | l) is the mean over the posteriors of class l, q(.) over all. An image's own
+    posterior is among them, so narrow posteriors give H(label) whatever the labels: compare with `null`.
+    """
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)]
+    log_all, log_own, log_null = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
+    counts = torch.bincount(labels).double()
+    log_n = math.log(len(labels))
+    values = (log_own - counts[labels].log()) - (log_all - log_n)
+    null = (log_null - counts[shuffled].log()) - (log_all - log_n)
+    return MutualInformation(values.mean().item(), values.std().item() / len(labels) ** 0.5, null.mean().item())
+
+
+def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
+    """Log of the summed posterior densities at each sample: of all images, and of its class in each labelling.
+
+    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 1 + number of labellings), float64.
+    log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] as one product of matrices;
+    float32 would be off by 10 nats at std 1e-3, hence float64, and centred.
+    """
+    n, mixture, d = means.shape
+    own = log_own_density(samples, means, stds)
+    centre = means.double().mean((0, 1))
+    rows = samples.double() - centre
+    rows = torch.cat([rows**2, rows], 1)
+    classes = int(max(labels.max() for labels in labellings)) + 1
+    result = rows.new_full((n, 1 + len(labellings)), -math.inf)
+    width = max(1, COLUMNS // mixture)
+    for j in range(0, n, width):
+        block = slice(j, j + width)
+        mean, precision = means[block].double().flatten(0, 1) - centre, stds[block].double().flatten(0, 1) ** -2
+        columns = torch.cat([-0.5 * precision, mean * precision], 1).T
+        constant = -0.5 * ((mean**2 * precision).sum(1) - precision.log().sum(1) + d * math.log(2 * math.pi))
+        members = torch.cat([one_hot(labels[block], classes).double() for labels in labellings], 1)
+
+        def log_p(rows, columns=columns, constant=constant):
+            log_p = torch.addmm(constant, rows, columns)
+            return log_p if mixture == 1 else log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
+
+        for i in range(0, n, ROWS):
+            part = slice(i, i + ROWS)
+            p = log_p(rows[part])
+            largest = p.amax(1, keepdim=True)
+            p = p.sub_(largest).clamp_min_(-690).exp_()  # an underflow is slow
+            by_class = (p @ members).unflatten(1, (-1, classes))
+            sums = [by_class[:, 0].sum(1)]
+            sums += [by_class[:, k].gather(1, labels[part, None])[:, 0] for k, labels in enumerate(labellings)]
+            log_sums = torch.stack(sums, 1).log() + largest
+            # a class so far below the block's largest that its sum is lost matters if that one is far above `own`
+            far = largest[:, 0] > own[part] + 400
+            for k, labels in enumerate(labellings, start=1):
+                lost = (far & (sums[k] < 1e-200)).nonzero().squeeze(1)
+                other = labels[part][lost, None] != labels[block][None, :]
+                log_sums[lost, k] = log_p(rows[part][lost]).masked_fill(other, -math.inf).logsumexp(1)
+            result[part] = torch.logaddexp(result[part], log_sums)
+    return result
+
+
+def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
+    """Log-density of each sample under its own image's posterior, as in `log_mixtures`; (N,), float64."""
+    means, stds = means.double(), stds.double()
+    log_p = -0.5 * ((samples[:, None] - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)
+    return log_p.sum(2).logsumexp(1) - math.log(means.shape[1])
+
+
+def entropy(labels: np.ndarray) -> float:
+    """Entropy H(label) of the labels' frequencies."""
+    return discrete_entropy(np.bincount(labels))
+
+
+def discrete_entropy(counts: np.ndarray) -> float:
+    """Entropy of the distribution in proportion to the counts."""
+    p = counts[counts > 0] / counts.sum()
+    return max(0.0, float(-(p * np.log(p)).sum()))
+
+
+def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
+    """Mutual information of two discrete variables from their joint counts; a, b (N,) whole numbers."""
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1)
+    separate = discrete_entropy(joint.sum(1)) + discrete_entropy(joint.sum(0))
+    return max(0.0, separate - discrete_entropy(joint.ravel()))
+
+
+def accuracy_bound(mi: float, labels: np.ndarray) -> float:
+    """The largest accuracy that a classifier can have given `mi` nats on the label (Meyen 2016).
+
+    The root a in [1/K, 1] of H(label) - H_2(a) - (1 - a) ln(K - 1) = mi; 1 when mi reaches H(label).
+    """
+    from scipy.optimize import brentq
+
+    k, missing = len(np.unique(labels)), entropy(labels) - max(mi, 0.0)
+    if missing <= 0 or k < 2:
+        return 1.0
+
+    def excess(a):
+        h2 = -sum(p * math.log(p) for p in (a, 1 - a) if p > 0)
+        return h2 + (1 - a) * math.log(k - 1) - missing
+
+    if excess(1 / k) <= 0:  # balanced labels and no information: ln K is reached up to rounding
+        return 1 / k
+    return float(brentq(excess, 1 / k, 1.0, xtol=1e-12))

@@ -1,0 +1,64 @@
+"""The advice: for each task the best cell, the best ordinary beta-VAE, and what trading between the layers gains."""
+
+import numpy as np
+
+from utils.plane.cells import BITS, PROBES, Plane, metric
+
+ADVICE = {  # columns of the advice, and how they are headed
+    "task": "task",
+    "budget": "budget",
+    "metric": "metric",
+    "value": "best",
+    "std": "std",
+    "beta_y": "beta_y",
+    "beta_z": "beta_z",
+    "kl_y": "R(y|z)",
+    "kl_z": "R(z)",
+    "rate": "R",
+    "diagonal_value": "best, beta_y = beta_z",
+    "diagonal_beta": "at beta",
+    "diagonal_rate": "at R",
+    "gain": "gain",
+}
+
+
+TASKS = {
+    "reconstruction": ("psnr",),
+    "representation, from z": PROBES,
+    "representation, from y": tuple(f"{name}_y" for name in PROBES),
+    "generation": ("is_mean", "fid", "fid_classifier"),
+    "likelihood": ("nelbo",),
+}
+LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
+
+
+def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[str, str | float]]:
+    """For each task the best cell, the best ordinary beta-VAE, and the gain; a row for each metric there is.
+
+    `budget` limits rates, in bits: {"rate": 20.0, "kl_z": 5.0}. Only cells within it count.
+    """
+    within, limits = np.ones(len(plane.cells), bool), []
+    for name, bits in (budget or {}).items():
+        within &= plane.values(name) * BITS <= bits
+        limits.append(f"{LIMITS[name]} <= {bits:g} bits")
+    rows = []
+    for task, names in TASKS.items():
+        for name in names:
+            best, ordinary = plane.best(name, within), plane.best(name, within & plane.diagonal)
+            if best is None:
+                continue
+            cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
+            row |= {"value": cell.mean[name], "std": cell.std.get(name)}
+            row |= {column: cell.mean[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
+            row |= {name: cell.settings.get(name) for name in plane.differing}
+            if ordinary is not None:
+                there = plane.cells[ordinary].mean
+                row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}
+                row["gain"] = metric(name).better * (cell.mean[name] - there[name]) + 0.0  # never -0
+            rows.append(row)
+    return rows
+
+
+def headings_of(plane: Plane) -> dict[str, str]:
+    """The advice's columns and their headings, with the settings in which the plane's cells differ."""
+    return ADVICE | {name: name for name in plane.differing}

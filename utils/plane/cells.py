@@ -1,0 +1,230 @@
+"""The rate plane: what the runs of a batch achieved at which R(z) and R(y|z), and what follows from it.
+
+Reads eval_results.csv; nothing is drawn here. Rates, D and mutual information are in nats per image.
+"""
+
+import csv
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.config import Config
+from utils.errors import UserError
+from utils.files import read_arrays
+
+BETAS = ("beta_y", "beta_z")
+SETTINGS = [f.name for f in dataclasses.fields(Config)]
+SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # runs alike in these are repeats
+SHARED = [n for n in SAME_CELL if n not in BETAS]  # by the cells of one grid
+BITS = 1 / math.log(2)  # per nat
+
+
+class Metric(NamedTuple):
+    """What a column measures, in which unit, and whether more (+1) or less (-1) of it is better (0: neither)."""
+
+    label: str
+    unit: str = ""
+    better: int = 1
+
+
+METRICS = {
+    "ll": Metric("log-likelihood", "nats"),
+    "loss": Metric("loss at the cell's own betas", "nats", 0),
+    "psnr": Metric("PSNR", "dB"),
+    "D": Metric("distortion D", "nats", -1),
+    "nelbo": Metric("loss at betas 1, D + R", "nats", -1),
+    "ll_iw": Metric("importance-weighted ll", "nats"),
+    "bpd": Metric("bits per dimension", "bits", -1),
+    "is_mean": Metric("inception score"),
+    "is_div": Metric("diversity of samples"),
+    "is_sharp": Metric("sharpness of samples"),
+    "fid": Metric("FID", better=-1),
+    "fid_classifier": Metric("Frechet distance (classifier)", better=-1),
+    "recons_acc": Metric("accuracy on reconstructions"),
+    "mi_q_mc": Metric("I(z; label)", "nats"),
+    "mi_q": Metric("I(z; label)", "nats"),
+    "mi_p": Metric("I(z; generated label)", "nats"),
+    "mi_q_mc_y": Metric("I(y; label)", "nats"),
+    "mi_q_mc_se": Metric("standard error of I(z; label)", "nats", 0),
+    "mi_q_mc_y_se": Metric("standard error of I(y; label)", "nats", 0),
+    "mi_q_mc_null": Metric("I(z; shuffled label)", "nats", 0),
+    "mi_q_mc_y_null": Metric("I(y; shuffled label)", "nats", 0),
+    "recons_pred_entropy": Metric("entropy of the prediction", "nats", 0),
+    "mi_lr_lb": Metric("lower bound on I(z; label)", "nats"),
+    "acc_bound": Metric("bound on accuracy from z"),
+    "lr_acc_mean": Metric("logistic regression on z"),
+    "svm_rbf_acc": Metric("SVM (rbf) on z"),
+    "svm_linear_acc": Metric("SVM (linear) on z"),
+    "kNN_acc": Metric("5-NN on z"),
+    "lr_ece": Metric("calibration error on z", better=-1),
+    "lr_nll": Metric("log loss on z", "nats", -1),
+    "clsfr_ece": Metric("classifier's calibration error", better=-1),
+    "active_z": Metric("active units of z", better=0),
+    "active_y": Metric("active units of y", better=0),
+    "kl_z": Metric("R(z)", "nats", 0),
+    "kl_y": Metric("R(y|z)", "nats", 0),
+    "rate": Metric("R = R(z) + R(y|z)", "nats", 0),
+}
+PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
+
+
+def metric(name: str) -> Metric:
+    """What is known of a column; the variants `_y` and `_standardized` share their metric's entry."""
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith("train_"):
+        label, unit, better = metric(name.removeprefix("train_"))
+        return Metric(f"{label}, training images", unit, better)
+    plain = name.removesuffix("_standardized")
+    base = plain.removesuffix("_y")
+    if base not in METRICS:
+        return Metric(name.replace("_", " "), better=0)
+    label, unit, better = METRICS[base]
+    if base != plain:
+        label = label.replace(" z", " y").replace("(z", "(y")
+    return Metric(label + ", standardised" * (plain != name), unit, better)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A point of the grid: its settings, and mean and standard deviation of every figure over its repeats."""
+
+    settings: dict[str, str]
+    runs: tuple[str, ...]
+    mean: dict[str, float]
+    std: dict[str, float]  # only of figures that several repeats have
+
+
+@dataclass
+class Plane:
+    """The cells of a batch that have both rates, and notes on what is missing."""
+
+    cells: list[Cell]
+    notes: list[str] = field(default_factory=list)
+
+    def values(self, name: str) -> np.ndarray:
+        """A figure of every cell, (N,); NaN where it is missing."""
+        return np.array([cell.mean.get(name, math.nan) for cell in self.cells])
+
+    def stds(self, name: str) -> np.ndarray:
+        """Its standard deviation over a cell's repeats, (N,); NaN where there are none."""
+        return np.array([cell.std.get(name, math.nan) for cell in self.cells])
+
+    @property
+    def diagonal(self) -> np.ndarray:
+        """Which cells are ordinary beta-VAEs, beta_y = beta_z; (N,)."""
+        return np.isclose(self.values("beta_y"), self.values("beta_z"), rtol=1e-6)
+
+    @property
+    def differing(self) -> list[str]:
+        """The settings, other than the betas, that not all cells share."""
+        return [n for n in SHARED if len({c.settings.get(n) for c in self.cells}) > 1]
+
+    @property
+    def names(self) -> list[str]:
+        """The figures that at least one cell has."""
+        known = {name for cell in self.cells for name in cell.mean if name not in SETTINGS}
+        return [*(n for n in METRICS if n in known), *sorted(known - set(METRICS))]
+
+    def best(self, name: str, among: np.ndarray | None = None) -> int | None:
+        """Index of the best cell; of equally good ones, that of the lowest total rate. None if no cell has it."""
+        values, rate = metric(name).better * self.values(name), self.values("rate")
+        there = np.isfinite(values) & (True if among is None else among)
+        return max(np.flatnonzero(there), key=lambda i: (values[i], -rate[i])) if there.any() else None
+
+
+def number(text: str | None) -> float:
+    """A cell of a CSV as a number; NaN if it is none, not finite or absurd."""
+    try:
+        value = float(text or "nan")
+    except (ValueError, TypeError):
+        return math.nan
+    return value if abs(value) < 1e30 else math.nan  # beyond, nothing of ours lies and nothing can be drawn
+
+
+def read_plane(path: Path) -> Plane:
+    """The rate plane of a batch from its eval_results.csv. Raises UserError if there is nothing to draw."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+    plane, groups, without = Plane([]), {}, []
+    for row in rows:
+        if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
+            without.append(row)
+        else:
+            groups.setdefault(tuple(row.get(name) for name in SAME_CELL), []).append(row)
+    if not groups:
+        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py, step 1, first")
+    plane.cells = [merge(repeats) for repeats in groups.values()]
+    for status in sorted({row.get("status") or "without status" for row in without}):
+        runs = [row.get("run") or "?" for row in without if (row.get("status") or "without status") == status]
+        listed = ", ".join(runs[:3]) + ", ..." * (len(runs) > 3)
+        plane.notes.append(f"{len(runs)} run(s) left out, without rates ({status}): {listed}")
+    repeated = sum(len(cell.runs) > 1 for cell in plane.cells)
+    if repeated:
+        plane.notes.append(f"{repeated} cell(s) were trained more than once: means, with standard deviations")
+    if plane.differing:
+        listed = "; ".join(
+            f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
+        )
+        plane.notes.append(
+            f"the batch mixes settings, all drawn together, means in the heat maps, the first in the sheets: {listed}"
+        )
+    for name in plane.names:
+        missing = int(np.isnan(plane.values(name)).sum())
+        if missing and name in METRICS:
+            plane.notes.append(f"{name} is missing in {missing} of {len(plane.cells)} cells")
+    return plane
+
+
+def merge(repeats: list[dict[str, str]]) -> Cell:
+    """One cell of the rows of its repeats."""
+    figures = [{k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)} for row in repeats]
+    for row in figures:
+        row["rate"] = row["kl_y"] + row["kl_z"]
+        row["nelbo"] = row["rate"] - row.get("ll", math.nan)
+    mean, std = {}, {}
+    for name in figures[0]:
+        values = np.array([row[name] for row in figures if not math.isnan(row[name])])
+        if len(values):
+            mean[name] = float(values.mean())
+        if len(values) > 1:
+            std[name] = float(values.std(ddof=1))
+    runs = tuple(row.get("run") or "?" for row in repeats)
+    return Cell({k: v for k, v in repeats[0].items() if k in SETTINGS}, runs, mean, std)
+
+
+def labels_of(plane: Plane, folder: Path) -> np.ndarray | None:
+    """The test images' labels, from the first run that has its latents; None, with a note, if there is none."""
+    for name in (run for cell in plane.cells for run in cell.runs):
+        try:
+            return read_arrays(folder / name / "latents.npz")["labels"]
+        except (UserError, KeyError):
+            continue
+    plane.notes.append("no latents.npz in any run: what R(z) allows is not drawn")
+    return None
+
+
+def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:
+    """The better side of the convex hull of the points: its corners, by rising rate.
+
+    What lies on it can be had, on average, by using two of the models in turns (time sharing).
+    """
+    corners = []
+    for x, v in sorted(zip(rate.tolist(), (better * value).tolist(), strict=True)):
+        while corners and corners[-1][0] == x:  # of one rate only the best counts, which comes last
+            corners.pop()
+        while len(corners) > 1:
+            (x0, v0), (x1, v1) = corners[-2:]
+            if (v1 - v0) * (x - x0) > (v - v0) * (x1 - x0):
+                break
+            corners.pop()
+        corners.append((x, v))
+    xs, vs = np.array(corners).reshape(-1, 2).T
+    return xs, better * vs

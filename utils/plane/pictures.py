@@ -1,0 +1,103 @@
+"""Sheets of pictures: samples and reconstructions of the cells over the grid of betas."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from datasets.loading import load_data
+from utils.errors import UserError
+from utils.plane.cells import Plane
+from utils.plane.figures import TEXT, Grid
+from utils.runs import Run, load_model
+from utils.seeds import generator
+
+MOST_CELLS = 9  # along each axis of a sheet of pictures
+
+
+def thinned(values: np.ndarray) -> np.ndarray:
+    """At most MOST_CELLS of the distinct values, evenly chosen from the middle outwards."""
+    distinct = np.unique(values)
+    step = math.ceil(len(distinct) / MOST_CELLS)
+    return distinct[(len(distinct) // 2) % step :: step]
+
+
+def tiled(images: torch.Tensor, nrow: int) -> np.ndarray:
+    """The images (B, C, H, W) as one picture, (height, width, 3)."""
+    return make_grid(images, nrow, padding=1, pad_value=0.5).permute(1, 2, 0).cpu().numpy()
+
+
+def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
+    """Samples and reconstructions of the cells as small pictures; what cannot be had is noted."""
+    beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
+    chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
+    samples, reconstructions, failures, x, tile = {}, {}, [], None, None
+    for i in tqdm(np.flatnonzero(chosen), unit="cell", desc="pictures"):
+        cell = plane.cells[i]
+        key = (cell.mean["beta_y"], cell.mean["beta_z"])
+        try:
+            run = Run.open(folder / cell.runs[0])
+            if tile is None:
+                tile = partial(tiled, nrow=math.ceil(args.images**0.5))
+                shape, x = run.config.image_shape, test_images(run, args, plane)
+            if run.config.image_shape != shape or key in samples:
+                continue
+            model = load_model(run, args.device)
+            drawn = model.sample(args.images, generator=generator(args.device, run.config.seed, "sheet"))
+            samples[key] = tile(drawn)
+            if x is not None:
+                reconstructions[key] = tile(model.reconstruct(x))
+        except UserError as e:
+            failures.append(str(e))
+    if failures:
+        plane.notes.append(f"no pictures of {len(failures)} cell(s): {failures[0]}" + ", ..." * (len(failures) > 1))
+    drawn = {"samples": sheet(samples, "samples")} if samples else {}
+    if reconstructions:
+        drawn["reconstructions"] = sheet(reconstructions, "reconstructions", originals=tile(x))
+    return drawn
+
+
+def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
+    """The first test images, or None, with a note, when the data set is not there."""
+    try:
+        test = load_data(run.config, args.data_dir, args.device, args.download).test
+        return next(iter(test.batches(args.images)))[0]
+    except UserError as e:
+        plane.notes.append(f"no reconstructions: {e}")
+        return None
+
+
+def sheet(pictures: dict[tuple[float, float], np.ndarray], title: str, originals: np.ndarray | None = None) -> Figure:
+    """Small pictures of the cells, by (beta_y, beta_z); `originals` beside them, where they are reconstructions.
+
+    Each picture is (H, W, 3), all of one size.
+    """
+    grid = Grid(*np.array(list(pictures)).T)
+    (h, w, _), gap = next(iter(pictures.values())).shape, 4
+    rows, columns = grid.shape
+    canvas = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3))
+    for picture, row, column in zip(pictures.values(), grid.row, grid.column, strict=True):
+        top, left = (rows - 1 - row) * (h + gap), column * (w + gap)
+        canvas[top : top + h, left : left + w] = picture
+    beside = 0 if originals is None else 1
+    width = min(TEXT - beside, 0.8 * columns)
+    height = width * canvas.shape[0] / canvas.shape[1]
+    figure = Figure((width + beside + 0.4, max(height, beside) + 0.5), layout="constrained")
+    axes = figure.subplots(1, 1 + beside, width_ratios=[width, 1][: 1 + beside], squeeze=False)[0]
+    x, y = w / (w + gap) / 2, h / (h + gap) / 2  # half a picture, where pictures are 1 apart
+    extent = (-x, columns - 1 + x, -y, rows - 1 + y)
+    axes[0].imshow(canvas.clip(0, 1), extent=extent, aspect=(h + gap) / (w + gap), interpolation="nearest")
+    axes[0].spines[:].set_visible(False)
+    grid.label(axes[0])
+    axes[0].set_title(title)
+    axes[0].tick_params(length=0)
+    if originals is not None:
+        axes[1].imshow(originals.clip(0, 1), interpolation="nearest")
+        axes[1].set_title("test images")
+        axes[1].set_axis_off()
+    return figure

@@ -1,0 +1,128 @@
+"""The report of a batch: figures, tables, and one page that holds everything."""
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from utils.files import to_csv, write_atomic
+from utils.plane.advice import headings_of
+from utils.plane.cells import SETTINGS, Plane, number
+from utils.plane.slopes import SLOPES, Slope, slope_rows
+from utils.plane.tables import to_html, to_markdown
+
+CAPTIONS = {
+    "rate_plane": "Each metric over the rate plane. A run's place is how much it stores in z (to the right) and in y "
+    "given z (upwards); rings are ordinary beta-VAEs, the square has both betas 1, the star is the best run.",
+    "total_rate": "Each metric against the total rate. Where the hull of all cells lies beyond the dashed line, "
+    "trading between the layers buys something over an ordinary beta-VAE of the same total rate.",
+    "rate_z": "What is told of the label, against R(z). z cannot hold more than R(z) nats on the label, nor more than "
+    "the label's entropy; the line is that bound. It holds for samples of z, the probes read its posterior mean.",
+    "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed.",
+    "tasks": "Three tasks against each other. The hue tells in which direction from (1, 1) a run's betas lie, the "
+    "saturation how far.",
+    "slopes": "Slopes of the distortion in units of the betas, from each cell's neighbours: 1 at an optimum. Far from "
+    "1, a cell is under-trained; grey is where they do not tell, or D does not fall.",
+    "samples": "Samples of each cell, made of the same noise.",
+    "reconstructions": "Reconstructions of the same test images.",
+}
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+figure { margin: 1.5rem 0; } figcaption { max-width: 46rem; margin-top: .3rem; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.table { overflow-x: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: 4px; }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.text { text-align: left; } thead th { position: sticky; top: 0; background: Canvas; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid var(--mark); }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+SCRIPT = """
+for (const button of document.querySelectorAll("th button")) button.onclick = () => {
+  const th = button.parentElement, body = th.closest("table").tBodies[0];
+  const up = th.ariaSort !== "ascending", value = row => row.cells[th.cellIndex].textContent;
+  for (const other of th.parentElement.cells) other.ariaSort = null;
+  th.ariaSort = up ? "ascending" : "descending";
+  const order = (a, b) => a === "" || b === "" ? (a === "") - (b === "") :
+    (up ? 1 : -1) * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
+  body.append(...[...body.rows].sort((a, b) => order(value(a), value(b))));
+};
+"""
+
+
+def page(
+    title: str,
+    settings: Mapping[str, str],
+    notes: Sequence[str],
+    tables: Mapping[str, str],
+    images: Mapping[str, bytes],
+) -> str:
+    """One page that needs no other file: `tables` are HTML by heading, `images` are PNGs by figure name."""
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    if notes:
+        parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
+    first, *others = tables.items()
+    parts += [f"<h2>{html.escape(first[0])}</h2>{first[1]}", "<h2>Figures</h2>"]
+    for name, png in images.items():
+        source = "data:image/png;base64," + base64.b64encode(png).decode()
+        caption = f"<figcaption>{CAPTIONS[name]}</figcaption>"
+        parts.append(f'<figure id="{name}"><img alt="{name}" src="{source}">{caption}</figure>')
+    parts += [f"<h2>{html.escape(heading)}</h2>{table}" for heading, table in others]
+    parts.append("<h2>Settings</h2><dl>")
+    parts += [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items()]
+    parts.append("</dl>")
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+    )
+    body = "\n".join(parts)
+    html_of = f'<html lang="en"><head>{head}</head>\n<body>\n{body}\n<script>{SCRIPT}</script></body></html>'
+    return f"<!doctype html>\n{html_of}\n"
+
+
+def settings(plane: Plane) -> dict[str, str]:
+    """All settings of the batch's cells, each with all its values."""
+    values = {}
+    for name in SETTINGS:
+        distinct = {cell.settings.get(name) or "" for cell in plane.cells}
+        if distinct != {""}:
+            values[name] = ", ".join(sorted(distinct, key=lambda v: (math.isnan(number(v)), number(v), v)))
+    return values
+
+
+def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict) -> None:
+    """Writes the figures in the formats asked for, the tables, and the page; removes figures of an earlier call."""
+    from utils.plane.figures import rendered
+
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "report.html").is_file():  # of an earlier call, whose other figures would be stale
+        for stale in (out / f"{name}.{form}" for name in CAPTIONS for form in ("png", "pdf")):
+            if stale.stem not in drawn or stale.suffix[1:] not in args.format:
+                stale.unlink(missing_ok=True)
+    images = {}
+    for name, figure in tqdm(drawn.items(), unit="figure"):
+        files = rendered(figure, ("png", *args.format))
+        images[name] = files["png"]
+        for form in args.format:
+            write_atomic(out / f"{name}.{form}", files[form])
+    headings, checked = headings_of(plane), slope_rows(found)
+    write_atomic(out / "advice.csv", to_csv(advised, headings).encode())
+    write_atomic(out / "advice.md", to_markdown(advised, headings).encode())
+    write_atomic(out / "slopes.csv", to_csv(checked, SLOPES).encode())
+    cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
+    columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
+    tables = {
+        "Advice": to_html(advised, headings),
+        "Cells": to_html(cells, columns),
+        "Slopes": to_html(checked, SLOPES),
+    }
+    report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
+    write_atomic(out / "report.html", report.encode())

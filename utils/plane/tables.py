@@ -1,0 +1,41 @@
+"""Tables as Markdown and HTML."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+
+def shown(value: object) -> str:
+    """A figure to four digits, a text as it is, nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def columns_of(rows: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
+    """The columns that some row fills."""
+    return [name for name in headings if any(row.get(name) not in (None, "") for row in rows)]
+
+
+def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
+    columns = columns_of(rows, headings)
+    lines = [[headings[name] for name in columns]]
+    lines += [[shown(row.get(name)) for name in columns] for row in rows]
+    lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join("| " + " | ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)) + " |\n" for line in lines)
+
+
+def to_html(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
+    """A table that is sorted by a click on a heading."""
+    columns = columns_of(rows, headings)
+    texts = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
+
+    def line(tag: str, row: Mapping, inner: str) -> str:
+        cells = [
+            f"<{tag}{' class=text' if name in texts else ''}>{inner.format(html.escape(shown(row.get(name))))}</{tag}>"
+            for name in columns
+        ]
+        return "<tr>" + "".join(cells) + "</tr>"
+
+    head = line("th", headings, '<button type="button">{}</button>')
+    body = "\n".join(line("td", row, "{}") for row in rows)
+    return f'<div class="table"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'

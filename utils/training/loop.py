@@ -1,0 +1,169 @@
+"""The training loop: a chunk of cells, stacked, from one position in the data to the end."""
+
+import math
+import signal
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+from datasets.loading import Data
+from models.stack import TERMS
+from utils.distributed import progress
+from utils.seeds import generator
+from utils.training.chunk import Chunk
+
+LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came, and the state has been saved."""
+
+    def __init__(self, number: int, epoch: int):
+        super().__init__(number, epoch)
+        self.signal, self.epoch = number, epoch
+
+
+class Signals:
+    """Remembers a SIGINT or SIGTERM instead of dying of it, so that the training can save first."""
+
+    def __enter__(self):
+        self.received = None
+        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number, frame):
+        self.received = self.received or number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():  # once one has come, more of them shall not disturb the end
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
+
+
+def rate_weight(epoch: int, warmup_epochs: int) -> float:
+    """The weight of both rates in an epoch: from 0 in the first linearly to 1 after `warmup_epochs`."""
+    return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+
+
+def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None) -> None:
+    """Trains a chunk to the end, saving every so many epochs (None: as often as costs 5 % of the time).
+
+    Raises Interrupted, after saving, when a signal has come.
+    """
+    try:
+        _train(chunk, data, signals, save_every)
+    finally:
+        chunk.settle()
+
+
+def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -> None:
+    config, stack = chunk.config, chunk.stack
+    steps = math.ceil(len(data.train) / config.batch_size)
+    log = Log(chunk, data)
+    bar = progress(
+        total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
+    )
+    saved_at = time.monotonic()
+
+    def save(stop):
+        nonlocal saved_at
+        saved_at = time.monotonic()
+        chunk.save()
+        if stop:
+            chunk.settle()
+            bar.close()
+            raise Interrupted(stop, chunk.epoch)
+
+    started, seconds_before = time.monotonic(), chunk.seconds
+    while chunk.live and chunk.epoch < config.num_epochs:
+        weight = rate_weight(chunk.epoch, config.warmup_epochs)
+        temperature = stack.model.family.temperature(chunk.epoch)
+        if temperature is not None:
+            temperature = torch.tensor(temperature, device=chunk.device)
+        if chunk.step == 0:
+            chunk.noise = generator(chunk.device, config.seed, chunk.epoch, "noise")
+            chunk.history = torch.zeros(steps, stack.m, len(TERMS), device=chunk.device)
+            chunk.good = stack.snapshot()
+        batches = data.train.batches(config.batch_size, (config.seed, chunk.epoch), chunk.step, stack.part)
+        for x, _ in batches:
+            whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
+            noise = stack.model.noise(whole, chunk.noise, temperature)
+            chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
+            chunk.step += 1
+            bar.update()
+            stop = chunk.stop(signals.received)
+            overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
+            if (stop or overdue) and chunk.step < steps:
+                chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
+                chunk.drop_failed(chunk.history[: chunk.step].sum(0).cpu(), chunk.step)
+                log.show(bar, chunk.history[: chunk.step].double().sum(0) / (chunk.step * config.batch_size))
+                save(stop)
+        train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
+        test_noise = generator(chunk.device, config.seed, "test")
+        test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.beta_y, chunk.beta_z).cpu()
+        chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
+        chunk.epoch, chunk.step = chunk.epoch + 1, 0
+        chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
+        log.show(bar, train_means)
+        log.epoch(train_means, test_means)
+        stop = chunk.stop(signals.received)
+        if chunk.epoch == config.num_epochs:
+            chunk.finish(train_means, test_means, data)
+        elif stop or (chunk.cheap_to_save(saved_at) if save_every is None else chunk.epoch % save_every == 0):
+            save(stop)
+    bar.close()
+    log.close()
+
+
+class Log:
+    """The progress bar's figures, and each cell's TensorBoard events."""
+
+    def __init__(self, chunk: Chunk, data: Data):
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self.chunk = chunk
+        first_epoch = chunk.epoch + 1
+        self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.written.items()}
+        self.pictures_every = max(1, chunk.config.num_epochs // 10)
+        self.images = next(iter(data.test.batches(N_PICTURES)))[0]
+        self.n_samples = N_PICTURES if self.images.shape[-1] > 32 else 4 * N_PICTURES
+        if chunk.epoch == 0 and chunk.step == 0:
+            for m, writer in self.writers.items():
+                betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
+                for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
+                    writer.file_writer.add_summary(summary)
+
+    def show(self, bar: tqdm, means: torch.Tensor) -> None:
+        """Loss and rates on the bar, averaged over the live cells."""
+        live = means[list(self.chunk.live)].mean(0).tolist()
+        values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
+        bar.set_postfix(epoch=self.chunk.epoch, **values)
+
+    def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
+        """Curves after every epoch; reconstructions and samples ten times in a training."""
+        from torchvision.utils import make_grid
+
+        epoch, config = self.chunk.epoch, self.chunk.config
+        for m in self.chunk.written:
+            for split, means in (("train", train_means), ("test", test_means)):
+                for name, value in zip(TERMS, means[m].tolist(), strict=True):
+                    self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
+            if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
+                model = self.chunk.stack.plain(m)
+                pairs = torch.cat([self.images, model.reconstruct(self.images)])
+                samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
+                self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
+                self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+            self.writers[m].flush()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+def report_thread(failure) -> None:
+    """One line, instead of a traceback, for a writer of TensorBoard events that fails on its own thread."""
+    print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)
