@@ -22,6 +22,7 @@ from utils.errors import command_line, run_script
 from utils.runs import Run
 from utils.training.loop import Interrupted
 from utils.training.schedule import check_data_parallel, check_flags, train_all, unfinished
+from utils.training.unfold import sources, unfold_all
 
 
 def parse_args(argv=None):
@@ -60,6 +61,7 @@ def parse_args(argv=None):
         help="under torchrun: its processes share every batch, instead of the grid's cells",
     )
     group.add_argument("--overwrite", action="store_true", help="train the cells anew, even finished ones")
+    group.add_argument("--force", action="store_true", help="unfold a multi-rate model also when its z has collapsed")
     group.add_argument("--dry_run", action="store_true", help="print the cells, shapes and parameters, and stop")
     return parser.parse(argv)
 
@@ -113,11 +115,12 @@ def tell(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    configs = grid_configs(args)
+    cells = grid_configs(args)
+    plan = sources(cells, args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
+    runs, configs = [*plan], [run.config for run in plan]
     check_flags(args, configs[0])
     if is_first():
         describe(configs, args.device)
-    runs = [Run.of(config, args.runs_dir) for config in configs]
     if args.dry_run:
         for run in runs:
             print(run.path)
@@ -134,10 +137,14 @@ def main(argv=None) -> int:
         if is_first() or not args.data_parallel:
             print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
+    status = tell(problems, mine)
+    if args.multi_rate:
+        runs, problems = unfold_all({run: plan[run] for run in mine if run.status == "finished"}, data, args)
+        status = max(status, tell(problems, runs))
     wait_for_all()
-    if is_first():
+    if is_first() and runs:
         summarise(runs, args.runs_dir)
-    return tell(problems, mine)
+    return status
 
 
 if __name__ == "__main__":

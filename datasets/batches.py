@@ -32,6 +32,10 @@ class Resident:
     def __len__(self) -> int:
         return len(self.images)
 
+    def first(self, n: int) -> "Resident":
+        """The first n images, or all if there are fewer."""
+        return Resident(self.images[:n], self.labels[:n], self.images.device)
+
     def batches(
         self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0, part: slice = ALL
     ) -> Iterator[Batch]:
@@ -81,12 +85,16 @@ class Streamed:
     """
 
     def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
-        self.samples, self.device = samples, device
+        self.samples, self.shape, self.device = samples, shape, device
         self.decoded = _Decoded(samples, channels=shape[0], size=shape[1])
         self.workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def first(self, n: int) -> "Streamed":
+        """As of `Resident`."""
+        return Streamed(self.samples[:n], self.shape, self.device)
 
     @property
     def labels(self) -> Tensor:

@@ -1,8 +1,10 @@
 """The table of models, and the only way one is ever made, in training and in evaluation alike."""
 
+import torch
 from torch import nn
 
 from .bvae import BVAE
+from .conditioned import Conditioned
 from .hvae import HVAE
 from .lvae import LVAE
 
@@ -11,4 +13,8 @@ MODELS = {c.__name__: c for c in (HVAE, LVAE, BVAE)}
 
 def build_model(config) -> nn.Module:
     """The model of a Config, with freshly initialised weights (from torch's global generator)."""
-    return MODELS[config.vae_type](config)
+    model = MODELS[config.vae_type](config)
+    if config.is_conditioned:
+        betas = [[config.beta_y, config.beta_z], [config.beta_y_max, config.beta_z_max]]
+        return Conditioned(model, torch.tensor(betas).log10())
+    return model

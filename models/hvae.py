@@ -42,6 +42,12 @@ class Noise(NamedTuple):
     z: Tensor
     y: Tensor
     temperature: Tensor | None = None  # of a relaxed z; None evaluates it hard
+    log_betas: Tensor | None = None  # of a conditioned model: log10 of (beta_y, beta_z) of each image, (B, 2)
+
+    def of(self, images: slice) -> "Noise":
+        """The noise of some of the images."""
+        log_betas = None if self.log_betas is None else self.log_betas[images]
+        return Noise(self.z[images], self.y[images], self.temperature, log_betas)
 
 
 class HVAE(nn.Module):
@@ -120,8 +126,13 @@ class HVAE(nn.Module):
         y = q_y.sample(noise.y)
         return Terms(ll=self.p_x(y).log_prob(x), kl_y=q_y.kl(p_y), kl_z=q_z.rate())
 
-    def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
-        """The noise of a forward pass over n images, on the generator's device."""
+    def noise(
+        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, progress: float = 1.0
+    ) -> Noise:
+        """The noise of a forward pass over n images, on the generator's device.
+
+        `progress` is the share of the training that is done; it matters to conditioned models only.
+        """
         z = self.family.noise((n, *self.z_shape), generator)
         return Noise(z, Gaussian.noise((n, *self.y_shape), generator), temperature)
 

@@ -78,7 +78,7 @@ class Stack:
         n, noise = len(noise.y), self.own(noise)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
             terms = (self.parallel or self.fast_terms)(x, noise)
-        loss = terms.loss(beta_y[:, None], beta_z[:, None])
+        loss = _loss(terms, noise, beta_y, beta_z)
         optimizer.zero_grad()
         (loss.sum() * (self.world / n)).backward()
         optimizer.step()
@@ -86,7 +86,7 @@ class Stack:
 
     def own(self, noise: Noise) -> Noise:
         """This process's part of a whole batch's noise."""
-        return noise._replace(z=noise.z[self.part], y=noise.y[self.part])
+        return noise.of(self.part)
 
     @torch.no_grad()
     def evaluate(self, split, batch_size: int, generator, beta_y: Tensor, beta_z: Tensor) -> Tensor:
@@ -94,8 +94,9 @@ class Stack:
         sums = torch.zeros(self.m, len(TERMS), dtype=torch.float64, device=beta_y.device)
         for i, (x, _) in enumerate(split.batches(batch_size, part=self.part)):
             whole = min(batch_size, len(split) - i * batch_size)
-            terms = self.fast_terms(x, self.own(self.model.noise(whole, generator)))
-            sums += _sums(terms.loss(beta_y[:, None], beta_z[:, None]), terms)
+            noise = self.own(self.model.noise(whole, generator))
+            terms = self.fast_terms(x, noise)
+            sums += _sums(_loss(terms, noise, beta_y, beta_z), terms)
         return self._of_all(sums) / len(split)
 
     def _of_all(self, sums: Tensor) -> Tensor:
@@ -131,6 +132,15 @@ class _Terms(nn.Module):
     def __init__(self, stack: Stack):
         super().__init__()
         self.weights, self.forward = nn.ParameterList(stack.parameters.values()), stack.fast_terms
+
+
+def _loss(terms: Terms, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+    """The objective (M, B) of terms (M, B) at betas (M,), which are factors of an image's own betas, if it has some."""
+    beta_y, beta_z = beta_y[:, None], beta_z[:, None]
+    if noise.log_betas is not None:
+        own = 10**noise.log_betas
+        beta_y, beta_z = beta_y * own[:, 0], beta_z * own[:, 1]
+    return terms.loss(beta_y, beta_z)
 
 
 def _sums(loss: Tensor, terms: Terms) -> Tensor:

@@ -108,7 +108,7 @@ def default_device() -> torch.device:
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:
     """A flag for each field of Config; those named in `grid` take several values."""
     groups = {}
-    for field in dataclasses.fields(Config):
+    for field in (f for f in dataclasses.fields(Config) if "help" in f.metadata):
         title, kind = field.metadata["group"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
         text = field.metadata["help"].replace("%", "%%")
@@ -149,7 +149,7 @@ def axis(text: str) -> list[float]:
 
 def grid_configs(args: argparse.Namespace) -> list[Config]:
     """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if "help" in f.metadata}
     betas_y, betas_z = (
         [v for values in getattr(args, name) or [[1.0]] for v in values] for name in ("beta_y", "beta_z")
     )

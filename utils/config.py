@@ -17,11 +17,18 @@ from utils.errors import UserError, nearest
 # Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
+OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule")
+OPTIONAL += ("beta_y_max", "beta_z_max", "source")
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 
 
 def _flag(default, help, group, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
+
+
+def _kept(kind: type):
+    """A field without a flag: kept in config.json where it has a value."""
+    return dataclasses.field(default=None, metadata={"type": kind})
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,13 @@ class Config:
     no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
     beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "training")
     beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "training")
+    lr_schedule: str | None = _flag(
+        None, "constant; cosine: down to 0 over the whole training; tail: over its last 30 % (default: constant, tail "
+        "with --multi_rate)", "training", choices=("constant", "cosine", "tail"),
+    )  # fmt: skip
+    multi_rate: bool = _flag(
+        False, "train one model for the whole range of betas, and unfold it into the grid's cells", "training"
+    )
     precision: str = _flag(
         "fp32", "of the networks: fp32; tf32 in products on a GPU; bf16 in the trunks, fp32 in what follows them",
         "training", choices=("fp32", "tf32", "bf16"),
@@ -58,11 +72,15 @@ class Config:
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
     run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
     run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
+    beta_y_max: float | None = _kept(float)  # of a conditioned model: it is trained for beta_y to beta_y_max,
+    beta_z_max: float | None = _kept(float)  # beta_z to beta_z_max
+    source: str | None = _kept(str)  # of a cell unfolded from one: the digest of the conditioned model's weights
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             self._check(field.name, kind_of(field), getattr(self, field.name), field.metadata.get("choices"))
         self._check_data()
+        self._check_range()
         object.__setattr__(self, "px_y_family_ll", self.px_y_family_ll or lookup(self).likelihood)
         object.__setattr__(self, "use_conv_z", self.use_conv_z or self.image_shape[1] == 256)
         self._check_warmup()
@@ -78,7 +96,7 @@ class Config:
         def need(right: str):
             raise UserError(f"--{name}: must be {right}, got {value!r}")
 
-        if value is None and name in ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs"):
+        if value is None and name in OPTIONAL:
             return
         if kind is float and type(value) is int:
             object.__setattr__(self, name, float(value))
@@ -90,7 +108,7 @@ class Config:
             need("a finite number")
         if name in LARGEST and value > LARGEST[name]:
             need(f"at most {LARGEST[name]:g}")
-        if name in ("beta_y", "beta_z", "seed", "warmup_epochs") and value < 0:
+        if name in ("beta_y", "beta_z", "beta_y_max", "beta_z_max", "seed", "warmup_epochs") and value < 0:
             need("> 0 or 0")
         if name in ("sigma", "learning_rate") and value <= 0:
             need("> 0")
@@ -120,10 +138,21 @@ class Config:
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
+    def _check_range(self) -> None:
+        object.__setattr__(self, "lr_schedule", self.lr_schedule or ("tail" if self.multi_rate else "constant"))
+        for name in ("beta_y", "beta_z"):
+            low, high = getattr(self, name), getattr(self, f"{name}_max")
+            if high is not None and not 0 < low <= high <= 1e6 * low:
+                raise UserError(
+                    f"--{name}: --multi_rate needs a range of at most 6 decades, > 0, got {low:g} to {high:g}"
+                )
+        if self.is_conditioned and self.beta_y == self.beta_y_max and self.beta_z == self.beta_z_max:
+            raise UserError("--multi_rate: needs a range of betas, several of --beta_y or of --beta_z")
+
     def _check_warmup(self) -> None:
         if self.no_warmup and self.warmup_epochs:
             raise UserError("--no_warmup: contradicts --warmup_epochs")
-        default = MODELS[self.vae_type].default_warmup(self.num_epochs)
+        default = self.default_warmup
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", 0 if self.no_warmup else default)
         object.__setattr__(self, "no_warmup", default > 0 and self.warmup_epochs == 0)  # the two ways to say it
@@ -131,6 +160,17 @@ class Config:
             raise UserError(
                 f"--warmup_epochs: must be at most --num_epochs ({self.num_epochs}), got {self.warmup_epochs}"
             )
+
+    @property
+    def is_conditioned(self) -> bool:
+        """Whether it is the model of a whole range of betas."""
+        return self.beta_y_max is not None
+
+    @property
+    def default_warmup(self) -> int:
+        """Epochs of warm-up when --warmup_epochs is not given; without any, a conditioned model's z collapses."""
+        of_model = MODELS[self.vae_type].default_warmup(self.num_epochs)
+        return max(of_model, math.ceil(self.num_epochs / 10)) if self.multi_rate else of_model
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -147,16 +187,21 @@ class Config:
     @property
     def folder_name(self) -> str:
         """The run folder's name, which spells the configuration the way the paper's code does."""
-        default_warmup = MODELS[self.vae_type].default_warmup(self.num_epochs)
+        default_warmup = self.default_warmup
         parts = [
             f"Epochs_{self.num_epochs}-BatchSize_{self.batch_size}-c_{self.conv_channels}-{self.data_name}",
             f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}",
-            f"Beta_y_{self.beta_y}-Beta_z_{self.beta_z}",
+            "-".join(
+                f"Beta_{layer}_{low}" + (f"_to_{high}" if high is not None else "")
+                for layer, low, high in (("y", self.beta_y, self.beta_y_max), ("z", self.beta_z, self.beta_z_max))
+            ),
             f"ll_sigma_{self.sigma}" * (self.px_y_family_ll == "GaussianFixedSigma"),
             "use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}",
             f"linear_y_dims_{self.linear_y_with_dims}" * (self.linear_y_with_dims > 0),
             "no_warmup" * (default_warmup > 0 and self.warmup_epochs == 0),
             f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
+            self.lr_schedule * (self.lr_schedule != ("tail" if self.multi_rate else "constant")),
+            "multi_rate" * self.multi_rate,
             self.precision * (self.precision != Config.precision),
             f"seed_{self.seed}" * (self.seed != Config.seed),
         ]
@@ -164,7 +209,8 @@ class Config:
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
-        settings = dataclasses.asdict(self)
+        kept = {f.name for f in dataclasses.fields(self) if "help" not in f.metadata}
+        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in kept or v is not None}
         return json.dumps({**settings, "sha256": _digest(settings)}, indent=2) + "\n"
 
     @classmethod

@@ -15,6 +15,7 @@ from utils.training.engine import Engine
 
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
 ASK_EVERY = 16  # steps: data-parallel processes wait for each other when they ask
+COLLAPSED = 0.1  # nats of R(z) at the best: less is a z that is not used
 SAVER = ThreadPoolExecutor(1)  # writes the resume states while the training goes on
 
 
@@ -31,12 +32,14 @@ class Chunk:
         self.engine, self.stack, device = engine, engine.stack, engine.device
         engine.restart(self.config.seed)
         spare = [1.0] * (self.stack.m - len(runs))
-        self.beta_y = torch.tensor([r.config.beta_y for r in runs] + spare, device=device)
-        self.beta_z = torch.tensor([r.config.beta_z for r in runs] + spare, device=device)
+        betas = [(1.0, 1.0) if r.config.is_conditioned else (r.config.beta_y, r.config.beta_z) for r in runs]
+        self.beta_y = torch.tensor([b for b, _ in betas] + spare, device=device)
+        self.beta_z = torch.tensor([b for _, b in betas] + spare, device=device)
         self.live = dict(enumerate(runs))  # those not failed
         self.epoch = self.step = 0
         self.seconds = 0.0  # spent on each cell
         self.history = self.noise = None  # of this epoch: the batches' sums (steps, M, 4), the generator
+        self.at_points: dict[str, dict[str, float]] = {}  # of a conditioned model, after the last epoch
         self.saving, self.cost_of_save = None, 0.0  # what is being written, and the seconds that it took last
         if states[0] is not None:
             self._load(states)
@@ -56,6 +59,11 @@ class Chunk:
             except RuntimeError as e:
                 where = "a CPU" if self.device.type == "cuda" else "a GPU"
                 raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; continue there") from e
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether a conditioned model's z is unused even at the smallest beta_z."""
+        return bool(self.at_points) and max(terms["kl_z"] for terms in self.at_points.values()) < COLLAPSED
 
     def save(self) -> None:
         """Copies every live cell's resume state to the CPU; it is written while the training goes on."""
@@ -141,4 +149,6 @@ class Chunk:
                     "psnr": quality if math.isfinite(quality) else None,
                 },
             }
+            if self.at_points:
+                result |= {"points": self.at_points, "collapsed": self.collapsed}
             run.finish(self.stack.cell(m), result)

@@ -50,7 +50,8 @@ class Engine:
         self.stack = Stack(build_model(config).to(device), m, config.precision, route)
         parameters = self.stack.parameters.values()
         adam = {"fused": True, "capturable": on_gpu and self.to_capture}
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, **adam)
+        lr = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
+        self.optimizer = torch.optim.Adam(parameters, lr=lr, **adam)
         for p in parameters:  # at once, so that every state is set in place and a captured graph goes on seeing it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
@@ -74,6 +75,14 @@ class Engine:
             p.copy_(initial[name].expand_as(p))
             for value in self.optimizer.state[p].values():
                 value.zero_()
+
+    def set_lr(self, lr: float) -> None:
+        """Sets Adam's learning rate; a captured graph sees it."""
+        group = self.optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
     @property
     def adam_steps(self) -> int:
@@ -129,14 +138,18 @@ class Engine:
         expected = self.results(self.stack.step(self.optimizer, *inputs))
         self._set(before)
         self.inputs = [t.clone() for t in flat(inputs)]
-        x, z, y, *temperature, beta_y, beta_z = self.inputs
-        fixed = (x, Noise(z, y, *temperature), beta_y, beta_z)
+        x, *rest, beta_y, beta_z = self.inputs
+        there = iter(rest)
+        noise = Noise(*(None if t is None else next(there) for t in inputs[1]))
+        fixed = (x, noise, beta_y, beta_z)
         for compile in (True, False) if self.compile else (False,):
             try:
                 if compile:
                     self.stack.compile(len(x))
                     with torch.no_grad():
-                        self.stack.fast_terms(x, Noise(z, y))  # as an evaluation does: so it compiles now or never
+                        self.stack.fast_terms(
+                            x, noise._replace(temperature=None)
+                        )  # as an evaluation does: so it compiles now or never
                 self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
                 self._set(before)
                 self.replay()
@@ -246,7 +259,7 @@ def fastest(
                         start = clock(device)
                     engine.step(x, noise, ones, ones)
                 took = clock(device) - start
-                few = noise._replace(z=noise.z[::2], y=noise.y[::2])  # what an epoch needs beside: its last batch
+                few = noise.of(slice(None, None, 2))  # what an epoch needs beside: its last batch
                 engine.stack.step(engine.optimizer, x[::2], few, ones, ones)
                 with torch.no_grad():  # and the test images
                     engine.stack.terms(x, noise)
@@ -276,6 +289,6 @@ def clock(device: torch.device) -> float:
 
 
 def flat(inputs: tuple) -> list[Tensor]:
-    """The tensors of a step's inputs: x, z's noise, y's noise, the temperature if there is one, beta_y, beta_z."""
+    """The tensors of a step's inputs: x, those of the noise that there are, beta_y, beta_z."""
     x, noise, *betas = inputs
     return [x, *(t for t in noise if t is not None), *betas]

@@ -1,5 +1,6 @@
 """The training loop: a chunk of cells, stacked, from one position in the data to the end."""
 
+import itertools
 import math
 import signal
 import sys
@@ -9,12 +10,14 @@ import torch
 from tqdm import tqdm
 
 from datasets.loading import Data
+from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils.distributed import progress
 from utils.seeds import generator
-from utils.training.chunk import Chunk
+from utils.training.chunk import COLLAPSED, Chunk
 
 LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+N_CURVES = 1000  # test images of a conditioned model's curves at single betas
 N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
 
 
@@ -40,6 +43,24 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():  # once one has come, more of them shall not disturb the end
             signal.signal(number, signal.SIG_IGN if self.received else handler)
+
+
+def lr_factor(schedule: str, progress: float) -> float:
+    """What the learning rate is multiplied by, after that share of the training."""
+    start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
+    return 1.0 if progress < start or start == 1 else 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+
+
+@torch.no_grad()
+def terms_at_points(model: Conditioned, x: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Loss, ll, kl_y, kl_z (means over images x, nats) of a conditioned model at its `points`, with fixed noise."""
+    noise, result = model.noise(len(x), generator(x.device, 0, "points")), {}
+    for name, log_betas in model.points().items():
+        terms = model(x, noise._replace(log_betas=log_betas.to(x).expand(len(x), 2)))
+        beta_y, beta_z = (10**log_betas).tolist()
+        values = (terms.loss(beta_y, beta_z), *terms)
+        result[name] = {term: v.mean().item() for term, v in zip(TERMS, values, strict=True)}
+    return result
 
 
 def rate_weight(epoch: int, warmup_epochs: int) -> float:
@@ -89,7 +110,9 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
         batches = data.train.batches(config.batch_size, (config.seed, chunk.epoch), chunk.step, stack.part)
         for x, _ in batches:
             whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
-            noise = stack.model.noise(whole, chunk.noise, temperature)
+            done = (chunk.epoch + chunk.step / steps) / config.num_epochs
+            noise = stack.model.noise(whole, chunk.noise, temperature, done)
+            chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
             chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
             chunk.step += 1
             bar.update()
@@ -129,6 +152,7 @@ class Log:
         self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.written.items()}
         self.pictures_every = max(1, chunk.config.num_epochs // 10)
         self.images = next(iter(data.test.batches(N_PICTURES)))[0]
+        self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
         self.n_samples = N_PICTURES if self.images.shape[-1] > 32 else 4 * N_PICTURES
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
@@ -157,7 +181,22 @@ class Log:
                 samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
                 self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
                 self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+            if config.is_conditioned:
+                self.points(m)
             self.writers[m].flush()
+
+    def points(self, m: int) -> None:
+        """Curves of a conditioned model at single betas; a note once z has collapsed."""
+        self.chunk.at_points = terms_at_points(self.chunk.stack.plain(m), self.curve_images)
+        for name, terms in self.chunk.at_points.items():
+            for term, value in terms.items():
+                self.writers[m].add_scalar(f"{name}/{term}", value, self.chunk.epoch)
+        if self.chunk.collapsed and self.chunk.epoch == math.ceil(0.6 * self.chunk.config.num_epochs):
+            print(
+                f"note: z has collapsed, R(z) is below {COLLAPSED} nats at the smallest beta_z too; "
+                "another --seed or more --warmup_epochs may help",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         for writer in self.writers.values():

@@ -1,0 +1,128 @@
+"""One model for the whole plane of betas: every layer's outputs are scaled and shifted by a function of the betas.
+
+The scale and shift of a layer's output channel fold into that channel's weights and bias, so at fixed betas the
+conditioned model *is* an ordinary one, with an ordinary state_dict. It knows layers, not models. (You Only Train Once:
+Dosovitskiy & Djolonga, ICLR 2020; for one beta of a VAE, by gates: Multi-Rate VAE, Bae et al., ICLR 2023.)
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .hvae import HVAE, Noise, Terms
+
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+SPREAD = 0.5  # of the training, over which the betas that are drawn spread from one point over the range
+HIDDEN = 32  # units of the hypernetwork's two hidden layers
+
+
+class Conditioned(nn.Module):
+    """A model and the hypernetwork that scales and shifts its layers, given the betas of each image.
+
+    `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for.
+    """
+
+    def __init__(self, model: nn.Module, log_range: Tensor):
+        super().__init__()
+        self.model, self.log_range = model, log_range.double()
+        self.layers = [name for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
+        within = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
+        self.others = [name for name, _ in model.named_parameters() if name not in within]  # a learned sigma
+        self.sizes = [model.get_submodule(name).bias.numel() for name in self.layers]
+        self.sizes += [model.get_parameter(name).numel() for name in self.others]
+        self.hidden = nn.Sequential(nn.Linear(2, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
+        self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes))
+        nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
+        nn.init.zeros_(self.gates.bias)
+        self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
+        self.now: dict[str, tuple[Tensor, Tensor]] = {}  # of the forward pass that is under way
+        for name in self.layers:
+            model.get_submodule(name).register_forward_hook(lambda layer, _, out, name=name: self._gated(name, out))
+
+    def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
+        low, high = self.log_range.to(log_betas)
+        within = 2 * (log_betas - low) / (high - low).clamp_min(1e-6) - 1  # -1 to 1
+        scales, shifts = self.gates(self.hidden(within)).chunk(2, -1)
+        each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
+        return dict(zip([*self.layers, *self.others], each, strict=True))
+
+    def _gated(self, name: str, out: Tensor) -> Tensor:
+        if not self.now:
+            return out
+        scale, shift = (t.to(out.dtype).view(*t.shape, *[1] * (out.dim() - 2)) for t in self.now[name])
+        return torch.addcmul(shift, out, scale)
+
+    def noise(
+        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, progress: float = 1.0
+    ) -> Noise:
+        """The model's noise, and betas: log-uniform over the range, which they fill after SPREAD of the training.
+
+        They start where both latents are in use, in the middle of the range of beta_y at the smallest beta_z: drawn
+        from the whole range at once, large betas let z collapse for all.
+        """
+        noise = self.model.noise(n, generator, temperature)
+        low, high = self.log_range.to(noise.y)
+        start = torch.stack([(low[0] + high[0]) / 2, low[1]])
+        drawn = low + (high - low) * torch.rand(n, 2, generator=generator, device=generator.device)
+        return noise._replace(log_betas=start + min(1.0, progress / SPREAD) * (drawn - start))
+
+    def points(self) -> dict[str, Tensor]:
+        """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""
+        (y, z), (y_max, z_max) = self.log_range
+        found = [torch.stack([a, b]) for a in (y, y_max) for b in (z, z_max)]
+        found += [self.log_range.mean(0), torch.zeros_like(y).expand(2)]
+        inside = [p for p in found if ((self.log_range[0] <= p) & (p <= self.log_range[1])).all()]
+        return {"beta_y {:.3g}, beta_z {:.3g}".format(*(10**p).tolist()): p for p in inside}
+
+    def forward(self, x: Tensor, noise: Noise) -> Terms:
+        """ll, kl_y, kl_z of images x (B, C, H, W), each with the model of its own betas, `noise.log_betas` (B, 2)."""
+        with torch.autocast(x.device.type, enabled=False):
+            self.now = self.scales_and_shifts(noise.log_betas)
+        try:
+            given = {name: self._other(name, x.dim()) for name in self.others}
+            return functional_call(self.model, given, (x, noise))
+        finally:
+            self.now = {}
+
+    @contextlib.contextmanager
+    def held_at(self, log_betas: Tensor) -> Iterator[nn.Module]:
+        """The model, at one pair of log10 betas (2,) for all images; not its parameters outside layers."""
+        self.now = {name: (a[None], b[None]) for name, (a, b) in self.scales_and_shifts(log_betas).items()}
+        try:
+            yield self.model
+        finally:
+            self.now = {}
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Of the model in the centre of the range."""
+        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(x)) as model:
+            return model.reconstruct(x)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Of the model in the centre of the range."""
+        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(self.gates.bias)) as model:
+            return model.sample(n, generator=generator)
+
+    psnr = HVAE.psnr
+
+    def _other(self, name: str, dims: int) -> Tensor:
+        """A parameter outside layers, of each image; a scalar becomes (B, 1, 1, 1), to go with images."""
+        scale, shift = self.now[name]
+        return (self.model.get_parameter(name) * scale + shift).view(-1, *[1] * (dims - 1))
+
+    def at(self, log_betas: Tensor) -> dict[str, Tensor]:
+        """The ordinary model's parameters at one pair of log10 betas, (2,); differentiable."""
+        state, folded = dict(self.model.named_parameters()), self.scales_and_shifts(log_betas)
+        for name in self.layers:
+            (scale, shift), weight = folded[name], state[f"{name}.weight"]
+            output = 1 if isinstance(self.model.get_submodule(name), nn.ConvTranspose2d) else 0
+            state[f"{name}.weight"] = weight * scale.view([-1 if d == output else 1 for d in range(weight.dim())])
+            state[f"{name}.bias"] = state[f"{name}.bias"] * scale + shift
+        for name in self.others:
+            scale, shift = folded[name]
+            state[name] = (state[name] * scale + shift).view_as(state[name])
+        return state

@@ -1,0 +1,81 @@
+"""A conditioned model is, at fixed betas, the ordinary one that it unfolds to."""
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from models.build import build_model
+from models.conditioned import Conditioned
+from utils.config import Config
+from utils.seeds import generator
+
+RANGE = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+KINDS = {
+    "HVAE": {},
+    "Gumbel": {"qz_family": "GumbelSoftmax"},
+    "vector y": {"linear_y_with_dims": 4},
+    "convolutional z": {"use_conv_z": True},
+    "LVAE": {"vae_type": "LVAE"},
+    "LVAE, convolutional z": {"vae_type": "LVAE", "use_conv_z": True},
+    "BVAE": {"vae_type": "BVAE"},
+    "fixed sigma": {"dataset": "CIFAR10", "px_y_family_ll": "GaussianFixedSigma"},
+    "learned sigma": {"dataset": "CIFAR10", "px_y_family_ll": "GaussianLearnedSigma"},
+    "MoL": {"dataset": "CIFAR10", "px_y_family_ll": "MoL"},
+}
+
+
+def conditioned(**settings) -> Conditioned:
+    """A conditioned model in float64 whose gates are far from doing nothing."""
+    torch.manual_seed(0)
+    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4, **settings)), RANGE).double()
+    with torch.no_grad():
+        for p in model.gates.parameters():
+            p.normal_(0, 0.2)
+        for name in model.others:
+            model.model.get_parameter(name).fill_(-0.7)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_fixed_betas_it_is_the_ordinary_model(kind):
+    model = conditioned(**KINDS[kind])
+    config = Config(conv_channels=3, z_dims=4, **KINDS[kind])
+    x = torch.rand(5, *config.image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = model.model.noise(5, generator("cpu", 2))
+    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
+    for log_betas in ((-1.0, -1.0), (0.0, 0.3), (1.0, -0.7)):
+        log_betas = torch.tensor(log_betas, dtype=torch.float64)
+        with torch.no_grad():
+            terms = model(x, noise._replace(log_betas=log_betas.expand(5, 2)))
+            plain = build_model(config).double()
+            plain.load_state_dict(model.at(log_betas))
+            expected = plain(x, noise)
+        for a, b in zip(terms, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_image_has_betas_of_its_own(kind):
+    """A batch of three pairs of betas is three models, each on its own image; and so are the gradients."""
+    model = conditioned(**KINDS[kind])
+    config = Config(conv_channels=3, z_dims=4, **KINDS[kind])
+    x = torch.rand(3, *config.image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = model.model.noise(3, generator("cpu", 2))
+    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
+    log_betas = torch.tensor([[-1.0, 1.0], [0.2, 0.1], [0.9, -1.0]], dtype=torch.float64)
+    together = model(x, noise._replace(log_betas=log_betas)).loss().sum()
+    own = [noise._replace(z=noise.z[i : i + 1], y=noise.y[i : i + 1]) for i in range(3)]
+    each = [functional_call(model.model, model.at(log_betas[i]), (x[i : i + 1], own[i])).loss().sum() for i in range(3)]
+    torch.testing.assert_close(together, sum(each), rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in (together, sum(each))]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_without_training_the_betas_change_nothing():
+    torch.manual_seed(0)
+    config = Config(conv_channels=3, z_dims=4)
+    model = Conditioned(build_model(config), RANGE)
+    plain = {name: p.clone() for name, p in model.model.named_parameters()}
+    for name, p in model.at(torch.tensor([0.5, -1.0])).items():
+        assert torch.equal(p, plain[name])
