@@ -15,7 +15,7 @@ import torch
 from datasets.loading import load_data
 from models.build import build_model
 from models.stack import ROUTES
-from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
+from utils.cli import Parser, add_config_flags, add_target_flags, grid_configs, target_configs, whole_or_auto
 from utils.config import Config
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
@@ -28,6 +28,7 @@ from utils.training.unfold import sources, unfold_all
 def parse_args(argv=None):
     parser = Parser(__doc__)
     add_config_flags(parser, grid=("beta_y", "beta_z", "seed"))
+    add_target_flags(parser)
     group = parser.add_argument_group("grid and files")
     group.add_argument(
         "--cells_at_once",
@@ -116,6 +117,7 @@ def tell(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
 def main(argv=None) -> int:
     args = parse_args(argv)
     cells = grid_configs(args)
+    cells += target_configs(args, cells)
     plan = sources(cells, args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     runs, configs = [*plan], [run.config for run in plan]
     check_flags(args, configs[0])

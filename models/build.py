@@ -15,6 +15,6 @@ def build_model(config) -> nn.Module:
     """The model of a Config, with freshly initialised weights (from torch's global generator)."""
     model = MODELS[config.vae_type](config)
     if config.is_conditioned:
-        betas = [[config.beta_y, config.beta_z], [config.beta_y_max, config.beta_z_max]]
+        betas = [[config.beta_y, config.beta_z], [config.beta_max_y, config.beta_max_z]]
         return Conditioned(model, torch.tensor(betas).log10())
     return model

@@ -147,6 +147,42 @@ def axis(text: str) -> list[float]:
     return [round(lo * 10 ** (step * k), 8) for k in range(n)]
 
 
+def add_target_flags(parser: Parser) -> None:
+    """Flags that ask for rates instead of betas."""
+    group = parser.add_argument_group("rates instead of betas")
+    for layer, rate in (("y", "R(y|z)"), ("z", "R(z)")):
+        group.add_argument(
+            f"--target_rate_{layer}",
+            nargs="+",
+            type=axis,
+            metavar="RATE",
+            help=f"{rate} wanted, in place of a beta_{layer}; several values, or LO:HI:N",
+        )
+    group.add_argument("--rate_unit", choices=("nats", "bits"), default="nats", help="of the targets (default: nats)")
+
+
+def target_configs(args: argparse.Namespace, cells: list[Config]) -> list[Config]:
+    """The Config of every cell that is given by a rate, or a rate and a beta of the grid; its betas are to be found."""
+    nats = math.log(2) if args.rate_unit == "bits" else 1.0
+    asked = {}
+    for layer in "yz":
+        values = getattr(args, f"target_rate_{layer}")
+        asked[layer] = values and [round(v * nats, 8) for vs in values for v in vs]
+    if not any(asked.values()):
+        return []
+    found = []
+    for cell in cells:
+        for target_y in asked["y"] or [None]:
+            for target_z in asked["z"] or [None]:
+                betas = {}
+                if target_y is not None:
+                    betas["beta_y"] = cells[0].beta_y  # to be found
+                if target_z is not None:
+                    betas["beta_z"] = cells[0].beta_z
+                found.append(dataclasses.replace(cell, target_rate_y=target_y, target_rate_z=target_z, **betas))
+    return list(dict.fromkeys(found))
+
+
 def grid_configs(args: argparse.Namespace) -> list[Config]:
     """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if "help" in f.metadata}

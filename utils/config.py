@@ -18,7 +18,7 @@ from utils.errors import UserError, nearest
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
 OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule")
-OPTIONAL += ("beta_y_max", "beta_z_max", "source")
+OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z")
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 
 
@@ -72,8 +72,10 @@ class Config:
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
     run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
     run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
-    beta_y_max: float | None = _kept(float)  # of a conditioned model: it is trained for beta_y to beta_y_max,
-    beta_z_max: float | None = _kept(float)  # beta_z to beta_z_max
+    beta_max_y: float | None = _kept(float)  # of a conditioned model: it is trained for beta_y to beta_max_y,
+    beta_max_z: float | None = _kept(float)  # beta_z to beta_max_z
+    target_rate_y: float | None = _kept(float)  # nats; of a cell whose betas were found for given rates
+    target_rate_z: float | None = _kept(float)
     source: str | None = _kept(str)  # of a cell unfolded from one: the digest of the conditioned model's weights
 
     def __post_init__(self):
@@ -89,6 +91,7 @@ class Config:
         if self.image_shape[0] == 3 and not LIKELIHOODS[self.px_y_family_ll].colour:
             raise UserError(f"--px_y_family_ll: {self.px_y_family_ll} is for grey images, {self.dataset} is in colour")
         MODELS[self.vae_type].check(self)
+        self._check_targets()
         if len(self.folder_name.encode()) > 255:
             raise UserError("--run_name: too long for a folder name")
 
@@ -108,7 +111,7 @@ class Config:
             need("a finite number")
         if name in LARGEST and value > LARGEST[name]:
             need(f"at most {LARGEST[name]:g}")
-        if name in ("beta_y", "beta_z", "beta_y_max", "beta_z_max", "seed", "warmup_epochs") and value < 0:
+        if name in ("beta_y", "beta_z", "beta_max_y", "beta_max_z", "seed", "warmup_epochs") and value < 0:
             need("> 0 or 0")
         if name in ("sigma", "learning_rate") and value <= 0:
             need("> 0")
@@ -141,13 +144,25 @@ class Config:
     def _check_range(self) -> None:
         object.__setattr__(self, "lr_schedule", self.lr_schedule or ("tail" if self.multi_rate else "constant"))
         for name in ("beta_y", "beta_z"):
-            low, high = getattr(self, name), getattr(self, f"{name}_max")
+            low, high = getattr(self, name), getattr(self, f"beta_max_{name[-1]}")
             if high is not None and not 0 < low <= high <= 1e6 * low:
                 raise UserError(
                     f"--{name}: --multi_rate needs a range of at most 6 decades, > 0, got {low:g} to {high:g}"
                 )
-        if self.is_conditioned and self.beta_y == self.beta_y_max and self.beta_z == self.beta_z_max:
+        if self.is_conditioned and self.beta_y == self.beta_max_y and self.beta_z == self.beta_max_z:
             raise UserError("--multi_rate: needs a range of betas, several of --beta_y or of --beta_z")
+
+    def _check_targets(self) -> None:
+        for layer in "yz":
+            if (target := getattr(self, f"target_rate_{layer}")) is not None and not target > 0:
+                raise UserError(f"--target_rate_{layer}: must be > 0, got {target:g}")
+        if self.target_rate_z is not None and self.vae_type == "BVAE":
+            raise UserError("--target_rate_z: BVAE has no z")
+        most = math.log(self.z_dims) if self.qz_family == "GumbelSoftmax" else math.inf
+        if (self.target_rate_z or 0) >= most:
+            raise UserError(
+                f"--target_rate_z: {self.z_dims} categories hold less than {most:.4g} nats, got {self.target_rate_z:g}"
+            )
 
     def _check_warmup(self) -> None:
         if self.no_warmup and self.warmup_epochs:
@@ -164,7 +179,12 @@ class Config:
     @property
     def is_conditioned(self) -> bool:
         """Whether it is the model of a whole range of betas."""
-        return self.beta_y_max is not None
+        return self.beta_max_y is not None
+
+    @property
+    def has_target(self) -> bool:
+        """Whether its betas are those of rates that were asked for."""
+        return self.target_rate_y is not None or self.target_rate_z is not None
 
     @property
     def default_warmup(self) -> int:
@@ -191,10 +211,8 @@ class Config:
         parts = [
             f"Epochs_{self.num_epochs}-BatchSize_{self.batch_size}-c_{self.conv_channels}-{self.data_name}",
             f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}",
-            "-".join(
-                f"Beta_{layer}_{low}" + (f"_to_{high}" if high is not None else "")
-                for layer, low, high in (("y", self.beta_y, self.beta_y_max), ("z", self.beta_z, self.beta_z_max))
-            ),
+            self._name_of_layer("y"),
+            self._name_of_layer("z"),
             f"ll_sigma_{self.sigma}" * (self.px_y_family_ll == "GaussianFixedSigma"),
             "use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}",
             f"linear_y_dims_{self.linear_y_with_dims}" * (self.linear_y_with_dims > 0),
@@ -206,6 +224,13 @@ class Config:
             f"seed_{self.seed}" * (self.seed != Config.seed),
         ]
         return "-".join([self.run_name or "NoName", *filter(None, parts)])
+
+    def _name_of_layer(self, layer: str) -> str:
+        """What the folder's name says of a layer's rate: its beta, the range of betas, or the rate asked for."""
+        beta, largest, target = (getattr(self, n + layer) for n in ("beta_", "beta_max_", "target_rate_"))
+        if target is not None:
+            return f"Rate_{layer}_{target}"
+        return f"Beta_{layer}_{beta}" + (f"_to_{largest}" if largest is not None else "")
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""

@@ -29,7 +29,7 @@ def test_every_cell_of_the_grid_is_an_ordinary_run(script):
     assert status == 0, err
     cells, (source,) = cells_of()
     assert set(cells) == {(y, z) for y in (0.1, 1, 10) for z in (0.5, 2)}
-    assert (source.config.beta_y, source.config.beta_y_max) == (0.1, 10) and source.config.beta_z_max == 2
+    assert (source.config.beta_y, source.config.beta_max_y) == (0.1, 10) and source.config.beta_max_z == 2
     model = load_model(source, torch.device("cpu"))
     assert isinstance(model, Conditioned)
     for (beta_y, beta_z), run in cells.items():

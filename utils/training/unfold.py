@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.files import digest_of
 from utils.runs import Run, load_model
 from utils.seeds import generator
+from utils.training.targets import reach
 
 TRAIN_IMAGES = 2000  # on which a cell's figures of the training images are taken, at most
 
@@ -39,7 +40,7 @@ def _conditioned(cells: list[Config]) -> Config:
     ends = {}
     for name in ("beta_y", "beta_z"):
         values = [getattr(c, name) for c in cells]
-        ends |= {name: min(values), f"{name}_max": max(values)}
+        ends |= {name: min(values), f"beta_max_{name[-1]}": max(values)}
     return dataclasses.replace(cells[0], **ends)
 
 
@@ -48,8 +49,8 @@ def _existing(cells: list[Config], runs_dir: str) -> Run | None:
     free = {
         "beta_y": cells[0].beta_y,
         "beta_z": cells[0].beta_z,
-        "beta_y_max": None,
-        "beta_z_max": None,
+        "beta_max_y": None,
+        "beta_max_z": None,
         "source": None,
     }
     batch, found, orphans = Path(runs_dir, cells[0].run_batch_name), [], False
@@ -64,11 +65,11 @@ def _existing(cells: list[Config], runs_dir: str) -> Run | None:
             f"--multi_rate: {batch} holds cells of a model that is not there any more, or whose range does not hold "
             "these betas; choose another --run_batch_name to train one"
         )
-    return min(found, key=lambda run: run.config.beta_y_max * run.config.beta_z_max, default=None)
+    return min(found, key=lambda run: run.config.beta_max_y * run.config.beta_max_z, default=None)
 
 
 def _holds(source: Config, cell: Config) -> bool:
-    return source.beta_y <= cell.beta_y <= source.beta_y_max and source.beta_z <= cell.beta_z <= source.beta_z_max
+    return source.beta_y <= cell.beta_y <= source.beta_max_y and source.beta_z <= cell.beta_z <= source.beta_max_z
 
 
 def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run], list[tuple[Run, str]]]:
@@ -82,6 +83,9 @@ def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run
             "(--seed, --warmup_epochs), or unfold it all the same by --force"
         )
     model, runs, problems = load_model(source, args.device), [], []
+    asked = [c for c in cells if c.has_target]
+    if asked:
+        cells = [c for c in cells if not c.has_target] + reach(model, asked, data)
     origin = digest_of(source.path / "vae.pth")
     for cell in progress(cells, unit="cell", desc="unfolding"):
         run = Run.of(dataclasses.replace(cell, source=origin), args.runs_dir)
