@@ -82,7 +82,7 @@ def describe(configs: list[Config], device: torch.device) -> None:
 def summarise(runs: list[Run], runs_dir: str) -> None:
     """Prints a table of the cells, and what to type next."""
     print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
-    for run in runs:
+    for run in (Run.open(run.path) if run.status != "new" else run for run in runs):  # with the betas that were found
         result, status = run.result, run.status
         line = f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} "
         if status == "finished" and result:
@@ -117,7 +117,8 @@ def tell(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
 def main(argv=None) -> int:
     args = parse_args(argv)
     cells = grid_configs(args)
-    cells += target_configs(args, cells)
+    targets = target_configs(args, cells)
+    cells = [*(cells if args.multi_rate or not targets else []), *targets]
     plan = sources(cells, args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     runs, configs = [*plan], [run.config for run in plan]
     check_flags(args, configs[0])

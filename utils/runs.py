@@ -8,6 +8,7 @@ events.out.*    TensorBoard
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -71,6 +72,9 @@ class Run:
         if not overwrite and (self.path / "config.json").exists():
             theirs = Config.from_json(self.path / "config.json")
             unused = () if "ll_sigma" in self.path.name else ("sigma",)
+            unused += tuple(
+                f"beta_{layer}" for layer in "yz" if getattr(theirs, f"target_rate_{layer}") is not None
+            )  # found
             different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v and k not in unused]
             if different:
                 listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)
@@ -101,6 +105,12 @@ class Run:
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
         """Holds the folder for this process; see `locked`."""
         return locked(self.path, patience)
+
+    def with_betas(self, beta_y: float, beta_z: float) -> "Run":
+        """The run with the betas that were found for its rates, which it keeps."""
+        run = Run(self.path, dataclasses.replace(self.config, beta_y=beta_y, beta_z=beta_z))
+        write_atomic(self.path / "config.json", run.config.to_json().encode())
+        return run
 
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""

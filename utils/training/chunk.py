@@ -11,6 +11,7 @@ from models.stack import TERMS
 from utils.distributed import is_first, largest_of_all
 from utils.errors import UserError
 from utils.runs import Run
+from utils.training.betas import Betas
 from utils.training.engine import Engine
 
 SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
@@ -29,12 +30,9 @@ class Chunk:
 
     def __init__(self, runs: list[Run], states: list[dict | None], engine: Engine):
         self.runs, self.config, self.device = runs, runs[0].config, engine.device
-        self.engine, self.stack, device = engine, engine.stack, engine.device
+        self.engine, self.stack = engine, engine.stack
         engine.restart(self.config.seed)
-        spare = [1.0] * (self.stack.m - len(runs))
-        betas = [(1.0, 1.0) if r.config.is_conditioned else (r.config.beta_y, r.config.beta_z) for r in runs]
-        self.beta_y = torch.tensor([b for b, _ in betas] + spare, device=device)
-        self.beta_z = torch.tensor([b for _, b in betas] + spare, device=device)
+        self.betas = Betas([r.config for r in runs], self.stack.m, engine.device)
         self.live = dict(enumerate(runs))  # those not failed
         self.epoch = self.step = 0
         self.seconds = 0.0  # spent on each cell
@@ -48,6 +46,7 @@ class Chunk:
     def _load(self, states: list[dict]) -> None:
         for m, state in enumerate(states):
             self.engine.load_cell(m, state)
+            self.betas.load(m, state)
         first = states[0]
         self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
         if self.step:
@@ -70,6 +69,7 @@ class Chunk:
         self.settle()
         start = time.monotonic()
         stacked, written = self.engine.on_host(), dict(self.written)
+        steered = {m: self.betas.state(m) if self.betas.steered else {} for m in written}
         numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds")}
         numbers["adam_steps"] = self.engine.adam_steps
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
@@ -81,7 +81,7 @@ class Chunk:
             for m, run in written.items():
                 state = {key: {name: copied(t[m]) for name, t in stacked[key].items()} for key in stacked}
                 within_epoch = {"history": copied(history[:, m]), "noise": noise} if history is not None else {}
-                run.save_state({**state, **numbers, **within_epoch})
+                run.save_state({**state, **numbers, **within_epoch, **steered[m]})
             self.cost_of_save = time.monotonic() - start
 
         self.saving = SAVER.submit(write)
@@ -149,6 +149,8 @@ class Chunk:
                     "psnr": quality if math.isfinite(quality) else None,
                 },
             }
+            if run.config.has_target:
+                run = run.with_betas(*(float(f"{b:.6g}") for b in self.betas.values[m].tolist()))
             if self.at_points:
                 result |= {"points": self.at_points, "collapsed": self.collapsed}
             run.finish(self.stack.cell(m), result)

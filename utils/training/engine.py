@@ -63,7 +63,8 @@ class Engine:
 
     def fits(self, config: Config, m: int) -> bool:
         """Whether m cells of that Config can train in it, and fill most of it; betas, seed and names are free."""
-        free = {name: getattr(self.config, name) for name in ("beta_y", "beta_z", "seed", "run_name", "run_batch_name")}
+        names = ("beta_y", "beta_z", "target_rate_y", "target_rate_z", "seed", "run_name", "run_batch_name")
+        free = {name: getattr(self.config, name) for name in names}
         return dataclasses.replace(config, **free) == self.config and m <= self.stack.m < 2 * m
 
     @torch.no_grad()

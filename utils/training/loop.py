@@ -113,7 +113,9 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
             noise = stack.model.noise(whole, chunk.noise, temperature, done)
             chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
-            chunk.history[chunk.step] = chunk.engine.step(x, noise, weight * chunk.beta_y, weight * chunk.beta_z)
+            sums = chunk.engine.step(x, noise, weight * chunk.betas.y, weight * chunk.betas.z)
+            chunk.history[chunk.step] = sums
+            chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
             chunk.step += 1
             bar.update()
             stop = chunk.stop(signals.received)
@@ -125,7 +127,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
                 save(stop)
         train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
         test_noise = generator(chunk.device, config.seed, "test")
-        test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.beta_y, chunk.beta_z).cpu()
+        test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.betas.y, chunk.betas.z).cpu()
         chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
         chunk.epoch, chunk.step = chunk.epoch + 1, 0
         chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
