@@ -1,9 +1,9 @@
-"""Trains hierarchical VAEs whose two rates, R(z) and R(y|z), have weights of their own.
+"""Trains hierarchical VAEs with separate weights on their two rates, R(z) and R(y|z).
 
     python train.py                                       one model of the bundled digits
-    python train.py --beta_y 0.1 1 10 --beta_z 0.1 1 10   a grid of nine, each in its own run folder
+    python train.py --beta_y 0.1 1 10 --beta_z 0.1 1 10   a 3 x 3 grid, one run folder per cell
 
-The same command again continues whatever is unfinished and skips what is finished.
+Repeating a command resumes unfinished runs and skips finished ones.
 """
 
 import math
@@ -25,6 +25,7 @@ from utils.training.schedule import check_data_parallel, check_flags, train_all,
 
 
 def parse_args(argv=None):
+    """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     add_config_flags(parser, grid=("beta_y", "beta_z", "seed"))
     group = parser.add_argument_group("grid and files")
@@ -32,40 +33,41 @@ def parse_args(argv=None):
         "--cells_at_once",
         type=whole_or_auto,
         default="auto",
-        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU, measured on a GPU)",
+        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU; on a GPU measured for long "
+        "trainings, else 32)",
     )
     group.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="the training step through torch.compile, on a GPU as a CUDA graph; off: as it is written "
-        "(default: auto: for long trainings on a GPU)",
+        help="on: run the training step through torch.compile; auto: only for long trainings on a GPU; off: run it "
+        "eagerly, without a CUDA graph (default: auto)",
     )
     group.add_argument(
         "--convolutions",
         choices=("auto", *ROUTES),
         default="auto",
-        help="how to convolve; kernels are this project's own, for a GPU (default: auto: measured where long trainings "
-        "run on a GPU; else plain, or channels_last for 256 pixels)",
+        help="convolution backend; kernels: this project's Triton kernels, GPU only (default: auto: measured for long "
+        "trainings on a GPU, else plain, or channels_last for 256 pixels)",
     )
     group.add_argument(
         "--save_every",
         type=whole_or_auto,
         default="auto",
-        help="epochs between saves of the resume state (default: auto: as often as takes 5 %% of the time)",
+        help="epochs between checkpoints (default: auto: as often as 5 %% of the training time allows)",
     )
     group.add_argument(
         "--data_parallel",
         action="store_true",
-        help="under torchrun: its processes share every batch, instead of the grid's cells",
+        help="under torchrun: split every batch over the processes, instead of distributing the cells",
     )
-    group.add_argument("--overwrite", action="store_true", help="train the cells anew, even finished ones")
-    group.add_argument("--dry_run", action="store_true", help="print the cells, shapes and parameters, and stop")
+    group.add_argument("--overwrite", action="store_true", help="retrain all cells from scratch, even finished ones")
+    group.add_argument("--dry_run", action="store_true", help="print settings, shapes and run folders without training")
     return parser.parse(argv)
 
 
 def describe(configs: list[Config], device: torch.device) -> None:
-    """Prints the resolved configuration and the model's size."""
+    """Prints the settings of all cells, the tensor shapes and the number of parameters."""
     for name in vars(configs[0]):
         values = list(dict.fromkeys(getattr(c, name) for c in configs))
         print(f"  {name:20s}", *values)
@@ -77,7 +79,7 @@ def describe(configs: list[Config], device: torch.device) -> None:
 
 
 def summarise(runs: list[Run], runs_dir: str) -> None:
-    """Prints a table of the cells, and what to type next."""
+    """Prints the test results of all runs, and the commands that inspect and evaluate them."""
     print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
     for run in runs:
         result, status = run.result, run.status
@@ -97,21 +99,22 @@ def summarise(runs: list[Run], runs_dir: str) -> None:
         print(f"\nThe run is in {runs[0].path}")
     else:
         print(f"\nThe runs are in {runs[0].path.parent}")
-    print(f"Look at it: tensorboard --logdir {runs_dir}")
-    print(f"Evaluate it: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
+    print(f"To inspect: tensorboard --logdir {runs_dir}")
+    print(f"To evaluate: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
 
 
 def tell(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
-    """Prints what went wrong with this process's runs; returns the exit status."""
-    lines = [line for run, line in problems if run.status != "finished"]  # or another process finished it
+    """Prints the problems and the failed ones of this process's `runs`; returns the exit status."""
+    lines = [line for run, line in problems if run.status != "finished"]  # another process may have finished it
     failed = [r for r in runs if r.status == "failed"]
-    lines += [f"{r.path}: failed, its loss is not finite; --overwrite trains it anew" for r in failed]
+    lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return 1 if lines else 0
 
 
 def main(argv=None) -> int:
+    """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
     configs = grid_configs(args)
     check_flags(args, configs[0])

@@ -1,8 +1,8 @@
-"""Trains the classifier that the evaluation labels samples and reconstructions with.
+"""Trains the classifier with which the evaluation labels samples and reconstructions.
 
     python train_classifier.py --dataset Digits
 
-It goes to runs/classifiers/<data set>/, where the evaluation finds it. The same command again continues
+It is saved in runs/classifiers/<data set>/, where the evaluation looks for it. Repeating a command resumes
 an unfinished training and skips a finished one.
 """
 
@@ -23,13 +23,14 @@ from utils.seeds import generator
 
 
 def parse_args(argv=None):
+    """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument("--dataset", default="Digits", help=f"{', '.join(CLASSIFIERS)} (default: Digits)")
-    parser.add_argument("--num_epochs", type=whole, help="epochs to train (default: the data set's recipe)")
-    parser.add_argument("--batch_size", type=whole, help="images a batch (default: the data set's recipe)")
-    parser.add_argument("--learning_rate", type=float, help="(default: the data set's recipe)")
-    parser.add_argument("--seed", type=int, default=2, help="weights, order, dropout, augmentation (default: 2)")
-    parser.add_argument("--overwrite", action="store_true", help="train anew, even when there is one")
+    parser.add_argument("--num_epochs", type=whole, help="epochs to train (default: set per data set)")
+    parser.add_argument("--batch_size", type=whole, help="images per batch (default: set per data set)")
+    parser.add_argument("--learning_rate", type=float, help="initial learning rate (default: set per data set)")
+    parser.add_argument("--seed", type=int, default=2, help="weights, batch order, dropout, augmentation (default: 2)")
+    parser.add_argument("--overwrite", action="store_true", help="retrain from scratch, even a finished classifier")
     args = parser.parse(argv)
     if args.dataset not in CLASSIFIERS:
         raise UserError(f"--dataset: unknown {args.dataset!r}{nearest(args.dataset, CLASSIFIERS)}")
@@ -45,7 +46,7 @@ def parse_args(argv=None):
 
 
 def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
-    """Each image (B, C, H, W) padded by `crop`, cropped at a place of its own, and flipped or not."""
+    """Random crops, after zero-padding by `crop` pixels, and random horizontal flips of images (B, C, H, W)."""
     b, _, h, w = x.shape
     padded = F.pad(x, (crop,) * 4)
     top, left = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=g, device=x.device)
@@ -58,13 +59,13 @@ def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> tor
 
 @torch.no_grad()
 def accuracy(model: Classifier, split) -> float:
-    """Share of the images that are labelled right."""
+    """Accuracy on all images of a split."""
     model.eval()
     return sum((model(x).argmax(1) == label).sum().item() for x, label in split.batches(500)) / len(split)
 
 
 def train(args, data, folder: Path) -> Classifier:
-    """Trains to the end, from the last epoch's state when there is one."""
+    """Trains from the checkpoint, if there is one. Raises UserError if it is damaged or the loss is not finite."""
     recipe, cuda = CLASSIFIERS[args.dataset], args.device.type == "cuda"
     layout = torch.channels_last if cuda else torch.contiguous_format
     torch.manual_seed(args.seed)
@@ -83,7 +84,7 @@ def train(args, data, folder: Path) -> Classifier:
         print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
     bar = tqdm(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
     for epoch in bar:
-        torch.manual_seed(args.seed + 1000 * epoch)  # of the dropout
+        torch.manual_seed(args.seed + 1000 * epoch)  # for dropout
         g = generator(args.device, args.seed, epoch, "augmentation")
         model.train()
         total = torch.zeros((), device=args.device)
@@ -98,7 +99,7 @@ def train(args, data, folder: Path) -> Classifier:
         scheduler.step()
         if not total.isfinite():
             raise UserError(
-                f"--learning_rate: the loss is not finite in epoch {epoch + 1}; try less than {args.learning_rate}"
+                f"--learning_rate: the loss is not finite in epoch {epoch + 1}; try a value below {args.learning_rate}"
             )
         bar.set_postfix(loss=f"{total.item() / len(data.train):.4f}", test_accuracy=f"{accuracy(model, data.test):.4f}")
         state = {name: part.state_dict() for name, part in parts.items()}
@@ -107,6 +108,7 @@ def train(args, data, folder: Path) -> Classifier:
 
 
 def main(argv=None) -> int:
+    """Trains and saves the classifier of a data set; returns the exit status."""
     args = parse_args(argv)
     settings = {k: getattr(args, k) for k in ("dataset", "num_epochs", "batch_size", "learning_rate", "seed")}
     for name, value in settings.items():
@@ -115,10 +117,10 @@ def main(argv=None) -> int:
     before = read_json(folder / "config.json") if (folder / "config.json").exists() and not args.overwrite else settings
     if different := [k for k, v in settings.items() if before.get(k) != v]:
         raise UserError(
-            f"{folder}: exists, trained with another --{different[0]} ({before.get(different[0])}); --overwrite"
+            f"{folder}: trained with another --{different[0]} ({before.get(different[0])}); --overwrite retrains it"
         )
     if (folder / "classifier.pth").exists() and not args.overwrite:
-        load_classifier(folder, args.dataset, args.device)  # whole, or an error
+        load_classifier(folder, args.dataset, args.device)  # raises UserError if it is damaged
         print(f"already complete: {folder}, test accuracy {before.get('test_accuracy')}")
         return 0
     check_writable(folder)

@@ -42,7 +42,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatc
     assert ill.status == "failed" and ill.result["epoch"] == 2 and ill.result["terms"]["loss"] == "inf"
     load_model(ill, torch.device("cpu"))
     status, out, err = script(train.main, *TINY, *grid, "--run_batch_name", "ill")
-    assert status == 1 and "failed before" in out and "--overwrite trains it anew" in err
+    assert status == 1 and "failed before" in out and "--overwrite retrains it" in err
 
 
 def in_training(n_cells=2):
