@@ -1,4 +1,4 @@
-"""Weights of the paper's published code under our names. Nothing else in the project knows of them."""
+"""Renames the weights of the paper's published code; no other module depends on its names."""
 
 import re
 
@@ -17,9 +17,9 @@ LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
 
 
 def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict of the paper's code as one of ours for that model; one that is ours already is returned as it is.
+    """A state_dict of the paper's code with the parameter names of `model`; any other is returned unchanged.
 
-    Raises ValueError if the layers do not correspond.
+    Raises ValueError if its layers do not correspond to those of the model.
     """
     layers = {name.rpartition(".")[0] for name in state if name != "log_sigma"}
     if not layers or not all(LAYER.fullmatch(layer) for layer in layers):
