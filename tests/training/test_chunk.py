@@ -137,5 +137,5 @@ def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
     chunk.noise = SimpleNamespace(get_state=lambda: torch.zeros(16, dtype=torch.uint8))  # so long is a GPU's
     chunk.save()
     chunk.settle()
-    with pytest.raises(UserError, match="saved within an epoch on a GPU; continue there"):
+    with pytest.raises(UserError, match="saved within an epoch on a GPU; resume it on a GPU"):
         Chunk([run], [run.load_state()[0]], chunk.engine)

@@ -1,4 +1,4 @@
-"""The training loop: a chunk of cells, stacked, from one position in the data to the end."""
+"""The training loop: trains a chunk of stacked cells from its position in the data to the last epoch."""
 
 import math
 import signal
@@ -14,12 +14,12 @@ from utils.distributed import progress
 from utils.seeds import generator
 from utils.training.chunk import Chunk
 
-LONGEST_UNSAVED = 600.0  # seconds, within an epoch
-N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
+LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
+N_PICTURES = 16  # reconstructions logged; as many samples, or four times as many up to 32 pixels
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and the state has been saved."""
+    """SIGINT or SIGTERM was received, and a checkpoint has been saved."""
 
     def __init__(self, number: int, epoch: int):
         super().__init__(number, epoch)
@@ -27,7 +27,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers a SIGINT or SIGTERM instead of dying of it, so that the training can save first."""
+    """Records a SIGINT or SIGTERM instead of raising, so that training can save a checkpoint before it stops."""
 
     def __enter__(self):
         self.received = None
@@ -38,19 +38,19 @@ class Signals:
         self.received = self.received or number
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():  # once one has come, more of them shall not disturb the end
+        for number, handler in self.before.items():  # after a first signal, further ones must not interrupt the exit
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
 
 def rate_weight(epoch: int, warmup_epochs: int) -> float:
-    """The weight of both rates in an epoch: from 0 in the first linearly to 1 after `warmup_epochs`."""
+    """Warm-up factor of both betas: rises linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`."""
     return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
 
 
 def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None) -> None:
-    """Trains a chunk to the end, saving every so many epochs (None: as often as costs 5 % of the time).
+    """Trains a chunk to the last epoch, with checkpoints every `save_every` epochs (None: as SAVING_SHARE allows).
 
-    Raises Interrupted, after saving, when a signal has come.
+    Raises Interrupted after a signal, once a checkpoint is saved.
     """
     try:
         _train(chunk, data, signals, save_every)
@@ -118,7 +118,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
 
 
 class Log:
-    """The progress bar's figures, and each cell's TensorBoard events."""
+    """The values on the progress bar, and each cell's TensorBoard events."""
 
     def __init__(self, chunk: Chunk, data: Data):
         from torch.utils.tensorboard import SummaryWriter
@@ -137,13 +137,13 @@ class Log:
                     writer.file_writer.add_summary(summary)
 
     def show(self, bar: tqdm, means: torch.Tensor) -> None:
-        """Loss and rates on the bar, averaged over the live cells."""
+        """Shows loss and rates on the bar, averaged over the live cells; means (M, 4)."""
         live = means[list(self.chunk.live)].mean(0).tolist()
         values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
         bar.set_postfix(epoch=self.chunk.epoch, **values)
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
-        """Curves after every epoch; reconstructions and samples ten times in a training."""
+        """Logs the means (M, 4) of an epoch; about ten times per training, also reconstructions and samples."""
         from torchvision.utils import make_grid
 
         epoch, config = self.chunk.epoch, self.chunk.config
@@ -160,10 +160,11 @@ class Log:
             self.writers[m].flush()
 
     def close(self) -> None:
+        """Closes the TensorBoard files."""
         for writer in self.writers.values():
             writer.close()
 
 
 def report_thread(failure) -> None:
-    """One line, instead of a traceback, for a writer of TensorBoard events that fails on its own thread."""
+    """Prints one line instead of a traceback if TensorBoard's writer thread fails."""
     print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)
