@@ -163,7 +163,7 @@ def test_own_images_have_no_classifier_and_the_log_says_so_once(script):
     flags = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]
     assert script(train.main, *TINY, *flags, "--beta_y", "1", "2")[0] == 0
     status, out, _ = script(eval_beta_grid.main, *STEP1)
-    assert status == 0 and out.count("has no classifier") == 1
+    assert status == 0 and out.count("no classifier is defined for") == 1
     assert script(eval_beta_grid.main, *FAST, "--recons_acc")[0] == 0
 
 
