@@ -117,7 +117,7 @@ def test_every_column_can_be_drawn_with_its_unit_and_only_its_own_bound(script):
     assert script(plot_eval.main, *flags)[0] == 0
     plane = read_plane(Path("runs/b/eval_results.csv"))
     figure = figures.against_rate_z(plane, names, lambda mi: 0.9, 2.3)
-    bounds = [any("bound by R(z)" in line.get_label() for line in ax.lines) for ax in figure.axes[: len(names)]]
+    bounds = [any("bound from R(z)" in line.get_label() for line in ax.lines) for ax in figure.axes[: len(names)]]
     assert bounds == [True, False, False, False, True, False, False]
     units = [figures.title_of(name).endswith("(nats)") for name in names]
     assert units == [True, True, True, False, False, True, True]
