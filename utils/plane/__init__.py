@@ -1,1 +1,1 @@
-"""The rate plane: start with cells.py, which reads the results; advice.py and slopes.py analyse them, report.py shows."""
+"""The rate plane: start with cells.py, which reads the results; advice.py and slopes.py analyse, report.py shows."""

@@ -117,6 +117,8 @@ def tell_far_off(rows: list[dict]) -> None:
     """Prints the ten cells with the largest excess loss of those that are far from their optimum, if any."""
     far_off = sorted((row for row in rows if row["far_off"]), key=lambda row: -row.get("excess", 0))
     if far_off:
-        print(f"\n{len(far_off)} of {len(rows)} cells are far from their optimum, probably under-trained: a slope differs")
-        print(f"from its beta by more than a factor of {FAR_OFF:g}, or another cell has a lower loss at the cell's betas:")
+        print(
+            f"\n{len(far_off)} of {len(rows)} cells are far from their optimum, probably under-trained: a slope is off"
+        )
+        print(f"its beta by more than a factor of {FAR_OFF:g}, or another cell has a lower loss at the cell's betas:")
         print(to_markdown(far_off[:10], {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}), end="")
