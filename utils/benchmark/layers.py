@@ -1,4 +1,4 @@
-"""Each convolution and its gradients, by every backend."""
+"""Each convolution and its gradients with every convolution backend."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from utils.benchmark.measuring import head, measure, row
 
 
 def layers(args: argparse.Namespace) -> None:
-    """Each convolution of stacked models, its gradient by the input and by the weights, by every way of convolving."""
+    """Times each convolution of stacked models and its two gradients with every convolution backend, and by im2col."""
     config, device, inputs = config_of(args), args.device, {}
     model = build_model(config).to(device)
     for name, layer in model.named_modules():
@@ -49,7 +49,7 @@ def layers(args: argparse.Namespace) -> None:
 def layer_calls(
     layer: nn.Module, route: str, m: int, shape: tuple, size: tuple, low: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable]]:
-    """A layer of m models: forward, and back to the input and to the weights."""
+    """The forward pass of a layer of m models, and its gradients with respect to the input and the weights."""
     layer = copy.deepcopy(layer)
     if route == "kernels":
         from models.kernels import use_kernels
@@ -71,15 +71,18 @@ def layer_calls(
             return vmap(one)(parameters, x)
 
     yield "forward", forward
-    with contextlib.suppress(RuntimeError):  # what does not run has been told of
+    with contextlib.suppress(RuntimeError):  # the caller has printed the error
         out = forward()
         grad = torch.randn_like(out)
-        yield "gradient by input", lambda: torch.autograd.grad(out, x, grad, retain_graph=True)
-        yield "gradient by weights", lambda: torch.autograd.grad(out, [*parameters.values()], grad, retain_graph=True)
+        yield "gradient w.r.t. input", lambda: torch.autograd.grad(out, x, grad, retain_graph=True)
+        yield (
+            "gradient w.r.t. weights",
+            lambda: torch.autograd.grad(out, [*parameters.values()], grad, retain_graph=True),
+        )
 
 
 def by_im2col(layer: nn.Module, size: tuple[int, int], p: dict[str, Tensor], x: Tensor) -> Tensor:
-    """A convolution, with an output of that size, as a product of matrices with the patches written out."""
+    """A convolution with an output of the given size, as a matrix product with the unfolded patches."""
     w, b, how = p["weight"].flatten(1), p["bias"][:, None, None], {"padding": layer.padding, "stride": layer.stride}
     if layer.transposed:
         return F.fold(w.T @ x.flatten(2), size, layer.kernel_size, **how) + b
