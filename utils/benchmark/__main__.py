@@ -1,6 +1,6 @@
 """Benchmarks of training and evaluation.
 
-    python -m utils.benchmark grid        hours for the paper's grid of 441 models, compared with a loop like its code
+    python -m utils.benchmark grid        time for the paper's grid of 441 models, compared with a loop like the paper's
     python -m utils.benchmark step        one training step: number of cells, convolution backend, eager or compiled
     python -m utils.benchmark layers      each convolution and its gradients with every convolution backend
     python -m utils.benchmark streams     single models on parallel CUDA streams, instead of stacked
@@ -8,8 +8,7 @@
     python -m utils.benchmark precision RUNS   effect of --precision on the test metrics, compared with the seed's
     python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
 
-Times are medians over n repetitions, with quartiles. Compare numbers within one run only: what is compared is timed
-alternately there.
+Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
 
 import argparse
@@ -65,7 +64,7 @@ def main(argv=None) -> int:
         help="step: also time the compiled step; streams, loader: compile the step (grid: always on a GPU)",
     )
     parser.add_argument("--epochs", type=whole, help="grid: whole epochs to time (default: 20 on a GPU, else 1)")
-    parser.add_argument("--n", type=at_least_two, default=20, help="repetitions (default: 20)")
+    parser.add_argument("--n", type=at_least_two, default=20, help="repetitions of each measurement (default: 20)")
     args = parser.parse(argv)
     if args.runs and args.what != "precision":
         raise UserError(f"{args.runs}: only `precision` takes a folder of runs")
