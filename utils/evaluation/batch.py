@@ -30,7 +30,9 @@ TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 def add_bench_flags(parser: Parser) -> None:
     """Adds the flags that the evaluation scripts share."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)")
+    group.add_argument(
+        "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
+    )
     group.add_argument(
         "--y_samples",
         type=partial(whole, most=1000),
