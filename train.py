@@ -14,7 +14,7 @@ import torch
 
 from datasets.loading import load_data
 from models.build import build_model
-from models.stack import ROUTES
+from models.stack import BACKENDS
 from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
 from utils.config import Config
 from utils.distributed import is_first, join, share, wait_for_all
@@ -45,7 +45,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--convolutions",
-        choices=("auto", *ROUTES),
+        choices=("auto", *BACKENDS),
         default="auto",
         help="convolution backend; kernels: this project's Triton kernels, GPU only (default: auto: measured for long "
         "trainings on a GPU, else plain, or channels_last for 256 pixels)",

@@ -14,7 +14,7 @@ TERMS = ("loss", *Terms._fields)  # what training and evaluation report of a mod
 
 # Convolution backends: "plain" and "channels_last" are grouped convolutions, which vmap makes of stacked ones, in
 # either memory format; "kernels" are the Triton kernels of models/kernels.py.
-ROUTES = ("plain", "channels_last", "kernels")
+BACKENDS = ("plain", "channels_last", "kernels")
 
 
 class Stack:
@@ -25,11 +25,11 @@ class Stack:
     With precision "bf16", hidden layers run in bfloat16; output layers, rates and likelihoods run in float32.
     """
 
-    def __init__(self, model: nn.Module, m: int, precision: str = "fp32", route: str = "plain"):
-        self.model, self.m, self.low, self.route = model, m, precision == "bf16", route
+    def __init__(self, model: nn.Module, m: int, precision: str = "fp32", backend: str = "plain"):
+        self.model, self.m, self.low, self.backend = model, m, precision == "bf16", backend
         self.compiled, self.compiled_batch = None, 0
         self.parallel, self.world, self.part = None, 1, slice(None)  # of data-parallel processes: see `distribute`
-        if route == "kernels":
+        if backend == "kernels":
             from .kernels import use_kernels  # needs Triton, which is not available on all platforms
 
             use_kernels(model)
@@ -39,9 +39,9 @@ class Stack:
 
     def terms(self, x: Tensor, noise: Noise) -> Terms:
         """Terms (M, B) of images x (B, C, H, W) under every model, computed eagerly."""
-        if self.route == "channels_last":
+        if self.backend == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
-        if self.m == 1 and self.route != "kernels":  # plain calls are faster than a vmap over one
+        if self.m == 1 and self.backend != "kernels":  # plain calls are faster than a vmap over one
             alone = {name: p.squeeze(0) for name, p in self.parameters.items()}
             return Terms(*[t.unsqueeze(0) for t in functional_call(self.model, alone, (x, noise))])
         return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)

@@ -17,11 +17,11 @@ import importlib
 import torch
 
 from datasets.table import DATASETS
-from models.stack import ROUTES
+from models.stack import BACKENDS
 from utils.benchmark.measuring import machine
 from utils.cli import Parser, whole
 from utils.errors import UserError, run_script
-from utils.training.engine import check_route, use_precision
+from utils.training.engine import check_backend, use_precision
 
 BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "step", "layers", "loader", "precision")},
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
         "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)"
     )
     parser.add_argument(
-        "--convolutions", choices=ROUTES, nargs="+", help="convolution backends (default: all available)"
+        "--convolutions", choices=BACKENDS, nargs="+", help="convolution backends (default: all available)"
     )
     parser.add_argument(
         "--compile",
@@ -68,9 +68,9 @@ def main(argv=None) -> int:
     args = parser.parse(argv)
     if args.runs and args.what != "precision":
         raise UserError(f"{args.runs}: only `precision` takes a folder of runs")
-    for route in args.convolutions or ():
-        check_route(route, args.device)
-    args.convolutions = args.convolutions or [r for r in ROUTES if r != "kernels" or args.device.type == "cuda"]
+    for backend in args.convolutions or ():
+        check_backend(backend, args.device)
+    args.convolutions = args.convolutions or [b for b in BACKENDS if b != "kernels" or args.device.type == "cuda"]
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
     print(machine(args.device))

@@ -41,13 +41,13 @@ def grid(args: argparse.Namespace) -> None:
     """
     config, device, on_gpu = config_of(args), args.device, args.device.type == "cuda"
     n, theirs = args.images or 50_000, "like the paper's code"
-    split, steps, route = random_split(config, n, device), math.ceil(n / args.batch_size), args.convolutions[0]
+    split, steps, backend = random_split(config, n, device), math.ceil(n / args.batch_size), args.convolutions[0]
     print(f"{config.vae_type}, {n:,} {args.dataset}-shaped random images, batch {args.batch_size}, {config.precision}")
     sizes = args.cells or [1, 4]
     if on_gpu:
-        size, route = fastest(config, args.cells or doublings(MODELS), device, args.convolutions)
+        size, backend = fastest(config, args.cells or doublings(MODELS), device, args.convolutions)
         sizes = [1, size]
-        print(f"fastest: {size} cells at once, convolution backend {route}")
+        print(f"fastest: {size} cells at once, convolution backend {backend}")
     peak_memory(device)
     batches, plain = forever(lambda: split.batches(args.batch_size, (0, 0))), plain_step(config, device)
     candidates = {theirs: like_the_papers(config, split, device)}
@@ -55,7 +55,7 @@ def grid(args: argparse.Namespace) -> None:
     units = dict.fromkeys(candidates, 1)
     for m in dict.fromkeys([1, *sizes]):
         name = f"{m} cells stacked" if m > 1 else "1 cell"
-        units[name], candidates[name] = m, stepper(Engine(config, m, device, on_gpu, on_gpu, route), split)
+        units[name], candidates[name] = m, stepper(Engine(config, m, device, on_gpu, on_gpu, backend), split)
     seconds = measure(candidates, args.n, device)
     report(seconds, units, theirs)
     copy, traffic = copy_bandwidth(device), activations(config, device) * 4  # written and read, forward and backward
@@ -73,7 +73,7 @@ def grid(args: argparse.Namespace) -> None:
     candidates.clear()
     plain = batches = None
     data = Data(split, random_split(config, max(1, n // 5), device), 10)
-    first, epochs = whole_epochs(config, units[best], route, args.epochs or (20 if on_gpu else 1), data, device)
+    first, epochs = whole_epochs(config, units[best], backend, args.epochs or (20 if on_gpu else 1), data, device)
     took = statistics.median(epochs)
     hours = (math.ceil(MODELS / units[best]) * EPOCHS * took + first) / 3600
     paper = each[theirs] * steps * MODELS * EPOCHS / 3600
@@ -88,7 +88,7 @@ def grid(args: argparse.Namespace) -> None:
 
 
 def whole_epochs(
-    config: Config, m: int, route: str, n: int, data: Data, device: torch.device
+    config: Config, m: int, backend: str, n: int, data: Data, device: torch.device
 ) -> tuple[float, list[float]]:
     """Seconds for a chunk's first epoch, which includes compilation, and for each of the n epochs after it."""
     on_gpu = device.type == "cuda"
@@ -98,7 +98,7 @@ def whole_epochs(
         for run in runs:
             run.create()
         started = time.time()
-        engine = Engine(configs[0], m, device, on_gpu, on_gpu, route)
+        engine = Engine(configs[0], m, device, on_gpu, on_gpu, backend)
         train(Chunk(runs, [None] * m, engine), data, SimpleNamespace(received=None))
         events = EventAccumulator(str(runs[0].path), size_guidance={"scalars": 0}).Reload()
         times = [e.wall_time for e in events.Scalars("train/loss")]

@@ -37,32 +37,32 @@ def layers(args: argparse.Namespace) -> None:
         moved = config.batch_size * m * (c * h * w + n * h_out * w_out) * low.itemsize
         plain = {}
         head(f"{m} x {name}: {c} x {h} x {w} -> {n} x {h_out} x {w_out}")
-        for route in [*args.convolutions, "im2col"]:
-            for what, call in layer_calls(layer, route, m, (config.batch_size, c, h, w), (h_out, w_out), low, device):
-                with or_say_why(f"  {route}, {what}"):
+        for backend in [*args.convolutions, "im2col"]:
+            for what, call in layer_calls(layer, backend, m, (config.batch_size, c, h, w), (h_out, w_out), low, device):
+                with or_say_why(f"  {backend}, {what}"):
                     seconds = measure({what: call}, args.n, device)[what]
                     speed = f"  {moved / statistics.median(seconds) / 1e9:7.1f} GB/s"
                     base = plain.setdefault(what, statistics.median(seconds) / m)
-                    row(f"  {route}, {what}", seconds, m, base, speed)
+                    row(f"  {backend}, {what}", seconds, m, base, speed)
 
 
 def layer_calls(
-    layer: nn.Module, route: str, m: int, shape: tuple, size: tuple, low: torch.dtype, device: torch.device
+    layer: nn.Module, backend: str, m: int, shape: tuple, size: tuple, low: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Callable]]:
     """The forward pass of a layer of m models, and its gradients with respect to the input and the weights."""
     layer = copy.deepcopy(layer)
-    if route == "kernels":
+    if backend == "kernels":
         from models.kernels import use_kernels
 
         use_kernels(nn.Sequential(layer))
     parameters = {k: torch.stack([p.detach()] * m).requires_grad_() for k, p in layer.named_parameters()}
     x = torch.randn(m, *shape, device=device).to(low)
-    if route != "plain":
+    if backend != "plain":
         x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
     x.requires_grad_()
     one = (
         (lambda p, x: by_im2col(layer, size, p, x))
-        if route == "im2col"
+        if backend == "im2col"
         else lambda p, x: functional_call(layer, p, (x,))
     )
 

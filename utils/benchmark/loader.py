@@ -45,10 +45,10 @@ def loader(args: argparse.Namespace) -> None:
     x = torch.rand(config.batch_size, *config.image_shape, device=device)
     candidates = {}
     ones, on_gpu = torch.ones(1, device=device), device.type == "cuda"
-    for route in args.convolutions:
-        engine = Engine(config, 1, device, args.compile, on_gpu, route)
+    for backend in args.convolutions:
+        engine = Engine(config, 1, device, args.compile, on_gpu, backend)
         noise = engine.stack.model.noise(len(x), generator(device, 0))
-        candidates[f"step, {route}"] = lambda engine=engine, noise=noise: engine.step(x, noise, ones, ones)
+        candidates[f"step, {backend}"] = lambda engine=engine, noise=noise: engine.step(x, noise, ones, ones)
     seconds = measure(candidates, args.n, device, warmup=1)
     report(seconds, dict.fromkeys(seconds, 1), next(iter(seconds)))
     for name, values in seconds.items():

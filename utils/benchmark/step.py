@@ -29,11 +29,11 @@ def step(args: argparse.Namespace) -> None:
     print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model;")
     print("speed relative to a step of one model in plain PyTorch, timed alternately:")
     head()
-    for m, route, mode in itertools.product(args.cells or [1, 4], args.convolutions, modes):
-        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", route, mode]))
+    for m, backend, mode in itertools.product(args.cells or [1, 4], args.convolutions, modes):
+        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", backend, mode]))
         with or_say_why(name):
             peak_memory(device)
-            ours = stepper(Engine(config, m, device, route=route, **modes[mode]), split)
+            ours = stepper(Engine(config, m, device, backend=backend, **modes[mode]), split)
             start = clock(device)
             ours()
             first = clock(device) - start

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.build import build_model
 from models.hvae import Noise
-from models.stack import ROUTES, Stack
+from models.stack import BACKENDS, Stack
 from utils.config import Config
 from utils.distributed import place
 from utils.errors import UserError, is_out_of_memory, one_line
@@ -30,7 +30,7 @@ class Engine:
     """M stacked models and their optimiser; reused for all chunks of a grid, so that it compiles and captures once.
 
     `compile` runs the step through torch.compile. `capture` records it as a CUDA graph for all full-size batches,
-    after comparing it with the eager step. `route` is a convolution backend, one of models.stack.ROUTES.
+    after comparing it with the eager step. `backend` is a convolution backend, one of models.stack.BACKENDS.
     With `data_parallel`, each torchrun process takes its part of every batch.
     """
 
@@ -41,13 +41,13 @@ class Engine:
         device: torch.device,
         compile: bool = False,
         capture: bool = False,
-        route: str = "plain",
+        backend: str = "plain",
         data_parallel: bool = False,
     ):
         on_gpu = device.type == "cuda"
         self.config, self.device, self.data_parallel = config, device, data_parallel
         self.compile, self.to_capture, self.replay = compile, capture and not data_parallel, None
-        self.stack = Stack(build_model(config).to(device), m, config.precision, route)
+        self.stack = Stack(build_model(config).to(device), m, config.precision, backend)
         parameters = self.stack.parameters.values()
         adam = {"fused": True, "capturable": on_gpu and self.to_capture}
         self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, **adam)
@@ -211,9 +211,9 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
             raise Differs(f"its result differs by {error:.3g} (tolerance {limit:.3g})")
 
 
-def check_route(route: str, device: torch.device) -> None:
+def check_backend(backend: str, device: torch.device) -> None:
     """Raises UserError if a convolution backend is not available on the device."""
-    if route == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
+    if backend == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
         raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
 
 
@@ -224,7 +224,7 @@ def doublings(most: int) -> list[int]:
 
 
 def fastest(
-    config: Config, sizes: Sequence[int], device: torch.device, routes: Sequence[str] = ROUTES
+    config: Config, sizes: Sequence[int], device: torch.device, backends: Sequence[str] = BACKENDS
 ) -> tuple[int, str]:
     """The number of cells to stack and the convolution backend that take the least time per cell on this device.
 
@@ -237,10 +237,10 @@ def fastest(
     seconds, expected, out = {}, None, set()
     for size in sizes:
         before = min(seconds.values(), default=math.inf)
-        for route in [r for r in routes if r not in out]:
+        for backend in [b for b in backends if b not in out]:
             ones, engine = torch.ones(size, device=device), None
             try:
-                engine = Engine(config, size, device, capture=device.type == "cuda", route=route)
+                engine = Engine(config, size, device, capture=device.type == "cuda", backend=backend)
                 engine.restart(0)
                 results = engine.results(engine.step(x, noise, ones, ones))
                 if size == sizes[0]:
@@ -255,17 +255,17 @@ def fastest(
                 engine.stack.step(engine.optimizer, x[::2], few, ones, ones)
                 with torch.no_grad():  # and for the evaluation
                     engine.stack.terms(x, noise)
-                seconds[size, route] = took / size
+                seconds[size, backend] = took / size
             except Exception as e:
                 if not is_out_of_memory(e):
-                    out.add(route)
-                    print(f"note: convolution backend {route} is excluded: {one_line(e)}", flush=True)
+                    out.add(backend)
+                    print(f"note: convolution backend {backend} is excluded: {one_line(e)}", flush=True)
             finally:
                 engine = results = None
                 free(device)  # before the next engine allocates its own memory
         if min(seconds.values(), default=math.inf) > 0.95 * before:
             break
-    return min(seconds, key=seconds.get, default=(sizes[0], routes[0]))
+    return min(seconds, key=seconds.get, default=(sizes[0], backends[0]))
 
 
 def use_precision(precision: str) -> None:

@@ -8,14 +8,14 @@ import threading
 import torch
 import torch.distributed as dist
 
-from models.stack import ROUTES
+from models.stack import BACKENDS
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
 from utils.runs import Run
 from utils.training.chunk import Chunk
-from utils.training.engine import Engine, check_route, doublings, fastest, free, use_precision
+from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
 from utils.training.loop import Interrupted, Signals, report_thread, train
 
 LONG = 20_000  # model steps that take about as long as measuring and compiling
@@ -24,7 +24,7 @@ AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
 
 def check_flags(args, config: Config) -> None:
     """Raises UserError for flags that are incompatible with each other or with the device."""
-    check_route(args.convolutions, args.device)
+    check_backend(args.convolutions, args.device)
     if config.precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
         raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
 
@@ -112,16 +112,16 @@ class Trainer:
         self.capture = on_gpu and args.compile != "off"
         self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
         usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
-        route = None if long and not shared else usual
-        self.route = route if args.convolutions == "auto" else args.convolutions
+        backend = None if long and not shared else usual
+        self.backend = backend if args.convolutions == "auto" else args.convolutions
 
     def size_for(self, config: Config, most: int) -> int:
         """How many of `most` cells to train at once, such that chunks are of equal size where possible."""
-        if self.size is None or self.route is None:
+        if self.size is None or self.backend is None:
             sizes = [self.size] if self.size else doublings(most)
-            routes = [self.route] if self.route else ROUTES
-            self.size, self.route = fastest(config, sizes, self.args.device, routes)
-            print(f"{self.size} cells at once, convolution backend {self.route}", flush=True)
+            backends = [self.backend] if self.backend else BACKENDS
+            self.size, self.backend = fastest(config, sizes, self.args.device, backends)
+            print(f"{self.size} cells at once, convolution backend {self.backend}", flush=True)
         return math.ceil(most / math.ceil(most / self.size))
 
     def train(self, cells: list[tuple[Run, dict | None]]) -> None:
@@ -148,7 +148,7 @@ class Trainer:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
                 free(self.args.device)
-                how = {"compile": self.compile, "capture": self.capture, "route": self.route}
+                how = {"compile": self.compile, "capture": self.capture, "backend": self.backend}
                 self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
             chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
             if chunk.epoch or chunk.step:
