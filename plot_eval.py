@@ -17,7 +17,7 @@ from utils.files import check_writable
 from utils.plane.advice import advice, headings_of
 from utils.plane.cells import PROBES, Plane, labels_of, read_plane
 from utils.plane.report import write_report
-from utils.plane.slopes import Slope, slope_rows, slopes, tell_far_off
+from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
 
 SHOWN = [  # drawn by default, as far as the batch has them
@@ -107,7 +107,7 @@ def main(argv=None) -> int:
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
-    tell_far_off(slope_rows(found))
+    print_far_off(slope_rows(found))
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

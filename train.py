@@ -103,8 +103,8 @@ def summarise(runs: list[Run], runs_dir: str) -> None:
     print(f"To evaluate: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
 
 
-def tell(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
-    """Prints the problems and the failed ones of this process's `runs`; returns the exit status."""
+def report(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
+    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
     lines = [line for run, line in problems if run.status != "finished"]  # another process may have finished it
     failed = [r for r in runs if r.status == "failed"]
     lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
@@ -140,7 +140,7 @@ def main(argv=None) -> int:
     wait_for_all()
     if is_first():
         summarise(runs, args.runs_dir)
-    return tell(problems, mine)
+    return report(problems, mine)
 
 
 if __name__ == "__main__":

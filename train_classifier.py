@@ -80,7 +80,7 @@ def train(args, data, folder: Path) -> Classifier:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         except (UserError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-            raise UserError(f"{folder / 'resume.pth'}: damaged, --overwrite starts anew ({e})") from e
+            raise UserError(f"{folder / 'resume.pth'}: damaged; --overwrite starts from scratch ({e})") from e
         print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
     bar = tqdm(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
     for epoch in bar:

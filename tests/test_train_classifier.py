@@ -41,7 +41,7 @@ def test_classifiers_that_cannot_be_used(batch, script):
     for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
         torch.save(state, good / "resume.pth")
         status, _, err = script(train_classifier.main, *flags)
-        assert status == 2 and "resume.pth: damaged, --overwrite starts anew" in err and err.count("\n") == 1
+        assert status == 2 and "resume.pth: damaged; --overwrite starts from scratch" in err and err.count("\n") == 1
     status, _, err = script(train_classifier.main, *flags[:2], "--overwrite", "--learning_rate", "1e30")
     assert status == 2 and "--learning_rate: the loss is not finite in epoch 1" in err
     assert not (good / "classifier.pth").exists()

@@ -1,4 +1,4 @@
-"""The four steps on a small real batch: what the figures are, and that nothing is done twice."""
+"""The four steps on a small real batch: what the metrics are, and that nothing is computed twice."""
 
 import csv
 import math

@@ -88,7 +88,7 @@ def test_sizes_of_chunks(n, size, chunks):
 
 
 def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
-    """Decided from the number of steps; `on`, `off` and a named way of convolving overrule it."""
+    """Decided from the number of steps; `on`, `off` and a named convolution backend override it."""
 
     def trainer(n_cells, *flags, device="cuda", **settings):
         args = train.parse_args(["--device", "cpu", *flags])

@@ -67,27 +67,27 @@ def slopes(plane: Plane) -> list[Slope]:
         for i, cell in enumerate(cells):
             well = near[i] & ~under_trained  # under-trained neighbours count only if hardly any others are left
             js = np.flatnonzero(well if well.sum() > 1 else near[i])
-            told, columns = [], []
+            identified, columns = [], []
             for b, r in ((b_y, r_y), (b_z, r_z)):
                 columns.append([log_mean(b[i], b[j]) * (r[j] - r[i]) for j in js])
-                told.append(len(js) > 0 and b[i] > 0 and abs(r[js] - r[i]).max() >= LEAST_RATE)
-            ratios, errors = _least_squares(np.array(columns).T, d[i] - d[js], np.array(told))
+                identified.append(len(js) > 0 and b[i] > 0 and abs(r[js] - r[i]).max() >= LEAST_RATE)
+            ratios, errors = _least_squares(np.array(columns).T, d[i] - d[js], np.array(identified))
             result.append(Slope(cell, *ratios, *errors, float(excess[i]), bool(under_trained[i])))
     return result
 
 
-def _least_squares(terms: np.ndarray, target: np.ndarray, told: np.ndarray) -> tuple[list[float], list[float]]:
-    """Coefficients of the columns of `terms` (n, k) selected by `told` (k,), and their standard errors.
+def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray) -> tuple[list[float], list[float]]:
+    """Coefficients of the columns of `terms` (n, k) selected by `identified` (k,), and their standard errors.
 
     NaN for the other columns; NaN for all if the columns are nearly collinear or no degree of freedom is left.
     """
-    result = np.full((2, len(told)), math.nan)
-    a, target = terms[:, told], target - terms[:, ~told].sum(1)  # the small effect of the others, at s = 1
+    result = np.full((2, len(identified)), math.nan)
+    a, target = terms[:, identified], target - terms[:, ~identified].sum(1)  # the small effect of the others, at s = 1
     n, k = a.shape
     if n > k > 0 and np.linalg.cond(a / np.linalg.norm(a, axis=0)) < 10:
         coefficients = np.linalg.lstsq(a, target, rcond=None)[0]
         scatter = ((target - a @ coefficients) ** 2).sum() / (n - k)
-        result[:, told] = coefficients, np.sqrt(scatter * np.linalg.inv(a.T @ a).diagonal())
+        result[:, identified] = coefficients, np.sqrt(scatter * np.linalg.inv(a.T @ a).diagonal())
     return result[0].tolist(), result[1].tolist()
 
 
@@ -107,13 +107,13 @@ def slope_rows(found: list[Slope]) -> list[dict]:
     rows = []
     for s in found:
         b_y, b_z = s.cell.mean["beta_y"], s.cell.mean["beta_z"]
-        told = {"slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z, "excess": s.excess}
+        estimates = {"slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z, "excess": s.excess}
         row = {"run": s.cell.runs[0], "beta_y": b_y, "beta_z": b_z}
-        rows.append(row | {k: v for k, v in told.items() if math.isfinite(v)} | {"far_off": "yes" * s.far_off})
+        rows.append(row | {k: v for k, v in estimates.items() if math.isfinite(v)} | {"far_off": "yes" * s.far_off})
     return rows
 
 
-def tell_far_off(rows: list[dict]) -> None:
+def print_far_off(rows: list[dict]) -> None:
     """Prints the ten cells with the largest excess loss of those that are far from their optimum, if any."""
     far_off = sorted((row for row in rows if row["far_off"]), key=lambda row: -row.get("excess", 0))
     if far_off:
