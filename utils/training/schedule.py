@@ -91,7 +91,7 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
     def back(run, state):
         if position(state) == last:
             return state
-        if last == (0, 0):  # killed during the first save; cells further than that keep their progress
+        if last == (0, 0):  # killed during the first save; cells past the first epoch keep their progress
             return None if position(state) <= (1, 0) else state
         return run.step_back(last) or state
 
