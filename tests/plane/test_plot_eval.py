@@ -26,7 +26,7 @@ def cases():
     yield "missing metrics", [{k: v for k, v in row.items() if k != "psnr"} for row in rows], []
     yield "no metrics", [{k: v for k, v in row.items() if k not in ("ll", *HEADER[10:])} for row in rows], []
     yield "missing cells", rows[::3], []
-    yield "one run", rows[:1], ["the slopes of D need neighbouring cells"]
+    yield "one run", rows[:1], ["no slopes of D: they need cells with neighbours"]
     yield "duplicate betas", rows + rows[:5], ["5 cell(s) were trained more than once"]
     yield (
         "NaNs",
