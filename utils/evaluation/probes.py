@@ -44,6 +44,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
     """Accuracy of one probe from latents (N, d) on the held-out 20 %; of the logistic one also its calibration.
 
     lr_acc_mean and lr_acc_std: lbfgs knows no seed, so all seeds' fits are this one and their spread is 0.
+    Empty where there are too few images, or one class, to train it on.
     `mi_lr_lb` = H(label) - log loss is a lower bound on I(latent; label) (Barber & Agakov 2003).
     """
     from sklearn.exceptions import ConvergenceWarning
@@ -53,7 +54,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
     train, test = split(len(labels))
     model = untrained(name)
-    if name == "kNN" and len(train) < model.n_neighbors:
+    if len(np.unique(labels[train])) < 2 or len(test) == 0 or name == "kNN" and len(train) < model.n_neighbors:
         return {}
     model = make_pipeline(StandardScaler(), model) if standardize else model
     with warnings.catch_warnings():
