@@ -15,7 +15,7 @@ import torch
 from datasets.loading import load_data
 from models.build import build_model
 from models.stack import BACKENDS
-from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
+from utils.cli import Parser, add_config_flags, grid_configs, next_command, whole_or_auto
 from utils.config import Config
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
@@ -78,7 +78,7 @@ def describe(configs: list[Config], device: torch.device) -> None:
     print(f"  {'cells':20s} {len(configs)}", flush=True)
 
 
-def summarise(runs: list[Run], runs_dir: str) -> None:
+def summarise(runs: list[Run], args) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
     print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
     for run in runs:
@@ -99,8 +99,8 @@ def summarise(runs: list[Run], runs_dir: str) -> None:
         print(f"\nThe run is in {runs[0].path}")
     else:
         print(f"\nThe runs are in {runs[0].path.parent}")
-    print(f"To inspect: tensorboard --logdir {runs_dir}")
-    print(f"To evaluate: python eval_beta_grid.py --run_batch_name {shlex.quote(runs[0].config.run_batch_name)}")
+    print(f"To inspect: tensorboard --logdir {shlex.quote(args.runs_dir)}")
+    print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
 
 
 def report(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
@@ -139,7 +139,7 @@ def main(argv=None) -> int:
         return 128 + e.signal
     wait_for_all()
     if is_first():
-        summarise(runs, args.runs_dir)
+        summarise(runs, args)
     return report(problems, mine)
 
 

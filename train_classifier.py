@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from datasets.loading import load_data
 from models.classifiers import CLASSIFIERS, Classifier, load_classifier
 from utils.cli import Parser, whole
 from utils.config import Config
+from utils.distributed import progress
 from utils.errors import UserError, nearest, run_script
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json
 from utils.runs import locked
@@ -82,7 +82,7 @@ def train(args, data, folder: Path) -> Classifier:
         except (UserError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
             raise UserError(f"{folder / 'resume.pth'}: damaged; --overwrite starts from scratch ({e})") from e
         print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
-    bar = tqdm(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
+    bar = progress(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
     for epoch in bar:
         torch.manual_seed(args.seed + 1000 * epoch)  # for dropout
         g = generator(args.device, args.seed, epoch, "augmentation")
@@ -101,7 +101,8 @@ def train(args, data, folder: Path) -> Classifier:
             raise UserError(
                 f"--learning_rate: the loss is not finite in epoch {epoch + 1}; try a value below {args.learning_rate}"
             )
-        bar.set_postfix(loss=f"{total.item() / len(data.train):.4f}", test_accuracy=f"{accuracy(model, data.test):.4f}")
+        values = {"loss": total.item() / len(data.train), "test_accuracy": accuracy(model, data.test)}
+        bar.set_postfix({name: f"{v:.4f}" for name, v in values.items()}, refresh=False)
         state = {name: part.state_dict() for name, part in parts.items()}
         save_tensors(folder / "resume.pth", {"epoch": epoch + 1, **state})
     return model

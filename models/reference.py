@@ -1,4 +1,4 @@
-"""Renames the weights of the paper's published code; no other module depends on its names."""
+"""Renames the weights of the paper's published code, and unwraps those that other programs saved."""
 
 import re
 
@@ -14,6 +14,17 @@ ORDER = [
     *("px_l1", "px_conv1", "px_convs", "px_conv2", "px_conv3", "px_deconvs"),
 ]
 LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
+
+
+def unwrapped(state: dict) -> dict[str, Tensor]:
+    """The weights of a file that holds more, or the weights of a wrapped model (DataParallel, torch.compile)."""
+    for name in ("state_dict", "model_state_dict"):
+        if isinstance(state.get(name), dict):
+            return unwrapped(state[name])
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            return unwrapped({name.removeprefix(prefix): t for name, t in state.items()})
+    return state
 
 
 def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

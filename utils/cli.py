@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import math
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import torch
 
 from utils.config import Config, kind_of
 from utils.errors import UserError, nearest, one_line
+
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+NO_VALUE = "takes no value; give the flag to turn it on, leave it out otherwise"
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,8 +29,24 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
         )
 
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e-3 for a flag
+
     def error(self, message: str):
-        raise UserError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        message = re.sub(r"invalid int value: (.*)", r"must be a whole number, got \1", message)
+        message = re.sub(r"invalid float value: (.*)", r"must be a number, got \1", message)
+        message = re.sub(r"ignored explicit argument (.*)", rf"{NO_VALUE}, got \1", message)
+        raise UserError(message)
+
+    def _check(self, argv: list[str]) -> None:
+        """Raises UserError for what argparse would take in silence, or answer in words that do not name the flag."""
+        given = [self._option_string_actions.get(a.split("=")[0]) for a in argv]
+        for i, action in enumerate(given):
+            flag = argv[i].split("=")[0]
+            if action is not None and action.nargs == "+" and action in given[:i]:
+                raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
+            if action is None and i and given[i - 1] is not None and given[i - 1].nargs == 0:
+                raise UserError(f"{argv[i - 1]}: {NO_VALUE}, got {argv[i]!r}")
 
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
@@ -34,7 +55,7 @@ class Parser(argparse.ArgumentParser):
             return
         common.add_argument(
             "--data_dir",
-            default=os.environ.get("HIT_DATA_DIR", "data"),
+            default=default_data_dir(),
             help="where the data sets are (default: data, or the environment variable HIT_DATA_DIR)",
         )
         common.add_argument("--runs_dir", default="runs", help="where the run folders are (default: runs)")
@@ -44,12 +65,25 @@ class Parser(argparse.ArgumentParser):
         """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
         self._add_machine_flags()
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
+        self._check(argv)
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
         args.device = args.device or default_device()
         return args
+
+
+def next_command(args: argparse.Namespace, *words: str) -> str:
+    """A command to paste: those words, and the flags that this one was given and the next one needs."""
+    given = {"--runs_dir": (args.runs_dir, "runs"), "--data_dir": (args.data_dir, default_data_dir())}
+    kept = [w for flag, (value, default) in given.items() if value != default for w in (flag, value)]
+    return shlex.join(["python", *words, *kept])
+
+
+def default_data_dir() -> str:
+    """Where the data sets are, unless --data_dir says otherwise."""
+    return os.environ.get("HIT_DATA_DIR", "data")
 
 
 def whole(text: str, least: int = 1, most: int = 10**9) -> int:

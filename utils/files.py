@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import secrets
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,8 +106,21 @@ def load_tensors(path: Path) -> dict:
             raise ValueError("no dictionary of tensors")
         return state
     except Exception as e:  # the readers raise anything on damaged files
+        if _is_legacy(path):
+            again = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+            how = f"python -c {shlex.quote(again)} saves it anew"
+            raise UserError(f"{path}: in the format of torch before 1.6; {how}") from e
         refused = isinstance(e, pickle.UnpicklingError)
         raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins with the number that torch.save wrote first before version 1.6, pickled."""
+    try:
+        with open(path, "rb") as file:
+            return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
+    except OSError:
+        return False
 
 
 def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from models.build import build_model
-from models.reference import translate
+from models.reference import translate, unwrapped
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
@@ -201,9 +201,11 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     path = run.path / "vae.pth"
     if not path.exists():
         raise UserError(f"{path}: not there; the run is unfinished")
-    state = load_tensors(path)
+    state = unwrapped(load_tensors(path))
     model = build_model(run.config)
     try:
+        if not all(t.is_floating_point() for t in state.values()):
+            raise ValueError("not all of them are floating-point tensors")
         model.load_state_dict(translate(state, model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: the weights do not fit {run.path}/config.json ({e})") from e

@@ -134,6 +134,10 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
             subject, left[index] = subjects[index], left[index] - 1
             if isinstance(result, str):
                 problems[subject.run.path] = result
+            elif not result:
+                subject.bench.note(
+                    f"{subject.run.path.name}: too few images, or one class only, to train a classifier on"
+                )
             else:
                 results[index] |= result
             if left[index] == 0 and subject.run.path not in problems:

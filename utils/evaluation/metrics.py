@@ -59,6 +59,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """
     from scipy.linalg import eigh, eigvalsh
 
+    if min(len(a), len(b)) < 2:  # no covariance
+        return math.nan
+
     mean_a, mean_b = a.mean(0, dtype=np.float64), b.mean(0, dtype=np.float64)
     cov_a, cov_b = (np.atleast_2d(np.cov(t.astype(np.float64), rowvar=False)) for t in (a, b))
     values, vectors = eigh(cov_a)

@@ -45,6 +45,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
     For logistic regression, also its log loss in nats and its calibration error. `lr_acc_std` is 0, because lbfgs is
     deterministic. `mi_lr_lb` = H(label) - log loss is a lower bound on I(latent; label) (Barber & Agakov 2003).
+    Empty where there are too few images or classes to train it on.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import log_loss
@@ -53,7 +54,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
     train, test = split(len(labels))
     model = untrained(name)
-    if name == "kNN" and len(train) < model.n_neighbors:
+    if len(np.unique(labels[train])) < 2 or len(test) == 0 or name == "kNN" and len(train) < model.n_neighbors:
         return {}
     model = make_pipeline(StandardScaler(), model) if standardize else model
     with warnings.catch_warnings():

@@ -5,7 +5,9 @@ Read from eval_results.csv; nothing is drawn here. Rates, D and mutual informati
 
 import csv
 import dataclasses
+import io
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -146,15 +148,28 @@ def number(text: str | None) -> float:
     return value if abs(value) < 1e30 else math.nan  # larger values cannot be drawn
 
 
-def read_plane(path: Path) -> Plane:
-    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or no run has rates."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV's rows, also as spreadsheets save it: with a byte order mark, semicolons or tabs, decimal commas.
+
+    Raises UserError if it cannot be read.
+    """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        first = text.partition("\n")[0]
+        separator = max(",;\t", key=first.count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+    if separator == ",":
+        return rows
+    return [{k: re.sub(r"^(-?\d*),(\d)", r"\1.\2", v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
+
+
+def read_plane(path: Path) -> Plane:
+    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or no run has rates."""
     plane, groups, without = Plane([]), {}, []
-    for row in rows:
+    for row in read_rows(path):
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
         else:

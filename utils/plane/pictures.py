@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from datasets.loading import load_data
+from utils.distributed import progress
 from utils.errors import UserError
 from utils.plane.cells import Plane
 from utils.plane.figures import TEXT, Grid
@@ -37,7 +37,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
     chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
     samples, reconstructions, failures, x, tile = {}, {}, [], None, None
-    for i in tqdm(np.flatnonzero(chosen), unit="cell", desc="pictures"):
+    for i in progress(np.flatnonzero(chosen), unit="cell", desc="pictures"):
         cell = plane.cells[i]
         key = (cell.mean["beta_y"], cell.mean["beta_z"])
         try:

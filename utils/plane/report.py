@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from utils.distributed import progress
 from utils.files import to_csv, write_atomic
 from utils.plane.advice import headings_of
 from utils.plane.cells import SETTINGS, Plane, number
@@ -108,7 +107,7 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
             if stale.stem not in drawn or stale.suffix[1:] not in args.format:
                 stale.unlink(missing_ok=True)
     images = {}
-    for name, figure in tqdm(drawn.items(), unit="figure"):
+    for name, figure in progress(drawn.items(), unit="figure"):
         files = rendered(figure, ("png", *args.format))
         images[name] = files["png"]
         for form in args.format:

@@ -62,9 +62,9 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
     config, stack = chunk.config, chunk.stack
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
-    bar = progress(
-        total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
-    )
+    done = chunk.epoch * steps + chunk.step
+    each = {} if sys.stderr.isatty() else {"miniters": steps}  # in a file, a line an epoch
+    bar = progress(total=config.num_epochs * steps, initial=done, unit="step", dynamic_ncols=True, **each)
     saved_at = time.monotonic()
 
     def save(stop):
@@ -140,7 +140,7 @@ class Log:
         """Shows loss and rates on the bar, averaged over the live cells; means (M, 4)."""
         live = means[list(self.chunk.live)].mean(0).tolist()
         values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
-        bar.set_postfix(epoch=self.chunk.epoch, **values)
+        bar.set_postfix(epoch=self.chunk.epoch, refresh=False, **values)
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Logs the means (M, 4) of an epoch; about ten times per training, also reconstructions and samples."""
