@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import Data, load_data
-from models.classifiers import CLASSIFIERS, load_classifier
+from datasets.table import DATASETS
+from models.classifiers import load_classifier
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
@@ -55,6 +56,7 @@ class Bench:
     y_samples: int = 4
     notes: set[str] = field(default_factory=set)
     _data: dict = field(default_factory=dict)
+    _classifiers: dict = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -67,18 +69,20 @@ class Bench:
             self._data[key] = load_data(config, self.data_dir, self.device, self.download)
         return self._data[key]
 
-    @functools.cache  # noqa: B019  (one bench lives as long as the script)
-    def classifier(self, dataset: str) -> tuple[nn.Module, str]:
-        """The classifier of a data set and its digest. Raises UserError if there is none."""
-        path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / dataset)
-        return load_classifier(path, dataset, self.device)
-
     def classifier_of(self, config: Config) -> tuple[nn.Module, str] | None:
-        """The classifier if the data set has one and it is wanted; else None, with a note."""
-        if config.dataset not in CLASSIFIERS:
-            self.note(f"{config.data_name} has no classifier: no inception score, recons_acc and the like")
-            return None
-        return self.classifier(config.dataset)
+        """The classifier of a Config's data set and its digest; None, with a note, for images without labels.
+
+        Raises UserError if there should be one and is none.
+        """
+        name = config.data_name
+        if name not in self._classifiers:
+            data = self.data(config) if config.dataset not in DATASETS else None
+            if data is not None and not data.labelled:
+                self.note(f"{name} has no labels: no inception score, recons_acc and the like")
+                return None
+            path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
+            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest)
+        return self._classifiers[name]
 
 
 class Subject:
@@ -133,8 +137,8 @@ def fingerprint(s: Subject, step: Step) -> str:
     """Of all that the step's figures depend on: weights, settings, classifier, figures of other steps."""
     parts = {name: getattr(s.bench, name) for name in step.settings}
     parts |= {name: s.metrics.get(name) for name in step.metrics}
-    if step.classifier and s.config.dataset in CLASSIFIERS:
-        parts["classifier"] = s.bench.classifier(s.config.dataset)[1]
+    if step.classifier and (found := s.bench.classifier_of(s.config)) is not None:
+        parts["classifier"] = found[1]
     text = json.dumps([s.weights_digest, s.run.config.to_json(), parts], sort_keys=True)
     return digest(text.encode())
 
