@@ -58,12 +58,15 @@ class Folder:
         return digest("\n".join(lines).encode(errors="surrogateescape"))
 
 
+def printable(text: str) -> str:
+    """The text, whatever a file may be called, fit for a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def listed(names: Sequence, most: int = 10) -> str:
-    """Names with commas between, of long lists the first ones and the last; printable whatever they are."""
+    """Names with commas between; of long lists the first ones and the last."""
     names = list(map(str, names))
-    if len(names) > most:
-        names = [*names[: most - 1], f"... {names[-1]}"]
-    return "".join(c if c.isprintable() else "?" for c in ", ".join(names))
+    return printable(", ".join([*names[: most - 1], f"... {names[-1]}"] if len(names) > most else names))
 
 
 def count(n: int, word: str) -> str:
@@ -284,7 +287,7 @@ def open_image(path: str, channels: int) -> Image.Image:
                 top = 65535 if sixteen else next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
                 if top is None:
                     raise UserError(f"{path}: pixels from {low:g} to {high:g}: not in [0, 1], [0, 255] or [0, 65535]")
-                info |= {"16 bits": sixteen, "top": top, "high": int(high)}
+                info |= {"16 bits": sixteen, "top": top, "high": high}
                 image = Image.fromarray((values * 255 / top).round().astype(np.uint8))
             elif image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -308,7 +311,7 @@ def notes_of(opened: Iterable[tuple[str, dict]]) -> list[str]:
     deep = [(info["high"], name) for name, info in opened if info.get("16 bits")]
     if deep and 0 < max(deep)[0] < DARK:
         which = listed([name for _, name in deep])
-        notes.append(f"16-bit images reach only {max(deep)[0]:,} of 65,535, so they are dark ({which})")
+        notes.append(f"16-bit images reach only {max(deep)[0]:,.0f} of 65,535, so they are dark ({which})")
     tops = {info["top"]: name for name, info in opened if "top" in info and not info["16 bits"] and info["high"] > 0}
     if len(tops) > 1:
         ranges = listed([f"{name} [0, {top}]" for top, name in sorted(tops.items())])

@@ -14,7 +14,7 @@ import torch
 from utils.errors import UserError, one_line
 
 from .batches import Resident, Streamed
-from .folders import Folder, count, decode, listed, listed_counts, look, notes_of
+from .folders import Folder, count, decode, listed, listed_counts, look, notes_of, printable
 from .table import DATASETS, LARGE, DataSet, lookup
 
 
@@ -136,4 +136,4 @@ def _memory() -> int:
 def _tell(line: str, where: Path) -> None:
     """Prints a line about a folder, once; of several processes the first does."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(printable(line), flush=True)

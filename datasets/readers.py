@@ -120,13 +120,17 @@ class _ArraysOnly(pickle.Unpickler):
 
     allowed = frozenset(
         {
-            *((f"numpy.{core}.{name}") for core in ("core", "_core") for name in ("multiarray._reconstruct",
-              "multiarray.scalar", "numeric._frombuffer")),
+            *(
+                "numpy._core.multiarray._reconstruct",
+                "numpy._core.multiarray.scalar",
+                "numpy._core.numeric._frombuffer",
+            ),
             *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
         }
-    )  # fmt: skip
+    )
 
     def find_class(self, module, name):
+        module = module.replace("numpy.core.", "numpy._core.")  # before numpy 2
         if f"{module}.{name}" not in self.allowed:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not data: refused")
         return super().find_class(module, name)
@@ -157,12 +161,18 @@ def svhn(root: Path) -> tuple[Split, Split]:
     from scipy.io import loadmat
 
     def split(path: Path) -> Split:
-        if path.read_bytes()[:10] in (b"MATLAB 7.3", b"\x89HDF\r\n\x1a\n\0\0"):
+        with open(path, "rb") as file:
+            start = file.read(10)
+        if start.startswith((b"MATLAB 7.3", b"\x89HDF")):
             raise UserError(
-                f"{path}: MATLAB's format 7.3; convert it (pip install h5py): python -c \"import h5py, scipy.io as s; "
-                f"f = h5py.File('{path}'); d = {{k: f[k][()].T for k in 'Xy'}}; f.close(); s.savemat('{path}', d)\""
+                f"{path}: MATLAB's format 7.3; rename it to {path.stem}.h5 and convert that (pip install h5py): python "
+                f"-c \"import h5py, scipy.io; f = h5py.File('{path.with_suffix('.h5')}'); "
+                f"scipy.io.savemat('{path}', {{k: f[k][()].T for k in 'Xy'}})\""
             )
-        data = loadmat(path)
+        try:
+            data = loadmat(path)
+        except Exception as e:  # scipy raises anything on damaged files
+            raise ValueError(f"{path}: {e!r}") from e
         if not {"X", "y"} <= data.keys():
             raise ValueError(f"{path} has no arrays X and y")
         images, y = data["X"], data["y"].ravel()

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from . import folders, readers
 
+GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
+LEARNED = "GaussianLearnedSigma"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -44,7 +47,7 @@ def _usual_recipe(shape: tuple[int, int, int]) -> Recipe:
     channels, size, _ = shape
     if channels == 1 and size <= 32:
         return Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=14, decay=0.7)
-    return Recipe("resnet18", "sgd", 0.01, 64, num_epochs=30, decay=None, crop=size // 8)
+    return Recipe("resnet18", "sgd", 0.01, 64, num_epochs=30, decay=None, crop=size // 8 * (size < LARGE[1]))
 
 
 def _torchvision(name: str, *parts: dict) -> Callable:
@@ -57,10 +60,6 @@ def _torchvision(name: str, *parts: dict) -> Callable:
             getattr(torchvision.datasets, name)(root, download=True, **arguments)
 
     return fetch
-
-
-GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
-LEARNED = "GaussianLearnedSigma"
 
 
 def _mnist(family: str, n_classes: int = 10, files: str | None = None, fetch=None, **where) -> DataSet:

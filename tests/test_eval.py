@@ -18,7 +18,7 @@ import plot_eval
 import train
 import train_classifier
 from tests.conftest import TINY, start
-from tests.test_datasets import write_cifar10, write_folder, write_svhn
+from tests.datasets.files import write_cifar10, write_folder, write_svhn
 from tests.test_models import REFERENCE
 from utils.errors import UserError
 from utils.files import read_arrays, read_json
