@@ -149,7 +149,7 @@ def _walk(root: str) -> tuple[list[str], list[str], Counter]:
         else:
             suffix = os.path.splitext(path)[1].lower()
             skipped[suffix if 1 < len(suffix) <= 10 else "no extension"] += 1
-    return sorted(folders), images, skipped
+    return sorted(folders), sorted(images), skipped
 
 
 class _Part:
@@ -265,7 +265,7 @@ def nearest_size(root: str) -> int:
             continue
     if not sides:
         raise UserError(f"{root}: no image there can be read; give --image_size {listed(SIZES)}")
-    middle = sorted(sides)[len(sides) // 2]
+    middle = sorted(sides)[(len(sides) - 1) // 2]
     return min(SIZES, key=lambda size: abs(size - middle))
 
 

@@ -110,7 +110,7 @@ def _of_folder(name: str, found: Folder, shape: tuple[int, int, int], device: to
     _tell(line, where)
     if size == LARGE[1]:
         splits = [Streamed(samples, shape, device) for samples in parts]
-        notes += look(found.train, channels)
+        notes += look(found.train + found.test, channels)
     else:
         needs, has = len(found.train + found.test) * channels * size**2, _memory()
         if needs > has:

@@ -118,16 +118,10 @@ def idx(
 class _ArraysOnly(pickle.Unpickler):
     """Loads containers and numpy arrays; refuses everything else that a pickle could call."""
 
-    allowed = frozenset(
-        {
-            *(
-                "numpy._core.multiarray._reconstruct",
-                "numpy._core.multiarray.scalar",
-                "numpy._core.numeric._frombuffer",
-            ),
-            *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
-        }
-    )
+    allowed = {
+        *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer"),
+        *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+    }
 
     def find_class(self, module, name):
         module = module.replace("numpy.core.", "numpy._core.")  # before numpy 2

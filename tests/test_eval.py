@@ -18,8 +18,9 @@ import plot_eval
 import train
 import train_classifier
 from tests.conftest import TINY, start
-from tests.datasets.files import write_cifar10, write_folder, write_svhn
+from tests.datasets.files import write_cifar10, write_svhn
 from tests.test_models import REFERENCE
+from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_arrays, read_json
 from utils.metrics import inception_score
@@ -395,15 +396,6 @@ def test_every_kind_of_run_goes_through_all_steps(flags, empty, made, script):
     assert (row["mi_p"] != "") == ("GumbelSoftmax" in flags)
 
 
-def test_own_images_have_no_classifier_and_the_log_says_so_once(script):
-    write_folder(Path("pets"), n=15)
-    flags = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]
-    assert script(train.main, *TINY, *flags, "--beta_y", "1", "2")[0] == 0
-    status, out, _ = script(eval_beta_grid.main, *STEP1)
-    assert status == 0 and out.count("has no classifier") == 1
-    assert script(eval_beta_grid.main, *FAST, "--recons_acc")[0] == 0
-
-
 def test_results_that_hold_code_are_refused(batch, script):
     script(eval_beta_grid.main, *FAST, "--exclude_mi", "--exclude_fid")
     path = next(Path("runs/b").rglob("latents.npz"))
@@ -474,14 +466,17 @@ def test_colour_classifiers_train(dataset, script):
     {"SVHN": write_svhn, "CIFAR10": write_cifar10}[dataset](Path("data"), n=2)
     status, out, err = script(train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
     assert status == 0, err
-    model, _ = train_classifier.load_classifier(Path("runs/classifiers", dataset), dataset, torch.device("cpu"))
+    model, _ = train_classifier.load_classifier(
+        Path("runs/classifiers", dataset), Config(dataset=dataset), torch.device("cpu")
+    )
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--dataset", "ImageNet"], "--dataset: unknown 'ImageNet'"),
+        (["--dataset", "Imagenet"], "--dataset: unknown 'Imagenet'; did you mean ImageNet?"),
+        (["--image_size", "32"], "--image_size: is for a folder of images"),
         (["--learning_rate", "0"], "--learning_rate: must be > 0"),
         (["--num_epochs", "0"], "--num_epochs: must be a whole number >= 1"),
         (["--dataset", "SVHN"], "SVHN: not found; looked in"),

@@ -117,9 +117,11 @@ class Config:
             return
         if self.image_size is None and not os.path.exists(self.dataset):
             if os.sep in self.dataset:
-                raise UserError(f"--dataset: {self.dataset} not found")
+                raise UserError(f"--dataset: {os.path.abspath(self.dataset)} not found")
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
         object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
+        if not os.path.basename(self.dataset).isprintable():
+            raise UserError(f"--dataset: runs are named after the folder, so rename {self.dataset!r}")
         object.__setattr__(self, "image_channels", self.image_channels or 3)
         if self.image_size is None:
             object.__setattr__(self, "image_size", nearest_size(self.dataset))
