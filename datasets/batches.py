@@ -1,6 +1,5 @@
 """Batches of images (B, C, H, W) in [0, 1] and labels (B,), on the training device."""
 
-import os
 import signal
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import UserError
 from utils.seeds import generator
 
-from .readers import open_image
+from .folders import open_image, threads
 
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
@@ -83,7 +82,7 @@ class Streamed:
     def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
         self.samples, self.device = samples, device
         self.decoded = _Decoded(samples, channels=shape[0], size=shape[1])
-        self.workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        self.workers = threads()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -139,10 +139,12 @@ def default_device() -> torch.device:
     return device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:
-    """A flag for each field of Config; those named in `grid` take several values."""
+def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
+    """A flag for each field of Config, or for some; those named in `grid` take several values."""
     groups = {}
     for field in dataclasses.fields(Config):
+        if only and field.name not in only:
+            continue
         title, kind = field.metadata["group"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
         text = field.metadata["help"].replace("%", "%%")

@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.table import DATASETS, lookup
+from datasets.folders import SIZES, listed, nearest_size
+from datasets.table import DATASETS, Recipe, lookup
 from models.build import MODELS
 from models.latents import LATENTS
 from models.likelihoods import LIKELIHOODS
@@ -29,8 +30,11 @@ class Config:
     """One run's settings, a field per flag; complete and valid once made (UserError otherwise)."""
 
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
-    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of class folders of images", "data")
-    image_size: int | None = _flag(None, "for a folder: resize to 28, 32 or 256 pixels", "data", type=int)
+    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
+    image_size: int | None = _flag(
+        None, f"for a folder: resize to {listed(SIZES)} pixels (default: what is nearest to the images' own)",
+        "data", type=int,
+    )  # fmt: skip
     image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data", type=int)
     px_y_family_ll: str | None = _flag(
         None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
@@ -111,12 +115,18 @@ class Config:
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
             return
-        if self.image_size is None and not os.path.isdir(self.dataset) and os.sep not in self.dataset:
+        if self.image_size is None and not os.path.exists(self.dataset):
+            if os.sep in self.dataset:
+                raise UserError(f"--dataset: {os.path.abspath(self.dataset)} not found")
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
         object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
+        if not os.path.basename(self.dataset).isprintable():
+            raise UserError(f"--dataset: runs are named after the folder, so rename {self.dataset!r}")
         object.__setattr__(self, "image_channels", self.image_channels or 3)
-        if self.image_size not in (28, 32, 256):
-            raise UserError(f"--image_size: must be 28, 32 or 256 for a folder of images, got {self.image_size}")
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", nearest_size(self.dataset))
+        if self.image_size not in SIZES:
+            raise UserError(f"--image_size: must be {listed(SIZES)} for a folder of images, got {self.image_size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
@@ -136,6 +146,17 @@ class Config:
     def image_shape(self) -> tuple[int, int, int]:
         """C, H, W."""
         return lookup(self).shape
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the classifier of the data set is trained."""
+        return lookup(self).recipe
+
+    @property
+    def data_flags(self) -> list[str]:
+        """The flags that mean this data set."""
+        own = ["--image_size", str(self.image_size), "--image_channels", str(self.image_channels)]
+        return ["--dataset", self.dataset, *(own if self.dataset not in DATASETS else [])]
 
     @property
     def data_name(self) -> str:

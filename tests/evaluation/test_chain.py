@@ -13,9 +13,9 @@ import eval_beta_grid
 import eval_beta_single
 import train
 from tests.conftest import TINY
+from tests.datasets.files import write_cifar10, write_svhn
 from tests.evaluation.conftest import FAST, STEP1, four_steps
 from tests.models.test_models import REFERENCE
-from tests.test_datasets import write_cifar10, write_folder, write_svhn
 from utils.evaluation.metrics import inception_score
 from utils.evaluation.probes import fit_probe
 from utils.files import read_json
@@ -156,15 +156,6 @@ def test_every_kind_of_run_goes_through_all_steps(flags, empty, made, script):
     for column in ("mi_q_mc", "mi_q", "mi_q_mc_y", "acc_bound", "lr_acc_mean", "lr_acc_mean_y", "ll_iw", "is_mean"):
         assert (row[column] == "") == (column in empty), column
     assert (row["mi_p"] != "") == ("GumbelSoftmax" in flags)
-
-
-def test_own_images_have_no_classifier_and_the_log_says_so_once(script):
-    write_folder(Path("pets"), n=15)
-    flags = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]
-    assert script(train.main, *TINY, *flags, "--beta_y", "1", "2")[0] == 0
-    status, out, _ = script(eval_beta_grid.main, *STEP1)
-    assert status == 0 and out.count("no classifier is defined for") == 1
-    assert script(eval_beta_grid.main, *FAST, "--recons_acc")[0] == 0
 
 
 def test_samples_are_clamped_before_any_metric_sees_them(batch, script, monkeypatch):

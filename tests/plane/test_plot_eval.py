@@ -124,7 +124,7 @@ def test_every_column_can_be_drawn_with_its_unit_and_only_its_own_bound(script):
 
 
 def test_own_images_that_are_gone_leave_samples_only(script):
-    from tests.test_datasets import write_folder
+    from tests.datasets.files import write_folder
 
     write_folder(Path("pets"), n=15)
     pets = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]

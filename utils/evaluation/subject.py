@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import Data, load_data
-from models.classifiers import CLASSIFIERS, load_classifier
+from datasets.table import DATASETS
+from models.classifiers import load_classifier
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
@@ -56,6 +57,7 @@ class Bench:
     y_samples: int = 4
     notes: set[str] = field(default_factory=set)
     _data: dict = field(default_factory=dict)
+    _classifiers: dict = field(default_factory=dict)
 
     @classmethod
     def of(cls, args) -> "Bench":
@@ -76,18 +78,20 @@ class Bench:
             self._data[key] = load_data(config, self.data_dir, self.device, self.download)
         return self._data[key]
 
-    @functools.cache  # noqa: B019  (one bench lives as long as the script)
-    def classifier(self, dataset: str) -> tuple[nn.Module, str]:
-        """The classifier of a data set and the digest of its weights. Raises UserError if it is missing or damaged."""
-        path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / dataset)
-        return load_classifier(path, dataset, self.device)
-
     def classifier_of(self, config: Config) -> tuple[nn.Module, str] | None:
-        """The classifier of a Config's data set and its digest; None, with a note, if none is defined for it."""
-        if config.dataset not in CLASSIFIERS:
-            self.note(f"no classifier is defined for {config.data_name}: metrics that need one are left empty")
-            return None
-        return self.classifier(config.dataset)
+        """The classifier of a Config's data set and its digest; None, with a note, for images without labels.
+
+        Raises UserError if there should be one and is none.
+        """
+        name = config.data_name
+        if name not in self._classifiers:
+            data = self.data(config) if config.dataset not in DATASETS else None
+            if data is not None and not data.labelled:
+                self.note(f"{name} has no labels: metrics that need a classifier are left empty")
+                return None
+            path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
+            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest)
+        return self._classifiers[name]
 
 
 class Subject:
@@ -146,8 +150,8 @@ def fingerprint(s: Subject, step: Step) -> str:
     """The digest of all that a step's metrics depend on: weights, settings, classifier, metrics of other steps."""
     parts = {name: getattr(s.bench, name) for name in step.settings}
     parts |= {name: s.metrics.get(name) for name in step.metrics}
-    if step.classifier and s.config.dataset in CLASSIFIERS:
-        parts["classifier"] = s.bench.classifier(s.config.dataset)[1]
+    if step.classifier and (found := s.bench.classifier_of(s.config)) is not None:
+        parts["classifier"] = found[1]
     text = json.dumps([s.weights_digest, s.run.config.to_json(), parts], sort_keys=True)
     return digest(text.encode())
 
