@@ -10,7 +10,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from utils.cli import Parser, batch_folder, positive, whole
+from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation.information import accuracy_bound, entropy
 from utils.files import check_writable
@@ -36,6 +36,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     parser.add_argument("--metrics", nargs="+", help="columns of eval_results.csv to draw (default: the main ones)")
+    add_moved_flag(parser)
     parser.add_argument("--out", help="output folder (default: figures/ in the batch's folder)")
     parser.add_argument(
         "--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="file formats (default: png pdf)"

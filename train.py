@@ -9,6 +9,7 @@ Repeating a command resumes unfinished runs and skips finished ones.
 import math
 import shlex
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,7 @@ from datasets.loading import load_data
 from models.build import build_model
 from models.stack import BACKENDS
 from utils.cli import Parser, add_config_flags, grid_configs, next_command, whole_or_auto
-from utils.config import Config
+from utils.config import FLAGS, Config
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
 from utils.runs import Run
@@ -68,7 +69,7 @@ def parse_args(argv=None):
 
 def describe(configs: list[Config], device: torch.device) -> None:
     """Prints the settings of all cells, the tensor shapes and the number of parameters."""
-    for name in vars(configs[0]):
+    for name in FLAGS:
         values = list(dict.fromkeys(getattr(c, name) for c in configs))
         print(f"  {name:20s}", *values)
     model = build_model(configs[0])
@@ -126,6 +127,7 @@ def main(argv=None) -> int:
             print(run.path)
         return 0
     data = load_data(configs[0], args.data_dir, args.device, args.download)
+    runs = [replace(run, config=replace(run.config, data_digest=data.digest)) for run in runs]
     mine = runs if args.data_parallel else share(runs)
     todo = unfinished(mine, args.overwrite)
     if args.data_parallel:

@@ -13,6 +13,7 @@ import torch
 
 from utils.errors import UserError, one_line
 
+from . import folders
 from .batches import Resident, Streamed
 from .folders import Folder, count, decode, listed, listed_counts, look, notes_of, printable
 from .table import DATASETS, LARGE, DataSet, lookup
@@ -31,15 +32,18 @@ class Data(NamedTuple):
         return self.n_classes > 0
 
 
-def load_data(config, data_dir: str, device: torch.device, download: bool = False) -> Data:
+def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
     """Both splits of the Config's data set, under `data_dir` or a folder of the data set's name in it.
 
-    Prints what it found in one line. Raises UserError, saying where it looked and what belongs there, when the files
-    are missing or damaged.
+    A folder of images is looked for at `moved_to`, or else where the Config says and then under `data_dir`. Prints what
+    it found in one line. Raises UserError, saying where it looked and what belongs there, when the files are missing or
+    damaged, or not those that the Config's run was trained on.
     """
     row, own = lookup(config), config.dataset not in DATASETS
     name = Path(config.dataset).name if own else config.dataset
-    roots = [Path(config.dataset)] if own else [Path(data_dir) / name, Path(data_dir)]
+    roots = [Path(data_dir) / name, *([] if own else [Path(data_dir)])]
+    if own:
+        roots = [Path(moved_to)] if moved_to else [Path(config.dataset), *roots]
     roots += [Path(row.elsewhere)] if row.elsewhere else []
     if download and row.fetch is not None:
         try:
@@ -49,6 +53,11 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
     found, root = _read(name, row, roots)
     try:
         if isinstance(found, Folder):
+            if config.data_digest not in (None, found.digest):
+                raise UserError(
+                    f"{name}: {root} does not hold the images that the run was trained on: files were added, removed "
+                    "or renamed"
+                )
             return _of_folder(name, found, row.shape, device)
         splits = [_checked(*split, row) for split in found]
     except ValueError as e:
@@ -75,6 +84,8 @@ def _read(name: str, row: DataSet, roots: list[Path]):
     how = "; --download fetches it" if row.fetch is not None else ""
     if packed := [p for root in roots if row.archive and root.is_dir() for p in sorted(root.glob(row.archive))]:
         how = f"; {listed(packed)} is there: unpack it"
+    if row.reader is folders.scan:
+        how = "; where it is now, --data_dir (the folder that it is in) or --dataset tells"
     where = " or ".join(str(r.resolve()) for r in roots)
     raise UserError(f"{name}: not found; looked in {where} for {row.files}{how}")
 

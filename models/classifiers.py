@@ -1,6 +1,5 @@
 """The networks that label images. datasets/table.py says which one a data set has, and how it is trained."""
 
-import shlex
 from functools import partial
 from pathlib import Path
 
@@ -75,16 +74,17 @@ def scheduler(optimizer: torch.optim.Optimizer, recipe, num_epochs: int) -> torc
     return torch.optim.lr_scheduler.StepLR(optimizer, 1, recipe.decay)
 
 
-def load_classifier(path: Path, config, device: torch.device, data: str | None = None) -> tuple[Classifier, str]:
+def load_classifier(
+    path: Path, config, device: torch.device, data: str | None = None, how: str = "train_classifier.py"
+) -> tuple[Classifier, str]:
     """The trained classifier of a Config's data set in eval mode, from its folder or its weights' file; its digest.
 
-    `data` is the digest of a folder's list of files. Raises UserError when the classifier is missing, unfinished,
-    damaged, or another data set's.
+    `data` is the digest of a folder's list of files, `how` the command that trains a classifier. Raises UserError when
+    the classifier is missing, unfinished, damaged, or another data set's.
     """
     file = path if path.suffix == ".pth" else path / "classifier.pth"
     settings, name = file.with_name("config.json"), config.data_name
     if not file.is_file() or not settings.is_file():
-        how = shlex.join(["python", "train_classifier.py", *config.data_flags])
         raise UserError(f"{file}: no trained classifier there; {how} makes one")
     known, state = read_json(settings), load_tensors(file)
     if known.get("dataset") != name:

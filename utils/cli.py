@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from utils.config import Config, kind_of
+from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError, nearest, one_line
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
@@ -74,8 +74,13 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def next_command(args: argparse.Namespace, *words: str) -> str:
-    """A command to paste: those words, and the flags that this one was given and the next one needs."""
+def add_moved_flag(parser) -> None:
+    """For scripts that read runs: where a folder of images is now."""
+    parser.add_argument("--dataset", metavar="FOLDER", help="where the runs' folder of images is now, if it has moved")
+
+
+def next_command(args, *words: str) -> str:
+    """A command to paste: those words, and --runs_dir and --data_dir of `args` where they are not the defaults."""
     given = {"--runs_dir": (args.runs_dir, "runs"), "--data_dir": (args.data_dir, default_data_dir())}
     kept = [w for flag, (value, default) in given.items() if value != default for w in (flag, value)]
     return shlex.join(["python", *words, *kept])
@@ -142,7 +147,7 @@ def default_device() -> torch.device:
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
     """A flag for each field of Config, or for some; those named in `grid` take several values."""
     groups = {}
-    for field in dataclasses.fields(Config):
+    for field in (f for f in dataclasses.fields(Config) if f.name in FLAGS):
         if only and field.name not in only:
             continue
         title, kind = field.metadata["group"], kind_of(field)
@@ -185,7 +190,7 @@ def axis(text: str) -> list[float]:
 
 def grid_configs(args: argparse.Namespace) -> list[Config]:
     """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    settings = {name: getattr(args, name) for name in FLAGS}
     betas_y, betas_z = (
         [v for values in getattr(args, name) or [[1.0]] for v in values] for name in ("beta_y", "beta_z")
     )

@@ -18,11 +18,17 @@ from utils.errors import UserError, nearest
 # Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
+OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "data_digest")
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 
 
 def _flag(default, help, group, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
+
+
+def _kept(kind: type):
+    """A field without a flag: kept in config.json where it has a value."""
+    return dataclasses.field(default=None, metadata={"type": kind})
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Config:
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
     run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
     run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
+    data_digest: str | None = _kept(str)  # of the list of files of a folder of images
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -82,7 +89,7 @@ class Config:
         def need(right: str):
             raise UserError(f"--{name}: must be {right}, got {value!r}")
 
-        if value is None and name in ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs"):
+        if value is None and name in OPTIONAL:
             return
         if kind is float and type(value) is int:
             object.__setattr__(self, name, float(value))
@@ -185,7 +192,8 @@ class Config:
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
-        settings = dataclasses.asdict(self)
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = {k: v for k, v in settings.items() if k in FLAGS or v is not None}
         return json.dumps({**settings, "sha256": _digest(settings)}, indent=2) + "\n"
 
     @classmethod
@@ -205,6 +213,9 @@ class Config:
             return cls(**{k: v for k, v in settings.items() if k in known})
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
+
+
+FLAGS = [f.name for f in dataclasses.fields(Config) if "help" in f.metadata]  # the fields that have one
 
 
 def _digest(settings: dict) -> str:

@@ -71,6 +71,14 @@ class Run:
         if not overwrite and (self.path / "config.json").exists():
             theirs = Config.from_json(self.path / "config.json")
             unused = () if "ll_sigma" in self.path.name else ("sigma",)
+            unused += ("run_batch_name", "data_digest")  # a folder may be renamed, and say nothing of its images
+            if theirs.data_name == self.config.data_name:
+                unused += ("dataset",)  # which may have moved
+            if theirs.data_digest not in (None, self.config.data_digest):
+                raise UserError(
+                    f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
+                    "choose another --run_batch_name, or --overwrite it"
+                )
             different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v and k not in unused]
             if different:
                 listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)

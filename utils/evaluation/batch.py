@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from models.stack import TERMS
-from utils.cli import Parser, batch_folder, whole
+from utils.cli import Parser, add_moved_flag, batch_folder, whole
 from utils.config import Config
 from utils.distributed import is_first, progress
 from utils.errors import UserError, nearest
 from utils.evaluation.probes import PROBES, probe
 from utils.evaluation.steps import STEPS, bound
-from utils.evaluation.subject import PATIENCE, Bench, Subject, is_done, metrics_of, record
+from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
 from utils.files import to_csv, write_atomic
 from utils.runs import Run, locked
 
@@ -30,6 +30,7 @@ TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 def add_bench_flags(parser: Parser) -> None:
     """Adds the flags that the evaluation scripts share."""
     group = parser.add_argument_group("evaluation")
+    add_moved_flag(group)
     group.add_argument(
         "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
     )
@@ -102,10 +103,15 @@ def run_steps(subjects: list[Subject], steps: list[str], args, problems: dict[Pa
         run_probes([s for s in subjects if s.run.path not in problems], name, args, problems)
 
 
+def can_do(subject: Subject, step: Step) -> bool:
+    """Whether the run's images have the labels that a step needs; a note if they do not."""
+    return not step.labels or subject.bench.has_labels(subject.config)
+
+
 def run_step(subject: Subject, name: str, force: bool) -> None:
     """Computes a step of one run, unless its result is up to date; with `force`, always."""
     step = STEPS[name]
-    if force or not is_done(subject, step):
+    if can_do(subject, step) and (force or not is_done(subject, step)):
         record(subject, step, step.compute(subject))
 
 
@@ -116,7 +122,7 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
     step, suffix, jobs, results = STEPS[name], "_standardized" * args.standardize, [], {}
     for index, subject in enumerate(subjects):
         with listed(problems, subject.run.path):
-            if not args.force and is_done(subject, step):
+            if not can_do(subject, step) or not args.force and is_done(subject, step):
                 continue
             tails = {"qz_mu": suffix, "qy_mu": "_y" + suffix}
             tails = {key: tail for key, tail in tails.items() if subject.latents[key].size}
@@ -165,6 +171,7 @@ def gather(runs_dir: str, batch: str) -> Path:
             with listed(problems, folder):
                 run = Run.open(folder)
                 row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+                row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
         write_atomic(path, to_csv(rows, columns).encode())

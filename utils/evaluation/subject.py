@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datasets.loading import Data, load_data
 from datasets.table import DATASETS
 from models.classifiers import load_classifier
+from utils.cli import next_command
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
@@ -40,6 +41,7 @@ class Step(NamedTuple):
     classifier: bool = False  # whether it depends on the data set's classifier
     file: str | None = None  # a file that it writes in addition to the metrics
     metrics: tuple[str, ...] = ()  # metrics of other steps that it depends on
+    labels: bool = False  # whether it needs the images' labels
 
 
 @dataclass(eq=False)
@@ -50,6 +52,7 @@ class Bench:
     data_dir: str
     runs_dir: str
     download: bool = False
+    dataset: str | None = None  # where a folder of images is now
     classifier_path: str | None = None
     with_classifier: bool = False
     n_samples: int = 10_000
@@ -75,8 +78,15 @@ class Bench:
         """The data set of a Config, loaded once. Raises UserError if it is missing or damaged."""
         key = (config.dataset, config.image_shape)
         if key not in self._data:
-            self._data[key] = load_data(config, self.data_dir, self.device, self.download)
+            self._data[key] = load_data(config, self.data_dir, self.device, self.download, self.dataset)
         return self._data[key]
+
+    def has_labels(self, config: Config) -> bool:
+        """Whether the images of a Config's data set have labels; a note if they have none."""
+        if config.dataset in DATASETS or self.data(config).labelled:
+            return True
+        self.note(f"{config.data_name} has no labels: metrics that need labels or a classifier are left empty")
+        return False
 
     def classifier_of(self, config: Config) -> tuple[nn.Module, str] | None:
         """The classifier of a Config's data set and its digest; None, with a note, for images without labels.
@@ -84,13 +94,13 @@ class Bench:
         Raises UserError if there should be one and is none.
         """
         name = config.data_name
+        if not self.has_labels(config):
+            return None
         if name not in self._classifiers:
             data = self.data(config) if config.dataset not in DATASETS else None
-            if data is not None and not data.labelled:
-                self.note(f"{name} has no labels: metrics that need a classifier are left empty")
-                return None
             path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
-            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest)
+            how = next_command(self, "train_classifier.py", *config.data_flags)
+            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest, how)
         return self._classifiers[name]
 
 

@@ -65,7 +65,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
 def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
     """The first test images (B, C, H, W); None, with a note, if the data set cannot be loaded."""
     try:
-        test = load_data(run.config, args.data_dir, args.device, args.download).test
+        test = load_data(run.config, args.data_dir, args.device, args.download, args.dataset).test
         return next(iter(test.batches(args.images)))[0]
     except UserError as e:
         plane.notes.append(f"no reconstructions: {e}")
