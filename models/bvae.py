@@ -14,7 +14,7 @@ class BVAE(HVAE):
     @staticmethod
     def check(config) -> None:
         if config.use_conv_z:
-            raise UserError("--vae_type: BVAE has no z, so no --use_conv_z, and is for up to 128 pixels")
+            raise UserError("--vae_type: BVAE has no z, so no --use_conv_z, and supports up to 128 pixels")
         for name in ("beta_z", "qz_family"):
             if getattr(config, name) != getattr(type(config), name):
                 raise UserError(f"--{name}: BVAE has no z; leave it at {getattr(type(config), name)}")

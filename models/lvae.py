@@ -23,7 +23,7 @@ class LVAE(HVAE):
     def check(config) -> None:
         HVAE.check(config)
         if config.use_conv_z and config.image_shape[1] == 256:
-            raise UserError("--vae_type: LVAE is for up to 128 pixels, use HVAE for 256")
+            raise UserError("--vae_type: LVAE supports up to 128 pixels; use HVAE for 256")
 
     def build_inference(self, nets, config) -> None:
         self.trunk = nets.trunk()

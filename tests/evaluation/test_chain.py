@@ -16,6 +16,7 @@ from tests.conftest import TINY
 from tests.datasets.files import write_cifar10, write_svhn
 from tests.evaluation.conftest import FAST, STEP1, four_steps
 from tests.models.test_models import REFERENCE
+from utils.evaluation.batch import open_run
 from utils.evaluation.metrics import inception_score
 from utils.evaluation.probes import fit_probe
 from utils.files import read_json
@@ -161,7 +162,7 @@ def test_every_kind_of_run_goes_through_all_steps(flags, empty, made, script):
 def test_samples_are_clamped_before_any_metric_sees_them(batch, script, monkeypatch):
     from utils.evaluation.subject import Bench, Subject
 
-    run = eval_beta_grid.open_run(next(p for p in Path("runs/b").iterdir() if p.is_dir()))
+    run = open_run(next(p for p in Path("runs/b").iterdir() if p.is_dir()))
     subject = Subject(run, Bench(torch.device("cpu"), "data", "runs", n_samples=300))
     seen = []
     monkeypatch.setattr(type(subject.model), "p_x", lambda self, y: Wild(len(y)))
