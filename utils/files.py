@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import locks
 from utils.errors import UserError, one_line
 
 
@@ -29,7 +30,7 @@ def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
-    Raises UserError, with what is needed and what there is, when the disk is full.
+    Raises UserError, with what is needed and what there is, when the disk is full; Lost, when the folder's lock is.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,6 +38,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        locks.check(path.parent)
         os.replace(temporary, path)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
