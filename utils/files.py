@@ -1,5 +1,6 @@
 """Files, written whole or not at all, and read without ever running what they hold."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -30,7 +31,8 @@ def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
-    Raises UserError, with what is needed and what there is, when the disk is full; Lost, when the folder's lock is.
+    Raises UserError when it cannot be written, with what is needed and what there is when the disk is full; Lost when
+    the folder's lock is.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -41,13 +43,15 @@ def write_atomic(path: Path, data: bytes) -> None:
         locks.check(path.parent)
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        temporary.unlink(missing_ok=True)
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # those of a write name no file, those of a rename the wrong one
+            raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # so that it does not count
         free = shutil.disk_usage(path.parent).free
         raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def digest(data: bytes) -> str:
