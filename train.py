@@ -24,6 +24,7 @@ from utils.distributed import from_first, is_first, join, place, share, wait_for
 from utils.engine import Engine, check_route, doublings, fastest, free, use_precision
 from utils.errors import UserError, command_line, is_out_of_memory, run_script
 from utils.files import load_tensors
+from utils.locks import Held
 from utils.runs import Run
 from utils.training import Chunk, Interrupted, Signals, train
 
@@ -90,8 +91,8 @@ def describe(configs: list[Config], device: torch.device) -> None:
 
 def open_cells(
     runs: list[Run], args, held: contextlib.ExitStack
-) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, str]]]:
-    """Locks the runs that are still to be trained; returns them with their resume states, and what is wrong."""
+) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, UserError]]]:
+    """Locks the runs that are still to be trained; returns them with their resume states, and why not the others."""
     ready, problems = [], []
     if is_first() or not args.data_parallel:
         for run in runs:
@@ -103,8 +104,11 @@ def open_cells(
                 if run.status in ("finished", "failed"):  # by another process, meanwhile
                     continue
                 state, damaged = run.load_state()
+            except OSError as e:
+                problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
+                continue
             except UserError as e:
-                problems.append((run, str(e)))
+                problems.append((run, e))
                 continue
             for line in damaged:
                 print(f"{line}; falling back to the state before it", file=sys.stderr)
@@ -213,8 +217,8 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
             raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
 
 
-def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
-    """Trains the runs chunk by chunk; returns what went wrong."""
+def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
+    """Trains the runs chunk by chunk; returns those that could not be, and why."""
     problems = []
     with Signals() as signals:
         trainer = Trainer(data, args, signals, len(runs), runs[0].config) if runs else None
@@ -301,7 +305,13 @@ def main(argv=None) -> int:
     failed = [
         f"{r.path}: failed, its loss is not finite; --overwrite trains it anew" for r in mine if r.status == "failed"
     ]
-    problems = [line for run, line in problems if run.status != "finished"] + failed  # or another process finished it
+    problems = [e for run, e in problems if run.status != "finished"]  # or another process finished it
+    held = [e for e in problems if isinstance(e, Held)]
+    if len(held) < len(mine):  # else there was nothing here for this process to do, which its user should notice
+        for e in held:
+            print(f"note: {e}; it trains that one", file=sys.stderr)
+        problems = [e for e in problems if e not in held]
+    problems = [str(e) for e in problems] + failed
     for line in problems:
         print(f"error: {line}", file=sys.stderr)
     return 1 if problems else 0

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from datasets.loading import Data
 from models.stack import TERMS
+from utils import locks
 from utils.distributed import is_first, largest_of_all, progress
 from utils.engine import Engine
-from utils.errors import UserError
+from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
 
@@ -27,7 +28,7 @@ N_PICTURES = 16  # reconstructions shown; as many samples of large images, four 
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and the state has been saved."""
+    """A signal to end came, and the state has been saved."""
 
     def __init__(self, number: int, epoch: int):
         super().__init__(number, epoch)
@@ -35,11 +36,11 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers a SIGINT or SIGTERM instead of dying of it, so that the training can save first."""
+    """Remembers a signal to end instead of dying of it, so that the training can save first."""
 
     def __enter__(self):
         self.received = None
-        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._remember) for s in heeded_signals()}
         return self
 
     def _remember(self, number, frame):
@@ -276,7 +277,8 @@ class Log:
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Curves after every epoch; reconstructions and samples ten times in a training."""
         epoch, config = self.chunk.epoch, self.chunk.config
-        for m in self.chunk.written:
+        for m, run in self.chunk.written.items():
+            locks.check(run.path)
             for split, means in (("train", train_means), ("test", test_means)):
                 for name, value in zip(TERMS, means[m].tolist(), strict=True):
                     self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
