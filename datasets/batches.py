@@ -91,9 +91,9 @@ def _lost_workers(e: Exception) -> str | None:
     """What to tell of an error that says that worker processes were killed, or could not hand over what they read."""
     if "shared memory" in str(e) or "Bus error" in str(e):
         size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
-        return f"{SHARED}: too small ({size}) for batches on their way; docker's --shm-size sets it, or a smaller --batch_size"
+        return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
     if "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
-        return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker's --shm-size)"
+        return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker: --shm-size)"
     return None
 
 

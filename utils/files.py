@@ -43,7 +43,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         locks.check(path.parent)
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # those of a write name no file, those of a rename the wrong one
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # the system names no file, or the temporary one
             raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
         with contextlib.suppress(OSError):
             temporary.unlink()  # so that it does not count

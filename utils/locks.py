@@ -1,9 +1,9 @@
 """One process at a time in a folder, whatever the file system: a held lock ends with its process, however it dies.
 
-Where flock works, the kernel keeps `.lock`. Elsewhere (some NFS, FUSE and Lustre mounts) files `.lock.1`, `.lock.2`, ...
-stand for it, each created exclusively: the one of the highest number is the holder's. Numbers only rise, so of two
-processes that take over a dead one's lock by creating the next, one wins; and whoever was taken for dead, asleep say,
-finds a higher number than its own when it is about to write. The holder touches its file now and then; times are
+Where flock works, the kernel keeps `.lock`. Elsewhere (some NFS, FUSE and Lustre mounts) files `.lock.1`, `.lock.2`
+and so on stand for it, each created exclusively: the one of the highest number is the holder's. Numbers only rise, so
+of two processes that take over a dead one's lock by creating the next, one wins; and whoever was taken for dead, asleep
+say, finds a higher number than its own when it is about to write. The holder touches its file now and then; times are
 compared with what the file system calls now, never with this machine's clock.
 """
 
@@ -73,7 +73,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def check(folder: Path) -> None:
-    """Raises Lost if this process held the folder by a lock file and was taken for dead; to be called before writing."""
+    """Raises Lost if this process held the folder by a lock file and was taken for dead; called before a write."""
     lock = _held.get(Path(os.path.realpath(folder))) if _held else None
     if lock is not None:
         lock.check()
