@@ -22,7 +22,7 @@ from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
 from utils.runs import Run
 from utils.training.loop import Interrupted
-from utils.training.schedule import check_data_parallel, check_flags, train_all, unfinished
+from utils.training.schedule import check_data_parallel, check_flags, report, train_all, unfinished
 
 
 def parse_args(argv=None):
@@ -102,16 +102,6 @@ def summarise(runs: list[Run], args) -> None:
         print(f"\nThe runs are in {runs[0].path.parent}")
     print(f"To inspect: tensorboard --logdir {shlex.quote(args.runs_dir)}")
     print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
-
-
-def report(problems: list[tuple[Run, str]], runs: list[Run]) -> int:
-    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
-    lines = [line for run, line in problems if run.status != "finished"]  # another process may have finished it
-    failed = [r for r in runs if r.status == "failed"]
-    lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
-    for line in lines:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if lines else 0
 
 
 def main(argv=None) -> int:

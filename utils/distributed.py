@@ -33,8 +33,10 @@ def is_first() -> bool:
 
 
 def share(items: list) -> list:
-    """Every WORLD_SIZE-th item, from the RANK-th on."""
+    """Every WORLD_SIZE-th item, from the RANK-th on; says so, lest the variables are left over from something else."""
     rank, world = place()
+    if world > 1:
+        print(f"RANK {rank} of WORLD_SIZE {world}: takes {len(items[rank::world])} of {len(items)} runs", flush=True)
     return items[rank::world]
 
 

@@ -9,13 +9,9 @@ events.out.*    TensorBoard
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
-import socket
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +23,7 @@ from models.reference import translate, unwrapped
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
+from utils.locks import locked
 
 
 @dataclass(frozen=True)
@@ -107,13 +104,13 @@ class Run:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
-        """Holds the folder for this process; see `locked`."""
+        """Holds the folder for this process; see utils/locks.py."""
         return locked(self.path, patience)
 
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""
         for file in self.path.iterdir():
-            if file.name not in ("config.json", ".lock"):
+            if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         write_atomic(self.path / "config.json", self.config.to_json().encode())
 
@@ -174,34 +171,6 @@ class Run:
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Holds a folder for this process, which ends with it however it dies.
-
-    Raises UserError when another process holds it, after so many seconds.
-    """
-    with open(folder / ".lock", "a+") as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                if time.monotonic() >= end:
-                    file.seek(0)
-                    raise UserError(f"{folder}: locked by {file.read().strip() or 'another process'}") from e
-                time.sleep(0.05)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-        file.flush()
-        for stale in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            if not stale.is_dir():
-                stale.unlink(missing_ok=True)
-        yield
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:

@@ -87,7 +87,7 @@ def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) ->
 def require_classifiers(subjects: list[Subject], steps: list[str]) -> None:
     """Raises UserError if a classifier that a step needs is missing, before hours of work rather than after."""
     if any(STEPS[name].classifier for name in steps):
-        for subject in {s.config.dataset: s for s in reversed(subjects)}.values():
+        for subject in {s.config.data_name: s for s in reversed(subjects)}.values():
             subject.bench.classifier_of(subject.config)
 
 

@@ -71,7 +71,7 @@ def fid_classifier(s: Subject) -> dict[str, float | str]:
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
-    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.dataset} classifier {found[1]}")
+    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.data_name} classifier {found[1]}")
 
 
 @torch.no_grad()

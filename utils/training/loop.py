@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from datasets.loading import Data
 from models.stack import TERMS
+from utils import locks
 from utils.distributed import progress
+from utils.errors import heeded_signals
 from utils.seeds import generator
 from utils.training.chunk import Chunk
 
@@ -19,7 +21,7 @@ N_PICTURES = 16  # reconstructions logged; as many samples, or four times as man
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM was received, and a checkpoint has been saved."""
+    """A signal to end was received, and a checkpoint has been saved."""
 
     def __init__(self, number: int, epoch: int):
         super().__init__(number, epoch)
@@ -27,11 +29,11 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Records a SIGINT or SIGTERM instead of raising, so that training can save a checkpoint before it stops."""
+    """Records a signal to end instead of raising, so that training can save a checkpoint before it stops."""
 
     def __enter__(self):
         self.received = None
-        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._remember) for s in heeded_signals()}
         return self
 
     def _remember(self, number, frame):
@@ -147,7 +149,8 @@ class Log:
         from torchvision.utils import make_grid
 
         epoch, config = self.chunk.epoch, self.chunk.config
-        for m in self.chunk.written:
+        for m, run in self.chunk.written.items():
+            locks.check(run.path)
             for split, means in (("train", train_means), ("test", test_means)):
                 for name, value in zip(TERMS, means[m].tolist(), strict=True):
                     self.writers[m].add_scalar(f"{split}/{name}", value, epoch)

@@ -13,6 +13,7 @@ from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
+from utils.locks import Held
 from utils.runs import Run
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
@@ -46,7 +47,7 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 
 def open_cells(
     runs: list[Run], args, held: contextlib.ExitStack
-) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, str]]]:
+) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, UserError]]]:
     """Locks the runs that are still to be trained, until `held` is closed.
 
     Returns each run with its checkpoint (None for a new run), and each run that cannot be opened with the reason.
@@ -62,8 +63,11 @@ def open_cells(
                 if run.status in ("finished", "failed"):  # another process has trained it in the meantime
                     continue
                 state, damaged = run.load_state()
+            except OSError as e:
+                problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
+                continue
             except UserError as e:
-                problems.append((run, str(e)))
+                problems.append((run, e))
                 continue
             for line in damaged:
                 print(f"{line}; falling back to the previous checkpoint", file=sys.stderr)
@@ -174,7 +178,7 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
             raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
 
 
-def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
+def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
     """Trains the runs chunk by chunk; returns each run that could not be opened with the reason."""
     problems = []
     threading.excepthook = report_thread
@@ -191,3 +195,18 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
+
+
+def report(problems: list[tuple[Run, UserError]], runs: list[Run]) -> int:
+    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
+    problems = [e for run, e in problems if run.status != "finished"]  # another process may have finished it
+    held = [e for e in problems if isinstance(e, Held)]
+    if len(held) < len(runs):  # otherwise this process had nothing to do, which its user should notice
+        for e in held:
+            print(f"note: {e}; it trains that one", file=sys.stderr)
+        problems = [e for e in problems if e not in held]
+    lines, failed = [str(e) for e in problems], [r for r in runs if r.status == "failed"]
+    lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if lines else 0
