@@ -1,5 +1,6 @@
 """It always ends: whatever is raised while images are streamed, whatever signal comes, whoever stops reading."""
 
+import contextlib
 import os
 import pty
 import signal
@@ -108,10 +109,13 @@ def test_signals_end_streaming(number, trial, pets):
 def test_a_killed_worker_ends_the_training(trial, pets):
     process, workers = in_training()
     time.sleep(0.1 * trial)
-    os.kill(workers[0], signal.SIGKILL)
     start = time.monotonic()
-    status, _, err = ended(process, 60)
-    assert time.monotonic() - start < 2 * WITHIN
+    while process.poll() is None and time.monotonic() - start < 2 * WITHIN:
+        if workers := children(process.pid) or workers:  # one that has nothing left to hand over is not missed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workers[0], signal.SIGKILL)
+        time.sleep(0.5)
+    status, _, err = ended(process, 1)
     assert status == 2 and "error: a process that reads images was killed" in err.splitlines()[-1]
     assert "--shm-size" in err
     assert are_gone(workers)
