@@ -50,16 +50,16 @@ class Parser(argparse.ArgumentParser):
 
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
-        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu ... (default: cuda if there, else cpu)")
+        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
         if not self.files:
             return
         common.add_argument(
             "--data_dir",
             default=default_data_dir(),
-            help="where the data sets are (default: data, or the environment variable HIT_DATA_DIR)",
+            help="folder of the data sets (default: $HIT_DATA_DIR, else data)",
         )
-        common.add_argument("--runs_dir", default="runs", help="where the run folders are (default: runs)")
-        common.add_argument("--download", action="store_true", help="fetch a missing data set from its authors")
+        common.add_argument("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
+        common.add_argument("--download", action="store_true", help="download a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
@@ -135,7 +135,7 @@ def device(name: str) -> torch.device:
         if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device: {name} is not there on this machine; try cpu ({one_line(e)})") from e
+        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
     return found
 
 

@@ -38,7 +38,7 @@ class Config:
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
     dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
     image_size: int | None = _flag(
-        None, f"for a folder: resize to {listed(SIZES)} pixels (default: what is nearest to the images' own)",
+        None, f"for a folder: resize to {listed(SIZES)} pixels (default: the size nearest to the images' own)",
         "data", type=int,
     )  # fmt: skip
     image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data", type=int)
@@ -48,26 +48,26 @@ class Config:
     sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model")
     qz_family: str = _flag("DiagonalGaussian", "the family of z", "model", choices=LATENTS)
     use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
-    linear_y_with_dims: int = _flag(-1, "make y a vector of so many dimensions (-1: convolutional y)", "model")
+    linear_y_with_dims: int = _flag(-1, "make y a vector with this many dimensions (-1: convolutional y)", "model")
     conv_channels: int = _flag(16, "channels of the conv layers", "model")
     z_dims: int = _flag(10, "dimensions (or categories) of a vector z", "model")
     num_epochs: int = _flag(200, "epochs to train", "training")
-    batch_size: int = _flag(256, "images a batch", "training")
+    batch_size: int = _flag(256, "images per batch", "training")
     learning_rate: float = _flag(3e-4, "Adam's learning rate", "training")
     warmup_epochs: int | None = _flag(
-        None, "epochs over which both rates' weight rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
+        None, "epochs over which the weight of both rates rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
         "training", type=int,
     )  # fmt: skip
     no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
     beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "training")
     beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "training")
     precision: str = _flag(
-        "fp32", "of the networks: fp32; tf32 in products on a GPU; bf16 in the trunks, fp32 in what follows them",
+        "fp32", "fp32; tf32: TF32 products on a GPU; bf16: bfloat16 hidden layers, the rest in fp32",
         "training", choices=("fp32", "tf32", "bf16"),
     )  # fmt: skip
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
-    run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
-    run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
+    run_name: str = _flag("", "prefix of the run folder's name", "run")
+    run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "run")
     data_digest: str | None = _kept(str)  # of the list of files of a folder of images
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Run folders: their files, their state; one process at a time.
+"""Run folders: their files, their status, their checkpoints.
 
 config.json     the run's Config
 vae.pth         the trained weights: the model's state_dict, nothing else
@@ -115,7 +115,7 @@ class Run:
         write_atomic(self.path / "config.json", self.config.to_json().encode())
 
     def save_state(self, state: dict) -> None:
-        """Writes the resume state, and keeps the one before it."""
+        """Writes a checkpoint, and keeps the previous one."""
         path, written = self.path / "resume.pth", self.path / ".resume.tmp"
         save_tensors(written, state)
         if path.exists():
@@ -123,26 +123,26 @@ class Run:
         os.replace(written, path)
 
     def load_state(self) -> tuple[dict | None, list[str]]:
-        """The newest resume state that is whole, if any, and a line for each one that is damaged.
+        """The newest undamaged checkpoint, None if there is none, and a line for each damaged one.
 
-        Raises UserError when there are states and none is whole.
+        Raises UserError if there are checkpoints and all are damaged.
         """
         problems = []
         for name in ("resume.pth", "resume.prev.pth"):
             if (self.path / name).exists():
                 try:
                     state = self._read_state(name)
-                    if problems:  # lest the next save keeps it as the state before
+                    if problems:  # otherwise the next save would keep it as the previous one
                         (self.path / "resume.pth").unlink()
                     return state, problems
                 except UserError as e:
                     problems.append(str(e))
         if problems:
-            raise UserError(f"{'; '.join(problems)}; no whole state is left, --overwrite starts anew")
+            raise UserError(f"{'; '.join(problems)}; no undamaged checkpoint is left; --overwrite starts from scratch")
         return None, problems
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
-        """The state before the newest, if it is at that (epoch, step): it becomes the newest. None if it is not."""
+        """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""
         try:
             state = self._read_state("resume.prev.pth")
         except UserError:
@@ -153,7 +153,7 @@ class Run:
         return state
 
     def _read_state(self, name: str) -> dict:
-        """A resume state. Raises UserError if it is damaged, or not one of this run's model."""
+        """A checkpoint. Raises UserError if it is damaged, or of another model."""
         path = self.path / name
         state = load_tensors(path)
         with torch.device("meta"):
@@ -162,11 +162,11 @@ class Run:
         weights = state.get("weights")
         fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
         if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
-            raise UserError(f"{path}: damaged, or the state of another model")
+            raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
     def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
-        """Writes the weights and how the training ended; removes the resume states."""
+        """Writes the weights and how the training ended; removes the checkpoints."""
         write_json(self.path / "training.json", result)
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
