@@ -1,12 +1,12 @@
-"""Evaluates every run of a batch; what is done already is not done again.
+"""Evaluates every run of a batch; results that are up to date are not recomputed.
 
     python eval_beta_grid.py --run_batch_name B --exclude_mi --with_classifier   step 1: rates, PSNR, IS, FID, latents
     for run in runs/B/*/; do python eval_beta_single.py --run_path "$run"; done   step 2: mutual information
     python eval_beta_grid.py --run_batch_name B --get_mi_cal_acc --cpu_n 2        step 3: simple classifiers on latents
     python eval_beta_grid.py --run_batch_name B --recons_acc                      step 4: accuracy on reconstructions
 
-All figures are of the test images. They are kept in each run's metrics.json and gathered in the batch's
-eval_results.csv, one row a run. Step 1 without --exclude_mi does step 2 as well.
+All metrics are computed on the test images, stored in each run's metrics.json and collected in the batch's
+eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 """
 
 from functools import partial
@@ -28,38 +28,47 @@ from utils.evaluation.subject import Bench
 
 
 def parse_args(argv=None):
+    """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     steps = parser.add_argument_group("steps (default: step 1)")
     steps.add_argument(
-        "--get_mi_cal_acc", action="store_true", help="step 3: classifiers on the latents, accuracy bound"
+        "--get_mi_cal_acc", action="store_true", help="step 3: simple classifiers on the latents, accuracy bound"
     )
-    steps.add_argument("--recons_acc", action="store_true", help="step 4: the classifier on reconstructions")
-    steps.add_argument("--pca", action="store_true", help="3 principal components of the y means, into pca.npz")
+    steps.add_argument("--recons_acc", action="store_true", help="step 4: classifier accuracy on reconstructions")
+    steps.add_argument("--pca", action="store_true", help="write 3 principal components of the means of y to pca.npz")
     add_bench_flags(parser)
     group = parser.add_argument_group("step 1")
-    group.add_argument("--with_classifier", action="store_true", help="inception score, and fid_classifier without fid")
+    group.add_argument(
+        "--with_classifier",
+        action="store_true",
+        help="compute the inception score; where the Inception weights are missing, fid_classifier instead of fid",
+    )
     group.add_argument("--exclude_mi", action="store_true", help="leave the mutual information to step 2")
-    group.add_argument("--exclude_fid", action="store_true", help="no Frechet distance")
+    group.add_argument("--exclude_fid", action="store_true", help="skip fid and fid_classifier")
     group.add_argument(
         "--n_samples",
         type=partial(whole, least=10, most=10**7),
         default=10_000,
-        help="samples for IS and FID (default: 10000)",
+        help="samples per model for IS and FID (default: 10000)",
     )
     group.add_argument(
-        "--iw_samples", type=partial(whole, most=10**6), help="samples of the importance-weighted ll (default: none)"
+        "--iw_samples",
+        type=partial(whole, most=10**6),
+        help="also compute the importance-weighted ll, with this number of posterior samples per image",
     )
     group = parser.add_argument_group("step 3")
     group.add_argument(
         "--cpu_n", type=partial(whole, most=1000), default=1, help="worker processes, one thread each (default: 1)"
     )
-    group.add_argument("--standardize", action="store_true", help="standardise the latents; columns of their own")
+    group.add_argument(
+        "--standardize", action="store_true", help="standardise the latents; results in columns *_standardized"
+    )
     return parser.parse(argv)
 
 
 def wanted_steps(args) -> list[str]:
-    """Names of the steps that the flags ask for."""
+    """Names of the steps that the flags select."""
     if args.get_mi_cal_acc or args.recons_acc or args.pca:
         probes = "probes_standardized" if args.standardize else "probes"
         asked = [(args.get_mi_cal_acc, probes), (args.recons_acc, "recons"), (args.pca, "pca")]
@@ -69,6 +78,7 @@ def wanted_steps(args) -> list[str]:
 
 
 def main(argv=None) -> int:
+    """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
     paths, steps, bench, problems = (
         find_runs(args.runs_dir, args.run_batch_name),

@@ -1,30 +1,30 @@
-"""Draws the rate plane of an evaluated batch, and tells where in it each task does best.
+"""Plots the rate plane of an evaluated batch, and finds the best cell for each task.
 
     python plot_eval.py --run_batch_name B                    figures, advice and report.html in runs/B/figures/
-    python plot_eval.py --run_batch_name B --max_rate 20      the advice for at most 20 bits an image as well
+    python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 bits per image
 
-Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the runs themselves for pictures of them.
+Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
 """
 
 import math
 from functools import partial
 from pathlib import Path
 
-from utils.cli import Parser, batch_folder, positive, whole
+from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation.information import accuracy_bound, entropy
 from utils.files import check_writable
 from utils.plane.advice import advice, headings_of
 from utils.plane.cells import PROBES, Plane, labels_of, read_plane
 from utils.plane.report import write_report
-from utils.plane.slopes import Slope, slope_rows, slopes, tell_far_off
+from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
 
-SHOWN = [  # unless --metrics says otherwise; those that the batch has
+SHOWN = [  # drawn by default, as far as the batch has them
     *("psnr", "nelbo", "ll_iw", "bpd", "is_mean", "fid", "fid_classifier", "recons_acc", "mi_q_mc", "mi_q"),
     *("mi_q_mc_y", "lr_acc_mean", "svm_rbf_acc", "lr_acc_mean_y", "svm_rbf_acc_y", "active_z"),
 ]
-THREE = [  # the first of each that there is: reconstruction, generation, representation
+THREE = [  # one metric for each of reconstruction, generation, representation: the first that the batch has
     ("psnr", "recons_acc", "nelbo"),
     ("is_mean", "fid", "fid_classifier"),
     ("lr_acc_mean", "svm_rbf_acc", "mi_q_mc", "lr_acc_mean_y"),
@@ -32,28 +32,30 @@ THREE = [  # the first of each that there is: reconstruction, generation, repres
 
 
 def parse_args(argv=None):
+    """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     parser.add_argument("--metrics", nargs="+", help="columns of eval_results.csv to draw (default: the main ones)")
-    parser.add_argument("--out", help="where the figures go (default: figures/ in the batch's folder)")
+    add_moved_flag(parser)
+    parser.add_argument("--out", help="output folder (default: figures/ in the batch's folder)")
     parser.add_argument(
-        "--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="of the figures (default: png pdf)"
+        "--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="file formats (default: png pdf)"
     )
     parser.add_argument(
         "--images",
         type=partial(whole, most=100),
         default=4,
-        help="images of each cell in the sheets of pictures (default: 4)",
+        help="samples and reconstructions shown per cell (default: 4)",
     )
-    group = parser.add_argument_group("budgets for the advice, in bits per image")
-    group.add_argument("--max_rate", type=positive, metavar="BITS", help="largest R(z) + R(y|z)")
-    group.add_argument("--max_rate_z", type=positive, metavar="BITS", help="largest R(z)")
-    group.add_argument("--max_rate_y", type=positive, metavar="BITS", help="largest R(y|z)")
+    group = parser.add_argument_group("rate budget of the advice, in bits per image")
+    group.add_argument("--max_rate", type=positive, metavar="BITS", help="upper limit on R(z) + R(y|z)")
+    group.add_argument("--max_rate_z", type=positive, metavar="BITS", help="upper limit on R(z)")
+    group.add_argument("--max_rate_y", type=positive, metavar="BITS", help="upper limit on R(y|z)")
     return parser.parse(argv)
 
 
 def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
-    """The metrics to draw. Raises UserError for one that the batch does not have."""
+    """The metrics to draw. Raises UserError for a name that is not a column of the batch."""
     for name in asked or []:
         if name not in plane.names:
             raise UserError(f"--metrics: no run has {name!r}{nearest(name, plane.names)}")
@@ -61,7 +63,7 @@ def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
 
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
-    """All figures that the batch has the numbers for, by name."""
+    """Draws all figures for which the batch has data; returns them by name."""
     from utils.plane import figures
     from utils.plane.pictures import sheets
 
@@ -84,11 +86,12 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
     if any(math.isfinite(r) for s in found for r in (s.ratio_y, s.ratio_z)):
         drawn["slopes"] = figures.slope_maps(plane, found)
     else:
-        plane.notes.append("the slopes of D need neighbouring cells in both directions of the grid; there are none")
+        plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
     return drawn | sheets(plane, folder, args)
 
 
 def main(argv=None) -> int:
+    """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
     folder = batch_folder(args.runs_dir, args.run_batch_name)
     out = Path(args.out) if args.out else folder / "figures"
@@ -99,13 +102,13 @@ def main(argv=None) -> int:
     budget = {name: bits for name, bits in budget.items() if bits is not None}
     advised = advice(plane) + (within := advice(plane, budget) if budget else [])
     if budget and not within:
-        plane.notes.append("no cell that has been evaluated is within the budget")
+        plane.notes.append("no evaluated cell is within the budget")
     found = slopes(plane)
     write_report(out, args, plane, advised, found, draw(plane, found, names, folder, args))
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
-    tell_far_off(slope_rows(found))
+    print_far_off(slope_rows(found))
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

@@ -1,6 +1,10 @@
 """Batches of images (B, C, H, W) in [0, 1] and labels (B,), on the training device."""
 
+import atexit
+import contextlib
+import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -9,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import UserError
+from utils.errors import ENDING_SIGNALS, UserError
 from utils.seeds import generator
 
-from .readers import open_image
+from .folders import open_image, threads
 
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
+SHARED = "/dev/shm"  # where worker processes put what they read
 
 
 def shuffled(n: int, seed: int, epoch: int) -> Tensor:
@@ -74,8 +79,26 @@ class _Decoded(Dataset):
 
 
 def _worker_signals(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the training process decides when they end
+    for number in ENDING_SIGNALS:  # the training process decides when they end
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends worker processes that are left, say of an exception: they ignore the SIGTERM by which Python would."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.kill()
+
+
+def _lost_workers(e: Exception) -> str | None:
+    """What to tell of an error that says that worker processes were killed, or could not hand over what they read."""
+    if "shared memory" in str(e) or "Bus error" in str(e):
+        size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
+        return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
+    if "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
+        return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker: --shm-size)"
+    return None
 
 
 class Streamed:
@@ -87,7 +110,7 @@ class Streamed:
     def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
         self.samples, self.shape, self.device = samples, shape, device
         self.decoded = _Decoded(samples, channels=shape[0], size=shape[1])
-        self.workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        self.workers = threads()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -117,12 +140,18 @@ class Streamed:
             prefetch_factor=4,
             worker_init_fn=_worker_signals,
         )
-        problem = None
+        problem, decoded = None, iter(loader)
+        with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise of a worker's end anywhere, not only here
         try:
-            for images, labels in loader:
-                images, labels = (t.to(self.device, non_blocking=True) for t in (images, labels))
+            while (batch := next(decoded, None)) is not None:
+                images, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 yield images.float() / 255, labels
         except UserError as e:  # from a worker it comes wrapped in that worker's traceback
             problem = str(e).rsplit("UserError: ", 1)[-1].strip()
+        except (RuntimeError, OSError) as e:
+            problem = _lost_workers(e)
+            if problem is None:
+                raise
         if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
             raise UserError(problem)

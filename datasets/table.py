@@ -1,11 +1,28 @@
-"""The data sets: one table of what they are."""
+"""The data sets: one table of what they are. Adding one is adding a row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import readers
+from . import folders, readers
+
+GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
+LEARNED = "GaussianLearnedSigma"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set's classifier is trained; models/classifiers.py has the networks and optimisers by name."""
+
+    network: str
+    optimizer: str
+    learning_rate: float
+    batch_size: int
+    num_epochs: int
+    decay: float | None = 1.0  # of the learning rate after every epoch; None: along a cosine, to 0
+    crop: int = 0  # pixels of padding for random crops
+    flip: bool = False  # random horizontal flips
 
 
 @dataclass(frozen=True)
@@ -14,50 +31,108 @@ class DataSet:
 
     shape: tuple[int, int, int]  # C, H, W
     likelihood: str  # the usual p(x|y)
-    reader: Callable
+    reader: Callable  # of a folder: both splits' images and labels (readers.py), or what the folder holds (folders.py)
     files: str  # what is expected under --data_dir
+    n_classes: int | None = None  # None: those of the folder
     fetch: Callable | None = None  # downloads it into a folder
+    recipe: Recipe | None = None  # None: the usual one of the shape
+    archive: str | None = None  # what the files come in, to be unpacked
+    elsewhere: str | None = None  # where a package of the system puts it
+
+    def __post_init__(self):
+        object.__setattr__(self, "recipe", self.recipe or _usual_recipe(self.shape))
 
 
-def _fetch_mnist(root: Path) -> None:
-    import torchvision
-
-    torchvision.datasets.MNIST(root, download=True)
-
-
-def _fetch_cifar10(root: Path) -> None:
-    import torchvision
-
-    torchvision.datasets.CIFAR10(root, download=True)
+def _usual_recipe(shape: tuple[int, int, int]) -> Recipe:
+    channels, size, _ = shape
+    if channels == 1 and size <= 32:
+        return Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=14, decay=0.7)
+    return Recipe("resnet18", "sgd", 0.01, 64, num_epochs=30, decay=None, crop=size // 8 * (size < LARGE[1]))
 
 
-def _fetch_svhn(root: Path) -> None:
-    import torchvision
+def _torchvision(name: str, *parts: dict) -> Callable:
+    """Downloads by torchvision's class of that name, called once with each of the arguments."""
 
-    for split in ("train", "test"):
-        torchvision.datasets.SVHN(root, split, download=True)
+    def fetch(root: Path) -> None:
+        import torchvision
+
+        for arguments in parts or ({"train": True}, {"train": False}):
+            getattr(torchvision.datasets, name)(root, download=True, **arguments)
+
+    return fetch
 
 
-GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
-LEARNED = "GaussianLearnedSigma"
-MNIST_FILES = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
-CIFAR10_FILES = "cifar-10-batches-py/{data_batch_1..5,test_batch}"
+def _mnist(family: str, n_classes: int = 10, files: str | None = None, fetch=None, **where) -> DataSet:
+    """A data set in MNIST's format; `where` is for the reader, or of the row."""
+    row = {k: where.pop(k) for k in ("recipe", "archive", "elsewhere") if k in where}
+    files = f"{family}/raw/{files or '{train,t10k}-{images-idx3,labels-idx1}-ubyte'} (or .gz)"
+    fetch = fetch or _torchvision(family)
+    return DataSet(GREY, "Bernoulli", partial(readers.idx, family=family, **where), files, n_classes, fetch, **row)
+
+
+def _emnist(split: str, n_classes: int, first_label: int = 0) -> DataSet:
+    """A part of EMNIST, whose files hold images column by column."""
+    return _mnist(
+        "EMNIST",
+        n_classes,
+        f"emnist-{split}-{{train,test}}-{{images-idx3,labels-idx1}}-ubyte",
+        _torchvision("EMNIST", {"split": split}),
+        parts=(f"emnist-{split}-train", f"emnist-{split}-test"),
+        first_label=first_label,
+        transposed=True,
+        archive="*gzip.zip",
+    )
+
+
+def _cifar(number: int, folder: str, parts: tuple[list[str], list[str]], labels: str, files: str) -> DataSet:
+    reader = partial(readers.cifar, folder=folder, parts=parts, labels=labels)
+    recipe = Recipe("densenet121", "sgd", 0.01, 128, num_epochs=100, decay=None, crop=4, flip=True)
+    fetch, archive = _torchvision(f"CIFAR{number}"), f"cifar-{number}-python.tar.gz"
+    return DataSet(COLOUR, LEARNED, reader, f"{folder}/{{{files}}}", number, fetch, recipe, archive)
+
+
+CIFAR10_PARTS = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+FASHION = {"elsewhere": "/usr/share/datasets/fashion-mnist"}  # apt-get install dataset-fashion-mnist
+QMNIST = {"parts": ("qmnist-train", "qmnist-test"), "labels": "labels-idx2-int"}
 DATASETS = {
-    "Digits": DataSet(GREY, "Bernoulli", readers.digits, "nothing: it ships with scikit-learn"),
-    "MNIST": DataSet(GREY, "Bernoulli", readers.mnist, MNIST_FILES, _fetch_mnist),
-    "BinaryMNIST": DataSet(GREY, "Bernoulli", readers.binary_mnist, MNIST_FILES, _fetch_mnist),
-    "CIFAR10": DataSet(COLOUR, LEARNED, readers.cifar10, CIFAR10_FILES, _fetch_cifar10),
-    "SVHN": DataSet(COLOUR, LEARNED, readers.svhn, "{train,test}_32x32.mat", _fetch_svhn),
-    "ImageNet": DataSet(LARGE, LEARNED, readers.imagenet, "{train,val}/<a folder a class>/<images>"),
+    "Digits": DataSet(
+        GREY,
+        "Bernoulli",
+        readers.digits,
+        "nothing: it ships with scikit-learn",
+        n_classes=10,
+        recipe=Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=40, decay=0.95, crop=2),  # few images
+    ),
+    "MNIST": _mnist("MNIST"),
+    "BinaryMNIST": _mnist("MNIST", binary=True),
+    "FashionMNIST": _mnist("FashionMNIST", **FASHION),
+    "BinaryFashionMNIST": _mnist("FashionMNIST", binary=True, **FASHION),
+    "KMNIST": _mnist("KMNIST"),
+    "QMNIST": _mnist("QMNIST", files="qmnist-{train,test}-{images-idx3-ubyte,labels-idx2-int}", **QMNIST),
+    "EMNISTLetters": _emnist("letters", 26, first_label=1),  # A and a are one class, 0, to Z, 25
+    "EMNISTBalanced": _emnist("balanced", 47),
+    "EMNISTDigits": _emnist("digits", 10),
+    "CIFAR10": _cifar(10, "cifar-10-batches-py", CIFAR10_PARTS, "labels", "data_batch_1..5,test_batch"),
+    "CIFAR100": _cifar(100, "cifar-100-python", (["train"], ["test"]), "fine_labels", "train,test"),
+    "SVHN": DataSet(
+        COLOUR,
+        LEARNED,
+        readers.svhn,
+        "{train,test}_32x32.mat",
+        n_classes=10,
+        fetch=_torchvision("SVHN", {"split": "train"}, {"split": "test"}),
+        recipe=Recipe("resnet18", "sgd", 0.01, 256, num_epochs=14),
+    ),
+    "ImageNet": DataSet(
+        LARGE, LEARNED, readers.imagenet, "{train,val}/<a folder a class>/<images>", archive="ILSVRC2012_img_*.tar"
+    ),
 }
 
 
 def lookup(config) -> DataSet:
-    """The table's entry of a Config's data set, or one made for the user's own folder of images."""
+    """The table's row of a Config's data set, or one made for the user's own folder of images."""
     if config.dataset in DATASETS:
         return DATASETS[config.dataset]
     shape = (config.image_channels, config.image_size, config.image_size)
     likelihood = "Bernoulli" if config.image_channels == 1 else LEARNED
-    in_memory = partial(readers.read_folder, channels=shape[0], size=shape[1])
-    reader = readers.folder if shape[1] == LARGE[1] else in_memory
-    return DataSet(shape, likelihood, reader, "a folder of images for each class, or train/ and val/ of such")
+    return DataSet(shape, likelihood, folders.scan, "a folder of images, with or without a folder for each class")

@@ -1,1 +1,1 @@
-"""The models. Start with hvae.py, the equations in the paper's order; build.py makes the model of a Config."""
+"""The models. Start with hvae.py, which has the equations in the order of the paper; build.py builds a model."""

@@ -1,4 +1,4 @@
-"""The table of models, and the only way one is ever made, in training and in evaluation alike."""
+"""The table of models, and the function that builds them for training and evaluation alike."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ MODELS = {c.__name__: c for c in (HVAE, LVAE, BVAE)}
 
 
 def build_model(config) -> nn.Module:
-    """The model of a Config, with freshly initialised weights (from torch's global generator)."""
+    """Builds the model of a Config, with initial weights drawn from torch's global generator."""
     model = MODELS[config.vae_type](config)
     if config.is_conditioned:
         betas = [[config.beta_y, config.beta_z], [config.beta_max_y, config.beta_max_z]]

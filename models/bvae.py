@@ -9,12 +9,12 @@ from .latents import Gaussian
 
 
 class BVAE(HVAE):
-    """beta-VAE of y alone, with the prior N(0, I); R(z) = 0, and beta_z is without effect."""
+    """beta-VAE with the single latent y and the prior N(0, I); R(z) = 0, and beta_z has no effect."""
 
     @staticmethod
     def check(config) -> None:
         if config.use_conv_z:
-            raise UserError("--vae_type: BVAE has no z, so no --use_conv_z, and is for 28 and 32 pixels only")
+            raise UserError("--vae_type: BVAE has no z, so no --use_conv_z, and supports up to 128 pixels")
         for name in ("beta_z", "qz_family"):
             if getattr(config, name) != getattr(type(config), name):
                 raise UserError(f"--{name}: BVAE has no z; leave it at {getattr(type(config), name)}")

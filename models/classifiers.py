@@ -1,7 +1,6 @@
-"""The networks that label images, and how each data set's is trained."""
+"""The networks that label images. datasets/table.py says which one a data set has, and how it is trained."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,103 +21,78 @@ class Classifier(nn.Module):
         return self.head(self.features(x))
 
 
-def small_conv_net(n_classes: int) -> Classifier:
-    """Two convolutions, for grey images of 28 pixels."""
+def small_conv_net(shape: tuple[int, int, int], n_classes: int) -> Classifier:
+    """Two convolutions, for images of 28 or 32 pixels."""
+    channels, size, _ = shape
     body = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
-        *(nn.Flatten(), nn.Linear(64 * 12 * 12, 128), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
+        *(nn.Flatten(), nn.Linear(64 * (size // 2 - 2) ** 2, 128), nn.ReLU(), nn.Dropout(0.5)),
     )
     return Classifier(body, 128, n_classes)
 
 
-def small_resnet18(n_classes: int) -> Classifier:
-    """torchvision's ResNet-18 with a stem for 32 pixels: 3x3, stride 1, no max-pool."""
+def resnet18(shape: tuple[int, int, int], n_classes: int) -> Classifier:
+    """torchvision's ResNet-18; for up to 32 pixels with a small stem: 3x3, stride 1, no max-pool."""
     from torchvision.models import resnet18
 
+    channels, size, _ = shape
     net = resnet18()
-    net.conv1, net.maxpool, net.fc = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), nn.Identity()
+    net.fc = nn.Identity()
+    if size <= 32:
+        net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
+    elif channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
     return Classifier(net, 512, n_classes)
 
 
-def small_densenet121(n_classes: int) -> Classifier:
+def densenet121(shape: tuple[int, int, int], n_classes: int) -> Classifier:
     """torchvision's DenseNet-121 with a stem for 32 pixels: 3x3, stride 1, no max-pool."""
     from torchvision.models import densenet121
 
     net = densenet121()
-    net.features.conv0 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.features.conv0 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.features.pool0, net.classifier = nn.Identity(), nn.Identity()
     return Classifier(net, 1024, n_classes)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a data set's classifier is built and trained; the scheduler steps once an epoch."""
-
-    build: Callable[[int], Classifier]
-    optimizer: Callable
-    scheduler: Callable  # of the optimizer and the number of epochs
-    learning_rate: float
-    batch_size: int
-    num_epochs: int
-    crop: int = 0  # pixels of padding for random crops
-    flip: bool = False  # random horizontal flips
-
-
-def _adadelta(parameters, lr):
-    return torch.optim.Adadelta(parameters, lr=lr)
-
-
-def _sgd(parameters, lr):
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
-
-
-def _by(gamma):
-    return lambda optimizer, num_epochs: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)
-
-
-def _constant(optimizer, num_epochs):
-    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-
-
-def _cosine(optimizer, num_epochs):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
-
-
-_mnist = Recipe(small_conv_net, _adadelta, _by(0.7), 1.0, 64, num_epochs=14)
-CLASSIFIERS = {
-    "Digits": Recipe(small_conv_net, _adadelta, _by(0.95), 1.0, 64, num_epochs=40, crop=2),  # few images
-    "MNIST": _mnist,
-    "BinaryMNIST": _mnist,
-    "SVHN": Recipe(small_resnet18, _sgd, _constant, 0.01, 256, num_epochs=14),
-    "CIFAR10": Recipe(
-        small_densenet121,
-        _sgd,
-        _cosine,
-        0.01,
-        128,
-        num_epochs=100,
-        crop=4,
-        flip=True,
-    ),
+NETWORKS = {build.__name__: build for build in (small_conv_net, resnet18, densenet121)}
+OPTIMIZERS = {
+    "adadelta": torch.optim.Adadelta,
+    "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4),
 }
 
 
-def load_classifier(path: Path, dataset: str, device: torch.device) -> tuple[Classifier, str]:
-    """The trained classifier of a data set in eval mode, from its folder or its weights' file, and their digest.
+def build_classifier(config, n_classes: int) -> Classifier:
+    """The network of the Config's data set, with fresh weights (from torch's global generator)."""
+    return NETWORKS[config.recipe.network](config.image_shape, n_classes)
 
-    Raises UserError when it is missing, unfinished, damaged, or another data set's.
+
+def scheduler(optimizer: torch.optim.Optimizer, recipe, num_epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's learning rates; to be stepped once an epoch."""
+    if recipe.decay is None:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, recipe.decay)
+
+
+def load_classifier(
+    path: Path, config, device: torch.device, data: str | None = None, how: str = "train_classifier.py"
+) -> tuple[Classifier, str]:
+    """The trained classifier of a Config's data set in eval mode, from its folder or its weights' file; its digest.
+
+    `data` is the digest of a folder's list of files, `how` the command that trains a classifier. Raises UserError when
+    the classifier is missing, unfinished, damaged, or another data set's.
     """
     file = path if path.suffix == ".pth" else path / "classifier.pth"
-    settings = file.with_name("config.json")
+    settings, name = file.with_name("config.json"), config.data_name
     if not file.is_file() or not settings.is_file():
-        raise UserError(
-            f"{file}: no trained classifier there; python train_classifier.py --dataset {dataset} makes one"
-        )
-    config, state = read_json(settings), load_tensors(file)
-    if config.get("dataset") != dataset:
-        raise UserError(f"{file}: labels {config.get('dataset')}, not {dataset}")
+        raise UserError(f"{file}: no trained classifier there; {how} makes one")
+    known, state = read_json(settings), load_tensors(file)
+    if known.get("dataset") != name:
+        raise UserError(f"{file}: labels {known.get('dataset')}, not {name}")
+    if data is not None and known.get("data") != data:
+        raise UserError(f"{file}: trained on another list of files by the name of {name}; --overwrite trains it anew")
     try:
-        model = CLASSIFIERS[dataset].build(int(config["n_classes"]))
+        model = build_classifier(config, int(known["n_classes"]))
         model.load_state_dict(state)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
         raise UserError(f"{file}: does not fit {settings} ({e})") from e

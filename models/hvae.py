@@ -4,7 +4,7 @@ Two latents: `z`, the top one (the paper's z_2), and `y`, the bottom one (the pa
 
     generative model  p(z) p(y|z) p(x|y)          inference  q(z|x) q(y|z,x)
 
-Because both factorise in the same order, the rate splits into one for each layer (all in nats per image):
+Both factorise in the same order, so the rate splits into one term per layer (all in nats per image):
 
     R(z) = KL[q(z|x) || p(z)]    R(y|z) = E_q(z|x) KL[q(y|z,x) || p(y|z)]    D = -E_q log p(x|y)
     loss = D + beta_y R(y|z) + beta_z R(z)
@@ -25,23 +25,23 @@ from .likelihoods import LIKELIHOODS
 
 
 class Terms(NamedTuple):
-    """Log-likelihood and the two rates of each image, nats; (B,), or (M, B) for M models."""
+    """Log-likelihood and both rates of each image, in nats; (B,), or (M, B) for M models."""
 
     ll: Tensor
     kl_y: Tensor
     kl_z: Tensor
 
     def loss(self, beta_y: Tensor | float = 1.0, beta_z: Tensor | float = 1.0) -> Tensor:
-        """The objective of each image (paper, eq. 8); at betas 1 the negative ELBO."""
+        """The loss of each image (paper, eq. 8) in nats, shaped as the terms; the negative ELBO at betas of 1."""
         return -self.ll + beta_y * self.kl_y + beta_z * self.kl_z
 
 
 class Noise(NamedTuple):
-    """All that is random in a forward pass; drawn outside so that every cell of a grid sees the same."""
+    """The random numbers of a forward pass; drawn outside the model, so that all cells of a grid see the same."""
 
     z: Tensor
     y: Tensor
-    temperature: Tensor | None = None  # of a relaxed z; None evaluates it hard
+    temperature: Tensor | None = None  # of a relaxed z; None gives hard samples
     log_betas: Tensor | None = None  # of a conditioned model: log10 of (beta_y, beta_z) of each image, (B, 2)
 
     def of(self, images: slice) -> "Noise":
@@ -51,7 +51,7 @@ class Noise(NamedTuple):
 
 
 class HVAE(nn.Module):
-    """HVAE with a vector or a convolutional z; `q_z`, `q_y`, `p_y`, `p_x` return distributions."""
+    """A two-layer VAE with a vector or a convolutional z; `q_z`, `q_y`, `p_y` and `p_x` return distributions."""
 
     def __init__(self, config):
         super().__init__()
@@ -69,17 +69,17 @@ class HVAE(nn.Module):
 
     @staticmethod
     def default_warmup(num_epochs: int) -> int:
-        """Epochs of warm-up when --warmup_epochs is not given."""
+        """Epochs of warm-up if --warmup_epochs is not given."""
         return 0
 
     @staticmethod
     def check(config) -> None:
-        """Raises UserError for settings that this model cannot have."""
+        """Raises UserError for settings that this model does not support."""
         if config.use_conv_z and not LATENTS[config.qz_family].convolutional:
-            raise UserError(f"--qz_family: {config.qz_family} is for a vector z, not for --use_conv_z or 256 pixels")
+            raise UserError(f"--qz_family: {config.qz_family} needs a vector z, so neither --use_conv_z nor 256 pixels")
 
     def build_inference(self, nets, config) -> None:
-        """The networks of q(z|x), q(y|z,x) and p(y|z)."""
+        """Builds the networks of q(z|x), q(y|z,x) and p(y|z)."""
         self.trunk = nets.trunk()
         self.z_head = nets.z_head(self.family.n_heads)
         self.x_branch = nets.x_branch()
@@ -88,16 +88,19 @@ class HVAE(nn.Module):
         self.y_prior = nets.y_prior()
 
     def decoder_hidden(self, likelihood: nn.Module, config) -> int | None:
+        """Hidden channels of the decoder's output head; None for a decoder without one."""
         return likelihood.hidden
 
     def features(self, x: Tensor) -> Tensor:
-        """What both q(z|x) and q(y|z,x) start from; here the image itself."""
+        """The features h of images x (B, C, H, W) that q(z|x) and q(y|z,x) share; here the images themselves."""
         return x
 
     def q_z_given(self, h: Tensor):
+        """q(z|x) from the features h of x."""
         return self.z_from_outputs(*self.z_head(self.trunk(h)))
 
     def q_y_given(self, z: Tensor, h: Tensor, p_y: Gaussian) -> Gaussian:
+        """q(y|z,x) from z, the features h of x, and p(y|z)."""
         return self.gaussian(*self.y_head(torch.cat([self.z_branch(z), self.x_branch(h)], dim=1)))
 
     def q_z(self, x: Tensor):
@@ -117,7 +120,7 @@ class HVAE(nn.Module):
         return self.likelihood(self.decoder(y))
 
     def forward(self, x: Tensor, noise: Noise) -> Terms:
-        """ll, kl_y, kl_z of images x (B, C, H, W) in [0, 1], with one posterior sample each."""
+        """ll, kl_y and kl_z, each (B,), of images x (B, C, H, W) in [0, 1], from one posterior sample per image."""
         h = self.features(x)
         q_z = self.q_z_given(h)
         z = q_z.sample(noise.z, noise.temperature)
@@ -129,22 +132,22 @@ class HVAE(nn.Module):
     def noise(
         self, n: int, generator: torch.Generator, temperature: Tensor | None = None, progress: float = 1.0
     ) -> Noise:
-        """The noise of a forward pass over n images, on the generator's device.
+        """The noise for a forward pass over n images, on the generator's device.
 
-        `progress` is the share of the training that is done; it matters to conditioned models only.
+        `progress`, the share of the training that is done, matters to conditioned models only.
         """
         z = self.family.noise((n, *self.z_shape), generator)
         return Noise(z, Gaussian.noise((n, *self.y_shape), generator), temperature)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Reconstructions in [0, 1] from the posterior's modes, deterministic; (B, C, H, W)."""
+        """Deterministic reconstructions from the posterior modes: images (B, C, H, W) in [0, 1]."""
         z = self.q_z(x).mode
         return self.p_x(self.q_y(z, x).mode).mean.clamp(0, 1)
 
     @torch.no_grad()
     def psnr(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """Peak signal-to-noise ratio in dB of the reconstructions of all images together: 10 log10(1 / MSE)."""
+        """Peak signal-to-noise ratio in dB, 10 log10(1 / MSE), with the MSE over the pixels of all images."""
         squares, n = 0.0, 0
         for x, _ in batches:
             squares += ((self.reconstruct(x) - x) ** 2).sum(dtype=torch.float64)
@@ -153,7 +156,7 @@ class HVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int | None = None, z: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """n ancestral samples, or one for each of the given z; images in [0, 1], (n, C, H, W)."""
+        """n ancestral samples, or one for each of the given z (n, ...): images (n, C, H, W) in [0, 1]."""
         if generator is None:
             generator = torch.Generator(next(self.parameters()).device)
             generator.seed()

@@ -1,12 +1,12 @@
-"""Convolutions of M models at once, as implicit matrix products in Triton: the route "kernels" of a training step.
+"""Convolutions of M models at once by implicit GEMM in Triton: the convolution backend "kernels".
 
-cuDNN is given the convolutions of stacked models as grouped ones, which it may be slow at where the groups are
-narrow. Here a layer is one launch over all models, pixels and channels: it gathers its patches while it
-multiplies, adds the bias and applies the ReLU before it writes. Activations lie in memory as (M, B, H, W, C).
+vmap turns the convolutions of stacked models into grouped ones, for which cuDNN may be slow if the groups are
+narrow. Here, one launch computes a layer of all models: it gathers the patches while it multiplies, and adds the
+bias and applies the ReLU before it writes. Activations are stored as (M, B, H, W, C).
 
-Two kernels serve all layers. `_gather` is a convolution, or a transposed one, and each is the other's gradient
-by its input; `_weight_grad` is both's gradient by their weights. On a CPU the same operators run through
-torch's own convolutions, model by model: the reference that the kernels are tested against.
+Two kernels serve all layers. `_gather` computes convolutions and transposed convolutions, each of which is also
+the other's gradient with respect to the input; `_weight_grad` computes the gradients with respect to the weights.
+On a CPU, the same operators use torch's convolutions, one model at a time: the reference for testing the kernels.
 """
 
 import functools
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .networks import InFull
 
-PROGRAMS = 512  # wanted of a launch at least: a few for each of a GPU's multiprocessors
+PROGRAMS = 512  # the least number of programs to aim for in a launch: a few per multiprocessor of a GPU
 
 
 @triton.jit
@@ -30,17 +30,17 @@ def _gather(
     TRANSPOSED: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[m, pixel, n] = sum over taps and c of x[m, pixel of the tap, c] w[m, tap, c, n], + b[m, n], rectified.
+    """out[m, pixel, n] = ReLU(sum over taps and c of x[m, pixel of the tap, c] w[m, tap, c, n] + b[m, n]).
 
-    A program takes BLOCK_P output pixels and BLOCK_N output channels of one model. Of a transposed convolution
-    it takes pixels that agree modulo STRIDE, so that the same taps meet an input pixel for all of them.
-    It walks through the taps; with ROWS, for few channels, through rows of KERNEL taps, whose channels adjoin.
+    A program computes BLOCK_P output pixels x BLOCK_N output channels of one model. For a transposed convolution,
+    its pixels are congruent modulo STRIDE, so that they all use the same taps. The loop is over single taps; with
+    ROWS, for few channels, over rows of KERNEL taps, whose channels are contiguous. BIAS and RELU are optional.
     """
     m = tl.program_id(2).to(tl.int64)
     block = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if TRANSPOSED:
-        row, column = block // STRIDE % STRIDE, block % STRIDE  # of the pixels, modulo STRIDE
+        row, column = block // STRIDE % STRIDE, block % STRIDE  # the residues of the pixels modulo STRIDE
         block = block // (STRIDE * STRIDE)
         kh_first, kw_first = (row + PADDING) % STRIDE, (column + PADDING) % STRIDE
         taps_h, taps_w = (KERNEL - kh_first + STRIDE - 1) // STRIDE, (KERNEL - kw_first + STRIDE - 1) // STRIDE
@@ -95,8 +95,8 @@ def _weight_grad(
 ):  # fmt: skip
     """out[m, part, tap, c, n] = sum over a part of small's pixels of big[m, pixel of the tap, c] small[m, pixel, n].
 
-    Of a convolution `big` is the input and `small` the output's gradient; of a transposed one it is the reverse.
-    A program takes BLOCK_K of the adjoining channels of a row of taps, and BLOCK_N of small's.
+    For a convolution, `big` is the input and `small` the gradient of the output; for a transposed one, the reverse.
+    A program computes BLOCK_K of the contiguous channels of a row of taps x BLOCK_N channels of `small`.
     """
     ADJOINING: tl.constexpr = KERNEL * C
     BLOCKS: tl.constexpr = (ADJOINING + BLOCK_K - 1) // BLOCK_K
@@ -130,18 +130,18 @@ def _weight_grad(
 
 
 def _tile(size: int, most: int = 128) -> int:
-    """A tile's length along a dimension of that size: a long one, as far as it leaves little of the last one empty."""
+    """Tile length along a dimension of that size: the longest one whose padding is at most 40 % above the least."""
     covered = {tile: triton.cdiv(size, tile) * tile for tile in (128, 64, 32, 16) if tile <= most}
     return next(tile for tile, length in covered.items() if length <= 1.4 * min(covered.values()))
 
 
 def _in_memory(t: Tensor) -> Tensor:
-    """(M, B, C, H, W) as (M, B, H, W, C), the way it lies in memory; copied only where it does not."""
+    """(M, B, C, H, W) as a contiguous (M, B, H, W, C); copies only if the memory format differs."""
     return t.permute(0, 1, 3, 4, 2).contiguous()
 
 
 def _model_stride(t: Tensor) -> int:
-    """Elements from one model's to the next one's: none where all share it, as they do the images."""
+    """Elements between consecutive models; 0 if all models share the tensor, as they do the images."""
     return t.stride(0) if len(t) > 1 else 0
 
 
@@ -153,7 +153,7 @@ def convolve_by_kernel(
     x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int, height: int, width: int, transposed: bool,
     relu: bool, low: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`convolve` by the Triton kernel."""
+    """`convolve` with the Triton kernel."""
     m, images, kernel, steps = len(w), x.shape[1], w.shape[-1], stride if transposed else 1
     w = w.permute((0, 3, 4, 1, 2) if transposed else (0, 3, 4, 2, 1)).to(torch.bfloat16 if low else w.dtype)
     w, x = w.contiguous(), _in_memory(x)  # (M, KERNEL, KERNEL, C, N), (M or 1, B, H, W, C)
@@ -172,7 +172,7 @@ def convolve_by_kernel(
 
 
 def weight_grad_by_kernel(big: Tensor, small: Tensor, kernel: int, stride: int, padding: int, low: bool) -> Tensor:
-    """`weight_grad` by the Triton kernel."""
+    """`weight_grad` with the Triton kernel."""
     m, images = max(len(big), len(small)), small.shape[1]
     big, small = _in_memory(big), _in_memory(small)
     c, n = big.shape[-1], small.shape[-1]
@@ -194,27 +194,27 @@ def convolve(
     x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int, height: int, width: int, transposed: bool,
     relu: bool, low: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Convolutions of M models, transposed ones or not: (M, B, N, height, width) of that dtype.
+    """Convolutions or transposed convolutions of M models: (M, B, N, height, width) of the given dtype.
 
-    Images x (M, B, C, H, W), or (1, B, C, H, W) shared by all; weights w (M, N, C, K, K), transposed
-    (M, C, N, K, K), and biases b (M, N) as torch's layers have them. `low` multiplies in bfloat16.
+    Images x are (M, B, C, H, W), or (1, B, C, H, W) if all models share them. Weights w (M, N, C, K, K), if
+    transposed (M, C, N, K, K), and biases b (M, N) are laid out as in torch's layers. `low` multiplies in bfloat16.
     """
     return convolve_by_kernel(x, w, b, stride, padding, height, width, transposed, relu, low, dtype)
 
 
 @torch.library.custom_op("hit::weight_grad", mutates_args=(), device_types="cuda")
 def weight_grad(big: Tensor, small: Tensor, kernel: int, stride: int, padding: int, low: bool) -> Tensor:
-    """The gradient by the weights of M convolutions, (M, N, C, K, K), in float32.
+    """The gradient of M convolutions with respect to their weights, (M, N, C, K, K), in float32.
 
-    Of the input `big` (M, B, C, H, W) and the output's gradient `small` (M, B, N, h, w); of a transposed
-    convolution, whose weights are (M, C of its input, N, K, K), these change places.
+    `big` (M, B, C, H, W) is the input and `small` (M, B, N, h, w) the gradient of the output. For a transposed
+    convolution, whose weights are (M, input channels, output channels, K, K), the two are swapped.
     """
     return weight_grad_by_kernel(big, small, kernel, stride, padding, low)
 
 
 @convolve.register_kernel("cpu")
 def convolve_plainly(x, w, b, stride, padding, height, width, transposed, relu, low, dtype):
-    """`convolve` by torch's convolutions, model by model."""
+    """`convolve` with torch's convolutions, one model at a time."""
     x, w, b = (None if t is None else t.to(torch.bfloat16 if low else w.dtype) for t in (x, w, b))
     rest = height - ((x.shape[3] - 1) * stride - 2 * padding + w.shape[-1])
     out = [
@@ -229,7 +229,7 @@ def convolve_plainly(x, w, b, stride, padding, height, width, transposed, relu, 
 
 @weight_grad.register_kernel("cpu")
 def weight_grad_plainly(big, small, kernel, stride, padding, low):
-    """`weight_grad` by torch, model by model."""
+    """`weight_grad` with torch, one model at a time."""
     big, small = (t.to(torch.bfloat16 if low else torch.promote_types(big.dtype, small.dtype)) for t in (big, small))
     shape = (small.shape[2], big.shape[2], kernel, kernel)
     pairs = [(big[m % len(big)], small[m % len(small)]) for m in range(max(len(big), len(small)))]
@@ -280,7 +280,7 @@ def convolve_one(
     x: Tensor, w: Tensor, b: Tensor, stride: int, padding: int, height: int, width: int, transposed: bool,
     relu: bool, low: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`convolve` of one model, without the leading M; under vmap, which training goes through, of all at once."""
+    """`convolve` for one model, without the leading M; under vmap, as in training, for all models at once."""
     return convolve(x[None], w[None], b[None], stride, padding, height, width, transposed, relu, low, dtype)[0].clone()
 
 
@@ -291,7 +291,9 @@ def _(info, dims, x, w, b, *how):
 
 
 class _ByKernel:
-    relu = False  # whether it ends with one
+    """Mixin for a convolution layer that computes by `convolve`."""
+
+    relu = False  # whether a ReLU is fused
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride, padding = self.kernel_size[0], self.stride[0], self.padding[0]
@@ -310,7 +312,7 @@ def _by_kernel(layer: type) -> type:
 
 
 def use_kernels(model: nn.Module) -> None:
-    """Lets all convolutions of a model go through `convolve`, each with the ReLU that follows it."""
+    """Makes all convolutions of a model, in place, use `convolve`, fused with the ReLU that follows them."""
     for parent in list(model.modules()):
         for (_, layer), (after, following) in itertools.pairwise([*parent.named_children(), ("", None)]):
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):

@@ -1,4 +1,4 @@
-"""The families of the latents: how to sample them, and their rates (KL divergences, nats per image)."""
+"""The distribution families of the latents: sampling, densities, and rates (KL divergences in nats per image)."""
 
 import math
 from typing import NamedTuple
@@ -20,31 +20,31 @@ class Gaussian(NamedTuple):
     std: Tensor | float
 
     n_heads = 2  # outputs of the network that parametrises it
-    convolutional = True  # whether z may be convolutional
+    convolutional = True  # whether it supports a convolutional z
 
     @classmethod
     def from_outputs(cls, mean: Tensor, pre_std: Tensor) -> "Gaussian":
-        """From a network's two outputs; softplus makes the standard deviation."""
+        """From a network's two outputs (B, ...); softplus maps the second to the standard deviation."""
         return cls(mean, F.softplus(pre_std).clamp_min(1e-6))  # an underflow to 0 would make the KL infinite
 
     @classmethod
     def from_variance(cls, mean: Tensor, pre_variance: Tensor) -> "Gaussian":
-        """From a network's two outputs; softplus makes the variance."""
+        """From a network's two outputs (B, ...); softplus maps the second to the variance."""
         return cls(mean, F.softplus(pre_variance).clamp_min(1e-12).sqrt())
 
     @staticmethod
     def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What `sample` needs: standard normal numbers."""
+        """The noise for `sample`: standard normal."""
         return torch.randn(shape, generator=generator, device=generator.device)
 
     @staticmethod
     def from_prior(noise: Tensor) -> Tensor:
-        """A sample of the prior N(0, I), made of the same noise."""
+        """A sample of the prior N(0, I), from the same kind of noise."""
         return noise
 
     @staticmethod
     def temperature(epoch: int) -> None:
-        """None: nothing to relax."""
+        """None, since a Gaussian is not relaxed."""
 
     @classmethod
     def prior_log_prob(cls, z: Tensor) -> Tensor:
@@ -57,6 +57,7 @@ class Gaussian(NamedTuple):
 
     @property
     def mode(self) -> Tensor:
+        """The mode, (B, ...)."""
         return self.mean
 
     def rate(self) -> Tensor:
@@ -76,7 +77,7 @@ class Gaussian(NamedTuple):
 
 
 def precision_weighted(a: Gaussian, b: Gaussian) -> Gaussian:
-    """The normalised product of two Gaussians: precisions add up (ladder VAE; Sonderby 2016, eq. 13)."""
+    """The normalised product of two Gaussians, whose precisions add (ladder VAE; Sonderby 2016, eq. 13)."""
     var_a, var_b = a.std**2, b.std**2
     total = var_a + var_b
     return Gaussian((a.mean * var_b + b.mean * var_a) / total, (var_a * var_b / total).sqrt())
@@ -93,16 +94,17 @@ class RelaxedOneHot(NamedTuple):
 
     @classmethod
     def from_outputs(cls, logits: Tensor) -> "RelaxedOneHot":
+        """From a network's output, the logits (B, Z)."""
         return cls(logits)
 
     @staticmethod
     def noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """What `sample` needs: standard Gumbel numbers."""
+        """The noise for `sample`: standard Gumbel."""
         return -torch.empty(shape, device=generator.device).exponential_(generator=generator).log()
 
     @staticmethod
     def from_prior(noise: Tensor) -> Tensor:
-        """A sample of the prior, the uniform distribution, made of the same noise."""
+        """A sample of the uniform prior, from the same kind of noise."""
         return one_hot_argmax(noise)
 
     @classmethod
@@ -116,7 +118,7 @@ class RelaxedOneHot(NamedTuple):
         return max(math.exp(-0.007 * epoch), cls.final_temperature)
 
     def sample(self, noise: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """(B, Z): relaxed at the given temperature; without one, hard with straight-through gradients."""
+        """A sample (B, Z): relaxed at the given temperature; without one, hard with straight-through gradients."""
         if temperature is not None:
             return F.softmax((self.logits + noise) / temperature, dim=-1)
         soft = F.softmax((self.logits + noise) / self.final_temperature, dim=-1)
@@ -124,14 +126,16 @@ class RelaxedOneHot(NamedTuple):
 
     @property
     def mode(self) -> Tensor:
+        """The most probable category, one-hot (B, Z)."""
         return one_hot_argmax(self.logits)
 
     @property
     def mean(self) -> Tensor:
+        """The probabilities of the categories, (B, Z)."""
         return F.softmax(self.logits, dim=-1)
 
     def rate(self) -> Tensor:
-        """KL[q || uniform] of the categories, sum q log(q Z), in nats, (B,)."""
+        """KL[q || uniform] = sum of q log(q Z) over the categories, in nats, (B,)."""
         log_q = F.log_softmax(self.logits, dim=-1)
         return (log_q.exp() * (log_q + math.log(self.logits.shape[-1]))).sum(-1)
 
@@ -141,7 +145,7 @@ class RelaxedOneHot(NamedTuple):
 
 
 def one_hot_argmax(t: Tensor) -> Tensor:
-    """One-hot of the largest entry along the last dimension (written so that it runs under vmap)."""
+    """One-hot of the largest entry along the last dimension (written to run under vmap)."""
     return (torch.arange(t.shape[-1], device=t.device) == t.argmax(-1, keepdim=True)).to(t.dtype)
 
 

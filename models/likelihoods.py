@@ -1,7 +1,7 @@
 """The likelihoods p(x|y): log-probability, mean image and sample, given the decoder's output.
 
-Images x are (B, C, H, W) in [0, 1]. A log-probability is in nats per image, (B,). Means and samples may
-leave [0, 1]; models/hvae.py clamps them.
+Images x are (B, C, H, W) in [0, 1]. Log-probabilities (B,) are in nats per image. Means and samples (B, C, H, W)
+may exceed [0, 1]; models/hvae.py clamps them.
 """
 
 import math
@@ -16,50 +16,53 @@ from .networks import MOL_CHANNELS
 
 
 class BernoulliPixels(NamedTuple):
-    """Independent Bernoulli pixels; grey values count as probabilities."""
+    """Independent Bernoulli pixels; grey values are treated as probabilities."""
 
     logits: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability: the negative binary cross-entropy, summed over the pixels."""
         return -sum_per_image(F.binary_cross_entropy_with_logits(self.logits, x, reduction="none"))
 
     @property
     def mean(self) -> Tensor:
+        """Mean image."""
         return torch.sigmoid(self.logits)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """The mean image: as usual in the field, pixel noise is not part of the picture."""
+        """The mean image; as usual for VAEs, samples are shown without pixel noise."""
         return self.mean
 
 
 class GaussianPixels(NamedTuple):
-    """Independent Gaussian pixels of one standard deviation; a density, not a probability mass."""
+    """Independent Gaussian pixels that share a standard deviation; a density, not a probability mass."""
 
     mean: Tensor
     log_sigma: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density."""
         scaled = (x - self.mean) * (-self.log_sigma).exp()
         return sum_per_image(-0.5 * scaled**2 - self.log_sigma - 0.5 * math.log(2 * math.pi))
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """The mean image: as usual in the field, pixel noise is not part of the picture."""
+        """The mean image; as usual for VAEs, samples are shown without pixel noise."""
         return self.mean
 
 
 class MixtureOfLogistics(NamedTuple):
     """Mixture of K discretised logistics over 256 levels (PixelCNN++; Salimans 2017).
 
-    Given a component, each colour's mean is shifted by the colours before it. Colours range over [-1, 1].
+    Given a component, the mean of each colour is shifted linearly by the preceding colours, which are in [-1, 1].
     """
 
     log_weights: Tensor  # (B, K, H, W)
     means: Tensor  # (B, C, K, H, W), before the shifts
     log_scales: Tensor  # (B, C, K, H, W)
-    coefficients: Tensor | None  # (B, 3, K, H, W): G by R, B by R, B by G; None for one channel
+    coefficients: Tensor | None  # (B, 3, K, H, W): of R for G, of R for B, of G for B; None for one channel
 
     def _shifted_means(self, colours: Tensor) -> Tensor:
-        """Means given the colours (B, C, 1 or K, H, W) in [-1, 1] that each one depends on."""
+        """Means (B, C, K, H, W), shifted by the preceding colours among (B, C, 1 or K, H, W), in [-1, 1]."""
         if self.coefficients is None:
             return self.means
         r, g, _ = colours.unbind(1)
@@ -68,12 +71,13 @@ class MixtureOfLogistics(NamedTuple):
         return self.means + shift
 
     def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability of images whose levels are multiples of 1 / 255."""
         colours = (2 * x - 1).unsqueeze(2)  # (B, C, 1, H, W)
         centred = colours - self._shifted_means(colours)
         inv_scale = (-self.log_scales).exp()
         upper = (centred + 1 / 255) * inv_scale
         lower = (centred - 1 / 255) * inv_scale
-        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): exact however small the mass is
+        # sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)), whose log is accurate for any small mass
         width = 2 / 255 * inv_scale
         inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + (-torch.expm1(-width)).log()
         log_mass = torch.where(
@@ -84,16 +88,16 @@ class MixtureOfLogistics(NamedTuple):
         return sum_per_image(torch.logsumexp(self.log_weights + log_mass.sum(1), dim=1))
 
     def _clamped_mean(self, mean: Tensor, log_scale: Tensor) -> Tensor:
-        """Mean of a logistic variable whose tails are moved to -1 and 1, which is what discretising does.
+        """Mean of a logistic variable X clamped to [-1, 1], as the discretisation does.
 
-        E clamp(X, -1, 1) = 1 - (integral of the CDF over [-1, 1]), the CDF's integral being a softplus.
+        E clamp(X, -1, 1) = 1 - (integral of the CDF over [-1, 1]); the antiderivative of the CDF is a softplus.
         """
         s = log_scale.exp()
         return 1 - s * (F.softplus((1 - mean) / s) - F.softplus((-1 - mean) / s))
 
     @property
     def mean(self) -> Tensor:
-        """Mean image in [0, 1]; over the colours that G and B depend on, a Fibonacci lattice's mean."""
+        """Mean image in [0, 1]; the colours that G and B depend on are averaged over a Fibonacci lattice."""
         if self.coefficients is None:
             colours = self._clamped_mean(self.means, self.log_scales)
         else:
@@ -108,9 +112,9 @@ class MixtureOfLogistics(NamedTuple):
         return ((self.log_weights.exp().unsqueeze(1) * colours).sum(2) + 1) / 2
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """An image of the 256 levels of [0, 1]."""
+        """A sample, quantised to 256 levels in [0, 1]."""
         noise = torch.empty_like(self.log_weights).exponential_(generator=generator)
-        k = (self.log_weights - noise.log()).argmax(1)[:, None, None]  # Gumbel's trick; (B, 1, 1, H, W)
+        k = (self.log_weights - noise.log()).argmax(1)[:, None, None]  # Gumbel-max trick; (B, 1, 1, H, W)
         chosen = [t.gather(2, k.expand(-1, t.shape[1], -1, -1, -1)) for t in (self.means, self.log_scales)]
         coefficients = self.coefficients
         if coefficients is not None:
@@ -126,8 +130,10 @@ class MixtureOfLogistics(NamedTuple):
 
 
 class Bernoulli(nn.Module):
-    colour = False  # whether it is for colour images too
-    is_mass = False  # whether it is a probability of images of 256 levels, which bits per dimension need
+    """Bernoulli likelihood, for grey images only."""
+
+    colour = False  # whether it supports colour images
+    is_mass = False  # whether it is a probability mass on 256 levels, which bits per dimension require
     hidden = None  # hidden channels of the decoder's output head, if it has one
 
     def __init__(self, image_channels: int, sigma: float):
@@ -139,6 +145,8 @@ class Bernoulli(nn.Module):
 
 
 class GaussianFixedSigma(nn.Module):
+    """Gaussian likelihood with a given standard deviation."""
+
     colour = True
     is_mass = False
     hidden = None
@@ -153,7 +161,7 @@ class GaussianFixedSigma(nn.Module):
 
 
 class GaussianLearnedSigma(nn.Module):
-    """One shared log sigma, learned and softly limited from below at -6 (sigma-VAE; Rybkin 2020)."""
+    """Gaussian likelihood with a learned log sigma, shared by all pixels, softly bounded below by -6 (Rybkin 2020)."""
 
     colour = True
     is_mass = False
@@ -169,7 +177,10 @@ class GaussianLearnedSigma(nn.Module):
 
 
 class MoL(nn.Module):
-    """Channels of the output: K mixture logits, then for each colour K means, K log-scales, K coefficients."""
+    """Mixture of K discretised logistics.
+
+    Output channels: K mixture logits, then for each colour K means, K log-scales and, for RGB, K coefficients.
+    """
 
     colour = True
     is_mass = True

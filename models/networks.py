@@ -6,6 +6,7 @@ each of the distribution's parameters.
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -61,15 +62,17 @@ class Halves(nn.Module):
 
 
 class VectorZ:
-    """Networks of the models with a vector z, for images of 28 or 32 pixels; c channels, Z = z_dims.
+    """Networks of the models with a vector z, for images of 28 to 128 pixels; c channels, Z = z_dims.
 
+    28 pixels are halved twice, to 7; 32, 64 and 128 as often as it takes to 8.
     `y_dims` > 0 makes y a vector too (`--linear_y_with_dims`).
     """
 
     def __init__(self, image_shape: tuple[int, int, int], c: int, z_dims: int, y_dims: int):
         self.image_channels, size, _ = image_shape
         self.c, self.z_dims, self.y_dims = c, z_dims, y_dims
-        self.side = size // 4  # 7 or 8
+        self.side = 7 if size == 28 else 8
+        self.further = int(math.log2(size // self.side)) - 2  # halvings beyond two
         self.mid = {"kernel_size": 4, **({"stride": 1} if self.side == 7 else {"stride": 2, "padding": 1})}
         self.z_shape = (z_dims,)
         self.y_shape = (y_dims,) if y_dims > 0 else (c, 4, 4)
@@ -81,7 +84,8 @@ class VectorZ:
         return nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
 
     def trunk(self) -> nn.Module:
-        return relu_after(self._down(self.image_channels, self.c), self._down(self.c, self.c))
+        first = self._down(self.image_channels, self.c)
+        return relu_after(first, *[self._down(self.c, self.c) for _ in range(1 + self.further)])
 
     def z_head(self, n_heads: int) -> nn.Module:
         heads = Heads(in_full(nn.Linear(self.c * 16, self.z_dims)) for _ in range(n_heads))
@@ -122,16 +126,16 @@ class VectorZ:
             first.append(nn.Unflatten(1, (c, self.side, self.side)))
         else:
             first = relu_after(nn.ConvTranspose2d(c, c, **self.mid))
-        if hidden is None:
-            return nn.Sequential(first, relu_between(self._up(c, c), self._up(c, outputs)))
-        head = nn.Conv2d(hidden, outputs, 3, padding=1)
-        return nn.Sequential(first, relu_between(self._up(c, c), self._up(c, hidden), head))
+        head = [] if hidden is None else [nn.Conv2d(hidden, outputs, 3, padding=1)]  # made first: seeds give weights
+        ups = [self._up(c, c) for _ in range(1 + self.further)]
+        return nn.Sequential(first, relu_between(*ups, self._up(c, hidden or outputs), *head))
 
 
 class ConvZ:
-    """Networks of the models with a convolutional z, for images of 28, 32 or 256 pixels; c channels.
+    """Networks of the models with a convolutional z, for images of 28, 32, 64, 128 or 256 pixels; c channels.
 
-    28 pixels shrink as 28-14-7-4, so the step from 4 back to 7 has no output padding.
+    y has 7 or 8 pixels, of 256 pixels 16. 28 pixels shrink as 28-14-7-4, so the step from 4 back to 7 has no output
+    padding.
     """
 
     def __init__(self, image_shape: tuple[int, int, int], c: int):
@@ -140,6 +144,7 @@ class ConvZ:
         self.large = size == 256
         side = 7 if size == 28 else 16 if self.large else 8
         self.pad_from_4 = 0 if size == 28 else 1
+        self.further = int(math.log2(size // side)) - 2  # halvings between x and y beyond two
         self.z_shape, self.y_shape = (c, 4, 4), (c, side, side)
 
     def _down(self, i: int, o: int) -> nn.Module:
@@ -151,12 +156,12 @@ class ConvZ:
     def _up(self, i: int, o: int, output_padding: int = 1) -> nn.Module:
         return nn.ConvTranspose2d(i, o, 5, stride=2, padding=2, output_padding=output_padding)
 
-    def _if_large(self, layer, n: int = 1) -> list[nn.Module]:
-        return [layer(self.c, self.c) for _ in range(n)] if self.large else []
+    def _times(self, n: int, layer) -> list[nn.Module]:
+        return [layer(self.c, self.c) for _ in range(n)]
 
     def trunk(self) -> nn.Module:
         first = self._down(self.image_channels, self.c)
-        return relu_after(first, *self._if_large(self._down, 3), self._same(self.c, self.c, 3))
+        return relu_after(first, *self._times(self.further + self.large, self._down), self._same(self.c, self.c, 3))
 
     def z_head(self, n_heads: int) -> nn.Module:
         c = self.c
@@ -164,15 +169,15 @@ class ConvZ:
 
     def x_branch(self) -> nn.Module:
         c = self.c
-        return relu_after(self._down(self.image_channels, c), self._down(c, c), *self._if_large(self._down, 2))
+        return relu_after(self._down(self.image_channels, c), *self._times(1 + self.further, self._down))
 
     def z_branch(self) -> nn.Module:
         c = self.c
-        ups = [self._up(c, c, self.pad_from_4), *self._if_large(self._up)]
+        ups = [self._up(c, c, self.pad_from_4), *self._times(self.large, self._up)]
         return relu_after(*ups, nn.ConvTranspose2d(c, c, 3, padding=1))
 
     def y_joint(self) -> nn.Module:
-        n = 3 if self.large else 2
+        n = 2 + self.large
         return nn.Sequential(relu_between(*[self._same(2 * self.c, 2 * self.c, 5) for _ in range(n)]), Halves())
 
     def y_bottom_up(self) -> nn.Module:
@@ -183,11 +188,11 @@ class ConvZ:
         c, wide = self.c, self.c + self.c // 2
         up = self._up(c, wide, self.pad_from_4)
         last = nn.ConvTranspose2d(wide, 2 * c, 3, padding=1)
-        return nn.Sequential(relu_between(*self._if_large(self._up), up, last), Halves())
+        return nn.Sequential(relu_between(*self._times(self.large, self._up), up, last), Halves())
 
     def decoder(self, outputs: int, hidden: int | None) -> nn.Module:
         c = self.c
-        ups = [*self._if_large(self._up, 2), self._up(c, c)]
+        ups = self._times(1 + self.further, self._up)
         if hidden is None:
             return relu_between(*ups, self._up(c, outputs))
         return relu_between(*ups, self._up(c, hidden), self._same(hidden, outputs, 3))

@@ -1,4 +1,4 @@
-"""Weights of the paper's published code under our names. Nothing else in the project knows of them."""
+"""Renames the weights of the paper's published code, and unwraps those that other programs saved."""
 
 import re
 
@@ -16,10 +16,21 @@ ORDER = [
 LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
 
 
-def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state_dict of the paper's code as one of ours for that model; one that is ours already is returned as it is.
+def unwrapped(state: dict) -> dict[str, Tensor]:
+    """The weights of a file that holds more, or the weights of a wrapped model (DataParallel, torch.compile)."""
+    for name in ("state_dict", "model_state_dict"):
+        if isinstance(state.get(name), dict):
+            return unwrapped(state[name])
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            return unwrapped({name.removeprefix(prefix): t for name, t in state.items()})
+    return state
 
-    Raises ValueError if the layers do not correspond.
+
+def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state_dict of the paper's code with the parameter names of `model`; any other is returned unchanged.
+
+    Raises ValueError if its layers do not correspond to those of the model.
     """
     layers = {name.rpartition(".")[0] for name in state if name != "log_sigma"}
     if not layers or not all(LAYER.fullmatch(layer) for layer in layers):

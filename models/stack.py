@@ -1,4 +1,4 @@
-"""M models of one architecture as one: every parameter carries a leading M, the forward pass is vectorised."""
+"""M models of one architecture as a single one: parameters are stacked (M, ...), the forward pass is vmapped."""
 
 import torch
 import torch.distributed as dist
@@ -12,25 +12,25 @@ from .hvae import Noise, Terms
 
 TERMS = ("loss", *Terms._fields)  # what training and evaluation report of a model, in this order
 
-# The ways of convolving: as it comes (vmap makes the convolutions grouped ones), with the channels last in
-# memory, and by the Triton kernels of models/kernels.py.
-ROUTES = ("plain", "channels_last", "kernels")
+# Convolution backends: "plain" and "channels_last" are grouped convolutions, which vmap makes of stacked ones, in
+# either memory format; "kernels" are the Triton kernels of models/kernels.py.
+BACKENDS = ("plain", "channels_last", "kernels")
 
 
 class Stack:
-    """M copies of a model that train independently and in step.
+    """M copies of a model that train independently, in lockstep.
 
-    `parameters` maps the model's parameter names to leaf tensors (M, ...). All copies see the same images
-    and the same noise; each has its own betas, (M,). One Adam over the stacked tensors is M separate Adams.
-    With the precision "bf16" the networks' trunks train in bfloat16; their heads, rates and likelihoods do not.
+    `parameters` maps the model's parameter names to leaf tensors (M, ...). All copies see the same images and the
+    same noise; each has its own betas, (M,). One Adam on the stacked tensors is equivalent to M separate ones.
+    With precision "bf16", hidden layers run in bfloat16; output layers, rates and likelihoods run in float32.
     """
 
-    def __init__(self, model: nn.Module, m: int, precision: str = "fp32", route: str = "plain"):
-        self.model, self.m, self.low, self.route = model, m, precision == "bf16", route
+    def __init__(self, model: nn.Module, m: int, precision: str = "fp32", backend: str = "plain"):
+        self.model, self.m, self.low, self.backend = model, m, precision == "bf16", backend
         self.compiled, self.compiled_batch = None, 0
         self.parallel, self.world, self.part = None, 1, slice(None)  # of data-parallel processes: see `distribute`
-        if route == "kernels":
-            from .kernels import use_kernels  # it needs Triton, which is not everywhere
+        if backend == "kernels":
+            from .kernels import use_kernels  # needs Triton, which is not available on all platforms
 
             use_kernels(model)
         self.parameters = {
@@ -38,23 +38,23 @@ class Stack:
         }
 
     def terms(self, x: Tensor, noise: Noise) -> Terms:
-        """Terms (M, B) of images x (B, C, H, W) under every model, as written."""
-        if self.route == "channels_last":
+        """Terms (M, B) of images x (B, C, H, W) under every model, computed eagerly."""
+        if self.backend == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
-        if self.m == 1 and self.route != "kernels":  # plain calls are faster than a vmap over one
+        if self.m == 1 and self.backend != "kernels":  # plain calls are faster than a vmap over one
             alone = {name: p.squeeze(0) for name, p in self.parameters.items()}
             return Terms(*[t.unsqueeze(0) for t in functional_call(self.model, alone, (x, noise))])
         return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)
 
     def compile(self, batch_size: int) -> None:
-        """Lets the terms of batches of that size go through torch.compile; an epoch's last one stays as written."""
+        """Compiles `terms` for batches of that size; a smaller one, such as an epoch's last, runs eagerly."""
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = 1000  # for all the engines that a process makes, not for one
+        torch._dynamo.config.recompile_limit = 1000  # all engines of a process count towards this limit
         self.compiled, self.compiled_batch = torch.compile(self.terms, fullgraph=True), batch_size
 
     def fast_terms(self, x: Tensor, noise: Noise) -> Terms:
-        """`terms`, compiled where that is wanted and possible."""
+        """`terms`, compiled if `compile` was called for this batch size and compiling succeeds."""
         if self.compiled and len(x) == self.compiled_batch:
             try:
                 return self.compiled(x, noise)
@@ -62,18 +62,18 @@ class Stack:
                 if is_out_of_memory(e):
                     raise
                 self.compiled = None
-                print(f"note: the step cannot be compiled on this machine, going on without: {one_line(e)}", flush=True)
+                print(f"note: the step cannot be compiled, continuing without: {one_line(e)}", flush=True)
         return self.terms(x, noise)
 
     def distribute(self, rank: int, world: int) -> None:
-        """Makes this process take its part of every batch; the gradients are averaged over the processes."""
+        """Makes this process take its part of every batch, and averages the gradients over the processes."""
         self.world, self.part = world, slice(rank, None, world)
         self.parallel = DistributedDataParallel(_Terms(self))
 
     def step(self, optimizer, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
-        """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4).
+        """One optimiser step of all models. Returns the sums over the batch of loss, ll, kl_y, kl_z: (M, 4).
 
-        `noise` is that of the whole batch, x may be this process's part of it.
+        `noise` is for the whole batch; x (B, C, H, W) is the part of it that this process takes.
         """
         n, noise = len(noise.y), self.own(noise)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
@@ -85,7 +85,7 @@ class Stack:
         return self._of_all(_sums(loss, terms))
 
     def own(self, noise: Noise) -> Noise:
-        """This process's part of a whole batch's noise."""
+        """This process's part of the noise for a whole batch."""
         return noise.of(self.part)
 
     @torch.no_grad()
@@ -100,34 +100,34 @@ class Stack:
         return self._of_all(sums) / len(split)
 
     def _of_all(self, sums: Tensor) -> Tensor:
-        """This process's sums, with those of data-parallel ones added."""
+        """The sums over all data-parallel processes."""
         if self.parallel:
             dist.all_reduce(sums)
         return sums
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of all parameters, stacked, from which `cell` can take a model later."""
+        """A copy of all stacked parameters, for `cell`."""
         return {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def cell(self, m: int, snapshot: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The state_dict of model m, a copy on the CPU; as it is now, or as it was."""
+        """The state_dict of model m, copied to the CPU; from the snapshot, if one is given."""
         parameters = self.parameters if snapshot is None else snapshot
         return {name: p.detach()[m].cpu().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def load_cell(self, m: int, state: dict[str, Tensor]) -> None:
-        """Sets model m from a state_dict."""
+        """Loads model m from a state_dict."""
         for name, p in self.parameters.items():
             p[m] = state[name]
 
     def plain(self, m: int) -> nn.Module:
-        """Model m as an ordinary module, until the next call."""
+        """Model m as an ordinary module, valid until the next call."""
         self.model.load_state_dict(self.cell(m))
         return self.model
 
 
 class _Terms(nn.Module):
-    """A stack's terms as a module that holds its parameters, which is what DistributedDataParallel takes."""
+    """A stack's parameters and terms as a module, as DistributedDataParallel requires."""
 
     def __init__(self, stack: Stack):
         super().__init__()

@@ -3,6 +3,9 @@
 import errno
 import os
 import random
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -91,3 +94,51 @@ def test_kill_9_inside_a_save_leaves_a_whole_file(trial):
     process.wait()
     values = load_tensors(Path("x.pth"))["i"]
     assert values[0] > 0 and (values == values[0]).all()
+
+
+def wrapped(state, how):
+    match how:
+        case "module":
+            return {f"module.{k}": v for k, v in state.items()}
+        case "compiled, then parallel":
+            return {f"module._orig_mod.{k}": v for k, v in state.items()}
+        case "state_dict":
+            return {"state_dict": {f"_orig_mod._orig_mod.{k}": v for k, v in state.items()}, "epoch": 3}
+        case "model_state_dict":
+            return {"model_state_dict": state, "optimizer_state_dict": {}}
+        case "double":
+            return {k: v.double() for k, v in state.items()}
+    return {k: v.half().float() for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "how", ["module", "compiled, then parallel", "state_dict", "model_state_dict", "double", "half"]
+)
+def test_weights_as_others_save_them(how, trained):
+    (path,) = trained()
+    run = Run.open(path)
+    state = load_tensors(path / "vae.pth")
+    expected = wrapped(state, how) if how == "half" else state
+    torch.save({k: v.half() for k, v in state.items()} if how == "half" else wrapped(state, how), path / "vae.pth")
+    loaded = load_model(run, torch.device("cpu")).state_dict()
+    for name, p in expected.items():
+        assert loaded[name].dtype == torch.float32 and torch.equal(loaded[name], p)
+
+
+def test_weights_that_are_no_floating_point_are_refused(trained):
+    (path,) = trained()
+    save_tensors(path / "vae.pth", {k: v.int() for k, v in load_tensors(path / "vae.pth").items()})
+    with pytest.raises(UserError, match=r"the weights do not fit .* \(not all of them are floating-point tensors\)"):
+        load_model(Run.open(path), torch.device("cpu"))
+
+
+def test_weights_of_torch_before_1_6_say_how_to_save_them_anew(trained):
+    (path,) = trained()
+    state = load_tensors(path / "vae.pth")
+    torch.save(state, path / "vae.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="in the format of torch before 1.6; python -c") as e:
+        load_model(Run.open(path), torch.device("cpu"))
+    command = shlex.split(str(e.value).partition("python ")[2].removesuffix(" saves it anew"))
+    subprocess.run([sys.executable, *command], check=True)
+    for name, p in load_model(Run.open(path), torch.device("cpu")).state_dict().items():
+        assert torch.equal(p, state[name])

@@ -1,50 +1,16 @@
 """train_classifier.py, and the classifiers that it makes."""
 
-import json
-import math
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-import eval_beta_grid
 import train_classifier
 from tests.conftest import start
-from tests.evaluation.conftest import STEP1
-from tests.test_datasets import write_cifar10, write_svhn
+from tests.datasets.files import write_cifar10, write_svhn
+from utils.config import Config
 from utils.files import read_json
-
-
-def test_classifiers_that_cannot_be_used(batch, script):
-    good = Path("runs/classifiers/Digits")
-
-    def refused(message, *flags):
-        status, out, err = script(eval_beta_grid.main, *STEP1, *flags)
-        assert status == 2 and message in err and err.count("\n") == 1, err
-
-    refused("bogus.pth: no trained classifier", "--classifier_path", good / "bogus.pth")
-    other = Path(shutil.copytree(good, "other"))
-    settings = read_json(other / "config.json")
-    (other / "config.json").write_text(json.dumps(settings | {"dataset": "SVHN"}))
-    refused("labels SVHN, not Digits", "--classifier_path", other)
-    (other / "config.json").write_text(json.dumps(settings))
-    state = torch.load(good / "classifier.pth", weights_only=True)
-    torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
-    refused("holds weights that are not finite", "--classifier_path", other)
-    (good / "classifier.pth").write_bytes((good / "classifier.pth").read_bytes()[:1000])
-    flags = ["--device", "cpu", "--num_epochs", "2"]
-    status, _, err = script(train_classifier.main, *flags)
-    assert status == 2 and "classifier.pth: damaged" in err
-    (good / "classifier.pth").unlink()
-    for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
-        torch.save(state, good / "resume.pth")
-        status, _, err = script(train_classifier.main, *flags)
-        assert status == 2 and "resume.pth: damaged, --overwrite starts anew" in err and err.count("\n") == 1
-    status, _, err = script(train_classifier.main, *flags[:2], "--overwrite", "--learning_rate", "1e30")
-    assert status == 2 and "--learning_rate: the loss is not finite in epoch 1" in err
-    assert not (good / "classifier.pth").exists()
 
 
 def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
@@ -75,14 +41,17 @@ def test_colour_classifiers_train(dataset, script):
     {"SVHN": write_svhn, "CIFAR10": write_cifar10}[dataset](Path("data"), n=2)
     status, out, err = script(train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
     assert status == 0, err
-    model, _ = train_classifier.load_classifier(Path("runs/classifiers", dataset), dataset, torch.device("cpu"))
+    model, _ = train_classifier.load_classifier(
+        Path("runs/classifiers", dataset), Config(dataset=dataset), torch.device("cpu")
+    )
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--dataset", "ImageNet"], "--dataset: unknown 'ImageNet'"),
+        (["--dataset", "Imagenet"], "--dataset: unknown 'Imagenet'; did you mean ImageNet?"),
+        (["--image_size", "32"], "--image_size: is for a folder of images"),
         (["--learning_rate", "0"], "--learning_rate: must be > 0"),
         (["--num_epochs", "0"], "--num_epochs: must be a whole number >= 1"),
         (["--dataset", "SVHN"], "SVHN: not found; looked in"),

@@ -4,13 +4,18 @@ import argparse
 import dataclasses
 import math
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from utils.config import Config, kind_of
+from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError, nearest, one_line
+
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
+NO_VALUE = "takes no value; give the flag to turn it on, leave it out otherwise"
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,32 +29,66 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
         )
 
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e-3 for a flag
+
     def error(self, message: str):
-        raise UserError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        message = re.sub(r"invalid int value: (.*)", r"must be a whole number, got \1", message)
+        message = re.sub(r"invalid float value: (.*)", r"must be a number, got \1", message)
+        message = re.sub(r"ignored explicit argument (.*)", rf"{NO_VALUE}, got \1", message)
+        raise UserError(message)
+
+    def _check(self, argv: list[str]) -> None:
+        """Raises UserError for what argparse would take in silence, or answer in words that do not name the flag."""
+        given = [self._option_string_actions.get(a.split("=")[0]) for a in argv]
+        for i, action in enumerate(given):
+            flag = argv[i].split("=")[0]
+            if action is not None and action.nargs == "+" and action in given[:i]:
+                raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
+            if action is None and i and given[i - 1] is not None and given[i - 1].nargs == 0:
+                raise UserError(f"{argv[i - 1]}: {NO_VALUE}, got {argv[i]!r}")
 
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
-        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu ... (default: cuda if there, else cpu)")
+        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
         if not self.files:
             return
         common.add_argument(
             "--data_dir",
-            default=os.environ.get("HIT_DATA_DIR", "data"),
-            help="where the data sets are (default: data, or the environment variable HIT_DATA_DIR)",
+            default=default_data_dir(),
+            help="folder of the data sets (default: $HIT_DATA_DIR, else data)",
         )
-        common.add_argument("--runs_dir", default="runs", help="where the run folders are (default: runs)")
-        common.add_argument("--download", action="store_true", help="fetch a missing data set from its authors")
+        common.add_argument("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
+        common.add_argument("--download", action="store_true", help="download a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
         self._add_machine_flags()
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
+        self._check(argv)
         args, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
         args.device = args.device or default_device()
         return args
+
+
+def add_moved_flag(parser) -> None:
+    """For scripts that read runs: where a folder of images is now."""
+    parser.add_argument("--dataset", metavar="FOLDER", help="where the runs' folder of images is now, if it has moved")
+
+
+def next_command(args, *words: str) -> str:
+    """A command to paste: those words, and --runs_dir and --data_dir of `args` where they are not the defaults."""
+    given = {"--runs_dir": (args.runs_dir, "runs"), "--data_dir": (args.data_dir, default_data_dir())}
+    kept = [w for flag, (value, default) in given.items() if value != default for w in (flag, value)]
+    return shlex.join(["python", *words, *kept])
+
+
+def default_data_dir() -> str:
+    """Where the data sets are, unless --data_dir says otherwise."""
+    return os.environ.get("HIT_DATA_DIR", "data")
 
 
 def whole(text: str, least: int = 1, most: int = 10**9) -> int:
@@ -96,7 +135,7 @@ def device(name: str) -> torch.device:
         if found.type == "cuda" and found.index is not None:
             torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device: {name} is not there on this machine; try cpu ({one_line(e)})") from e
+        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
     return found
 
 
@@ -105,10 +144,14 @@ def default_device() -> torch.device:
     return device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def add_config_flags(parser: Parser, grid: tuple[str, ...] = ()) -> None:
-    """A flag for each field of Config; those named in `grid` take several values."""
+def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
+    """A flag for each field of Config, or for some; those named in `grid` take several values."""
     groups = {}
-    for field in (f for f in dataclasses.fields(Config) if "help" in f.metadata):
+    if grid:
+        add_target_flags(parser)
+    for field in (f for f in dataclasses.fields(Config) if f.name in FLAGS):
+        if only and field.name not in only:
+            continue
         title, kind = field.metadata["group"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
         text = field.metadata["help"].replace("%", "%%")
@@ -161,38 +204,31 @@ def add_target_flags(parser: Parser) -> None:
     group.add_argument("--rate_unit", choices=("nats", "bits"), default="nats", help="of the targets (default: nats)")
 
 
-def target_configs(args: argparse.Namespace, cells: list[Config]) -> list[Config]:
-    """The Config of every cell that is given by a rate, or a rate and a beta of the grid; its betas are to be found."""
-    nats = math.log(2) if args.rate_unit == "bits" else 1.0
-    asked = {}
-    for layer in "yz":
-        values = getattr(args, f"target_rate_{layer}")
-        asked[layer] = values and [round(v * nats, 8) for vs in values for v in vs]
-    if not any(asked.values()):
-        return []
-    found = []
-    for cell in cells:
-        for target_y in asked["y"] or [None]:
-            for target_z in asked["z"] or [None]:
-                betas = {}
-                if target_y is not None:
-                    betas["beta_y"] = cells[0].beta_y  # to be found
-                if target_z is not None:
-                    betas["beta_z"] = cells[0].beta_z
-                found.append(dataclasses.replace(cell, target_rate_y=target_y, target_rate_z=target_z, **betas))
-    return list(dict.fromkeys(found))
-
-
 def grid_configs(args: argparse.Namespace) -> list[Config]:
-    """The Config of every cell: all pairs of betas, for every seed; doubles are dropped."""
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if "help" in f.metadata}
-    betas_y, betas_z = (
-        [v for values in getattr(args, name) or [[1.0]] for v in values] for name in ("beta_y", "beta_z")
-    )
+    """The Config of every cell: all pairs of betas, for every seed, without duplicates.
+
+    A rate that is asked for takes the place of its layer's beta, which is still to be found; with --multi_rate such
+    cells are added to those of the betas.
+    """
+    settings = {name: getattr(args, name) for name in FLAGS}
+    nats = math.log(2) if args.rate_unit == "bits" else 1.0
+
+    def values(name):
+        return [v for some in getattr(args, name) or [] for v in some]
+
+    betas = {layer: [{f"beta_{layer}": b} for b in values(f"beta_{layer}") or [1.0]] for layer in "yz"}
+    asked = {
+        layer: [{f"target_rate_{layer}": round(r * nats, 8), **betas[layer][0]} for r in values(f"target_rate_{layer}")]
+        for layer in "yz"
+    }
+    axes = [tuple(betas.values())] if args.multi_rate or not any(asked.values()) else []
+    axes += [tuple(asked[layer] or betas[layer] for layer in "yz")] if any(asked.values()) else []
+    seeds = args.seed or [Config.seed]
     cells = [
-        Config(**settings | {"beta_y": by, "beta_z": bz, "seed": seed})
-        for seed in args.seed or [Config.seed]
-        for by in betas_y
-        for bz in betas_z
+        Config(**settings | of_y | of_z | {"seed": seed})
+        for ys, zs in axes
+        for seed in seeds
+        for of_y in ys
+        for of_z in zs
     ]
     return list(dict.fromkeys(cells))

@@ -8,7 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.table import DATASETS, lookup
+from datasets.folders import SIZES, listed, nearest_size
+from datasets.table import DATASETS, Recipe, lookup
 from models.build import MODELS
 from models.latents import LATENTS
 from models.likelihoods import LIKELIHOODS
@@ -17,7 +18,7 @@ from utils.errors import UserError, nearest
 # Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
-OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule")
+OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "data_digest")
 OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z")
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 
@@ -36,8 +37,11 @@ class Config:
     """One run's settings, a field per flag; complete and valid once made (UserError otherwise)."""
 
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
-    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of class folders of images", "data")
-    image_size: int | None = _flag(None, "for a folder: resize to 28, 32 or 256 pixels", "data", type=int)
+    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
+    image_size: int | None = _flag(
+        None, f"for a folder: resize to {listed(SIZES)} pixels (default: the size nearest to the images' own)",
+        "data", type=int,
+    )  # fmt: skip
     image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data", type=int)
     px_y_family_ll: str | None = _flag(
         None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
@@ -45,14 +49,14 @@ class Config:
     sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model")
     qz_family: str = _flag("DiagonalGaussian", "the family of z", "model", choices=LATENTS)
     use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
-    linear_y_with_dims: int = _flag(-1, "make y a vector of so many dimensions (-1: convolutional y)", "model")
+    linear_y_with_dims: int = _flag(-1, "make y a vector with this many dimensions (-1: convolutional y)", "model")
     conv_channels: int = _flag(16, "channels of the conv layers", "model")
     z_dims: int = _flag(10, "dimensions (or categories) of a vector z", "model")
     num_epochs: int = _flag(200, "epochs to train", "training")
-    batch_size: int = _flag(256, "images a batch", "training")
+    batch_size: int = _flag(256, "images per batch", "training")
     learning_rate: float = _flag(3e-4, "Adam's learning rate", "training")
     warmup_epochs: int | None = _flag(
-        None, "epochs over which both rates' weight rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
+        None, "epochs over which the weight of both rates rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
         "training", type=int,
     )  # fmt: skip
     no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
@@ -66,12 +70,13 @@ class Config:
         False, "train one model for the whole range of betas, and unfold it into the grid's cells", "training"
     )
     precision: str = _flag(
-        "fp32", "of the networks: fp32; tf32 in products on a GPU; bf16 in the trunks, fp32 in what follows them",
+        "fp32", "fp32; tf32: TF32 products on a GPU; bf16: bfloat16 hidden layers, the rest in fp32",
         "training", choices=("fp32", "tf32", "bf16"),
     )  # fmt: skip
     seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
-    run_name: str = _flag("", "a name of your own, put before the run folder's name", "run")
-    run_batch_name: str = _flag("singles", "folder under --runs_dir that collects runs", "run")
+    run_name: str = _flag("", "prefix of the run folder's name", "run")
+    run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "run")
+    data_digest: str | None = _kept(str)  # of the list of files of a folder of images
     beta_max_y: float | None = _kept(float)  # of a conditioned model: it is trained for beta_y to beta_max_y,
     beta_max_z: float | None = _kept(float)  # beta_z to beta_max_z
     target_rate_y: float | None = _kept(float)  # nats; of a cell whose betas were found for given rates
@@ -132,12 +137,18 @@ class Config:
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
             return
-        if self.image_size is None and not os.path.isdir(self.dataset) and os.sep not in self.dataset:
+        if self.image_size is None and not os.path.exists(self.dataset):
+            if os.sep in self.dataset:
+                raise UserError(f"--dataset: {os.path.abspath(self.dataset)} not found")
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
         object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
+        if not os.path.basename(self.dataset).isprintable():
+            raise UserError(f"--dataset: runs are named after the folder, so rename {self.dataset!r}")
         object.__setattr__(self, "image_channels", self.image_channels or 3)
-        if self.image_size not in (28, 32, 256):
-            raise UserError(f"--image_size: must be 28, 32 or 256 for a folder of images, got {self.image_size}")
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", nearest_size(self.dataset))
+        if self.image_size not in SIZES:
+            raise UserError(f"--image_size: must be {listed(SIZES)} for a folder of images, got {self.image_size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
@@ -198,6 +209,17 @@ class Config:
         return lookup(self).shape
 
     @property
+    def recipe(self) -> Recipe:
+        """How the classifier of the data set is trained."""
+        return lookup(self).recipe
+
+    @property
+    def data_flags(self) -> list[str]:
+        """The flags that mean this data set."""
+        own = ["--image_size", str(self.image_size), "--image_channels", str(self.image_channels)]
+        return ["--dataset", self.dataset, *(own if self.dataset not in DATASETS else [])]
+
+    @property
     def data_name(self) -> str:
         """The data set's name; for a folder its own name and the size its images are resized to."""
         if self.dataset in DATASETS:
@@ -234,8 +256,8 @@ class Config:
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
-        kept = {f.name for f in dataclasses.fields(self) if "help" not in f.metadata}
-        settings = {k: v for k, v in dataclasses.asdict(self).items() if k not in kept or v is not None}
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = {k: v for k, v in settings.items() if k in FLAGS or v is not None}
         return json.dumps({**settings, "sha256": _digest(settings)}, indent=2) + "\n"
 
     @classmethod
@@ -255,6 +277,9 @@ class Config:
             return cls(**{k: v for k, v in settings.items() if k in known})
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
+
+
+FLAGS = [f.name for f in dataclasses.fields(Config) if "help" in f.metadata]  # the fields that have one
 
 
 def _digest(settings: dict) -> str:

@@ -5,8 +5,8 @@ processes share nothing but the run folders, as the tasks of a SLURM array do.
 """
 
 import os
+import sys
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,10 @@ def is_first() -> bool:
 
 
 def share(items: list) -> list:
-    """Every WORLD_SIZE-th item, from the RANK-th on."""
+    """Every WORLD_SIZE-th item, from the RANK-th on; says so, lest the variables are left over from something else."""
     rank, world = place()
+    if world > 1:
+        print(f"RANK {rank} of WORLD_SIZE {world}: takes {len(items[rank::world])} of {len(items)} runs", flush=True)
     return items[rank::world]
 
 
@@ -66,6 +68,22 @@ def from_first(value):
     return values[0]
 
 
+class Lines(tqdm):
+    """A progress bar for a file: lines, at most one every half minute, instead of one line drawn over and over."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"miniters": 1, "ascii": True, **kwargs, "mininterval": 30, "maxinterval": 1e9})
+
+    @staticmethod
+    def status_printer(file):
+        def write(line: str) -> None:
+            file.write(line.strip() + "\n")
+            file.flush()
+
+        return write
+
+
 def progress(*args, **kwargs) -> tqdm:
-    """A progress bar of the first process; the others show none."""
-    return (tqdm if is_first() else partial(tqdm, disable=True))(*args, **kwargs)
+    """A progress bar of the first process; the others show none. In a file it becomes lines."""
+    kind = tqdm if sys.stderr.isatty() else Lines
+    return kind(*args, **kwargs, **({} if is_first() else {"disable": True}))

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import os
 import shlex
 import signal
@@ -15,12 +16,25 @@ class UserError(Exception):
     """Bad input or surroundings; the message names the flag, file or value and what would be right."""
 
 
+# Ctrl-C; a scheduler; a terminal, or what reads our output, was closed; SLURM shortly before the time limit.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """One of the signals came that end a process, other than Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
 
 
-def _terminate(*_):
-    raise Terminated
+def _terminate(number, _):
+    raise Terminated(number)
+
+
+def heeded_signals() -> list[int]:
+    """The signals that end this process; not SIGHUP where it was started by nohup."""
+    return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -53,25 +67,58 @@ def command_line() -> str:
     return f"{launcher} {shlex.join([*program, *(a for a in sys.argv[1:] if a not in ('--overwrite', '--force'))])}"
 
 
+class _Output(io.FileIO):
+    """Standard output or error. When its reader goes, the rest goes nowhere, and the process ends as of SIGHUP."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as e:
+            if e.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            os.kill(os.getpid(), signal.SIGHUP)
+            return len(data)
+
+
+def _guard_outputs() -> None:
+    """Lets standard output and error survive the end of their reader, and take any character in any locale."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
+            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
+            lines, at_once = stream.line_buffering, stream.write_through
+            raw = _Output(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors, None, lines, at_once)
+            setattr(sys, name, text)
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits with its status; a UserError becomes one line and status 2.
 
-    Ctrl-C gives status 130, SIGTERM 143, and the command that continues.
+    A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues.
     """
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        _guard_outputs()
+        for number in heeded_signals():
+            if number != signal.SIGINT:
+                signal.signal(number, _terminate)
     try:
-        sys.exit(main())
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+        sys.exit(status)
     except UserError as e:
         message = str(e)
     except KeyboardInterrupt as e:
-        for number in (signal.SIGINT, signal.SIGTERM):  # one is enough
+        for number in ENDING_SIGNALS:  # one is enough
             signal.signal(number, signal.SIG_IGN)
         print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
-        sys.exit(143 if isinstance(e, Terminated) else 130)
+        sys.exit(128 + (e.signal if isinstance(e, Terminated) else signal.SIGINT))
     except OSError as e:
-        if e.filename is None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        message = f"{e.filename or 'writing'}: {e.strerror}"
+        message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -1,5 +1,6 @@
 """Files, written whole or not at all, and read without ever running what they hold."""
 
+import contextlib
 import csv
 import errno
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import pickle
 import secrets
+import shlex
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils import locks
 from utils.errors import UserError, one_line
 
 
@@ -29,7 +32,8 @@ def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
 def write_atomic(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
-    Raises UserError, with what is needed and what there is, when the disk is full.
+    Raises UserError when it cannot be written, with what is needed and what there is when the disk is full; Lost when
+    the folder's lock is.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -37,15 +41,18 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        locks.check(path.parent)
         os.replace(temporary, path)
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        temporary.unlink(missing_ok=True)
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # the system names no file, or the temporary one
+            raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # so that it does not count
         free = shutil.disk_usage(path.parent).free
         raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def digest(data: bytes) -> str:
@@ -105,8 +112,21 @@ def load_tensors(path: Path) -> dict:
             raise ValueError("no dictionary of tensors")
         return state
     except Exception as e:  # the readers raise anything on damaged files
+        if _is_legacy(path):
+            again = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
+            how = f"python -c {shlex.quote(again)} saves it anew"
+            raise UserError(f"{path}: in the format of torch before 1.6; {how}") from e
         refused = isinstance(e, pickle.UnpicklingError)
         raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins with the number that torch.save wrote first before version 1.6, pickled."""
+    try:
+        with open(path, "rb") as file:
+            return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
+    except OSError:
+        return False
 
 
 def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Run folders: their files, their state; one process at a time.
+"""Run folders: their files, their status, their checkpoints.
 
 config.json     the run's Config
 vae.pth         the trained weights: the model's state_dict, nothing else
@@ -10,13 +10,9 @@ events.out.*    TensorBoard
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import secrets
 import shutil
-import socket
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +20,11 @@ import torch
 from torch import nn
 
 from models.build import build_model
-from models.reference import translate
+from models.reference import translate, unwrapped
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
+from utils.locks import locked
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,15 @@ class Run:
         if not overwrite and (self.path / "config.json").exists():
             theirs = Config.from_json(self.path / "config.json")
             unused = () if "ll_sigma" in self.path.name else ("sigma",)
-            unused += tuple(
-                f"beta_{layer}" for layer in "yz" if getattr(theirs, f"target_rate_{layer}") is not None
-            )  # found
+            unused += ("run_batch_name", "data_digest")  # a folder may be renamed, and say nothing of its images
+            if theirs.data_name == self.config.data_name:
+                unused += ("dataset",)  # which may have moved
+            unused += tuple(f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None)  # found
+            if theirs.data_digest not in (None, self.config.data_digest):
+                raise UserError(
+                    f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
+                    "choose another --run_batch_name, or --overwrite it"
+                )
             different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v and k not in unused]
             if different:
                 listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)
@@ -103,8 +106,12 @@ class Run:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
-        """Holds the folder for this process; see `locked`."""
+        """Holds the folder for this process; see utils/locks.py."""
         return locked(self.path, patience)
+
+    def of_data(self, digest: str | None) -> "Run":
+        """The run, to be trained on the images of that digest."""
+        return Run(self.path, dataclasses.replace(self.config, data_digest=digest))
 
     def with_betas(self, beta_y: float, beta_z: float) -> "Run":
         """The run with the betas that were found for its rates, which it keeps."""
@@ -115,12 +122,12 @@ class Run:
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""
         for file in self.path.iterdir():
-            if file.name not in ("config.json", ".lock"):
+            if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         write_atomic(self.path / "config.json", self.config.to_json().encode())
 
     def save_state(self, state: dict) -> None:
-        """Writes the resume state, and keeps the one before it."""
+        """Writes a checkpoint, and keeps the previous one."""
         path, written = self.path / "resume.pth", self.path / ".resume.tmp"
         save_tensors(written, state)
         if path.exists():
@@ -128,26 +135,26 @@ class Run:
         os.replace(written, path)
 
     def load_state(self) -> tuple[dict | None, list[str]]:
-        """The newest resume state that is whole, if any, and a line for each one that is damaged.
+        """The newest undamaged checkpoint, None if there is none, and a line for each damaged one.
 
-        Raises UserError when there are states and none is whole.
+        Raises UserError if there are checkpoints and all are damaged.
         """
         problems = []
         for name in ("resume.pth", "resume.prev.pth"):
             if (self.path / name).exists():
                 try:
                     state = self._read_state(name)
-                    if problems:  # lest the next save keeps it as the state before
+                    if problems:  # otherwise the next save would keep it as the previous one
                         (self.path / "resume.pth").unlink()
                     return state, problems
                 except UserError as e:
                     problems.append(str(e))
         if problems:
-            raise UserError(f"{'; '.join(problems)}; no whole state is left, --overwrite starts anew")
+            raise UserError(f"{'; '.join(problems)}; no undamaged checkpoint is left; --overwrite starts from scratch")
         return None, problems
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
-        """The state before the newest, if it is at that (epoch, step): it becomes the newest. None if it is not."""
+        """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""
         try:
             state = self._read_state("resume.prev.pth")
         except UserError:
@@ -158,7 +165,7 @@ class Run:
         return state
 
     def _read_state(self, name: str) -> dict:
-        """A resume state. Raises UserError if it is damaged, or not one of this run's model."""
+        """A checkpoint. Raises UserError if it is damaged, or of another model."""
         path = self.path / name
         state = load_tensors(path)
         with torch.device("meta"):
@@ -167,43 +174,15 @@ class Run:
         weights = state.get("weights")
         fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
         if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
-            raise UserError(f"{path}: damaged, or the state of another model")
+            raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
     def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
-        """Writes the weights and how the training ended; removes the resume states."""
+        """Writes the weights and how the training ended; removes the checkpoints."""
         write_json(self.path / "training.json", result)
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Holds a folder for this process, which ends with it however it dies.
-
-    Raises UserError when another process holds it, after so many seconds.
-    """
-    with open(folder / ".lock", "a+") as file:
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                if time.monotonic() >= end:
-                    file.seek(0)
-                    raise UserError(f"{folder}: locked by {file.read().strip() or 'another process'}") from e
-                time.sleep(0.05)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on host {socket.gethostname()}")
-        file.flush()
-        for stale in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            if not stale.is_dir():
-                stale.unlink(missing_ok=True)
-        yield
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:
@@ -211,9 +190,11 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     path = run.path / "vae.pth"
     if not path.exists():
         raise UserError(f"{path}: not there; the run is unfinished")
-    state = load_tensors(path)
+    state = unwrapped(load_tensors(path))
     model = build_model(run.config)
     try:
+        if not all(t.is_floating_point() for t in state.values()):
+            raise ValueError("not all of them are floating-point tensors")
         model.load_state_dict(translate(state, model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path}: the weights do not fit {run.path}/config.json ({e})") from e

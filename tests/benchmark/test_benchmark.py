@@ -20,8 +20,8 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
     [
         ("step", 40, ["1 cell, plain", "2 cells, channels_last", "first step"]),
         ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s", "whole epochs", "grid takes"]),
-        ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient by weights"]),
-        ("loader", 24, ["JPEG files of 500 x 375", "the loader feeds"]),
+        ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient w.r.t. weights"]),
+        ("loader", 24, ["JPEG files of 500 x 375", "the loader decodes"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
         ("inception", 100, ["plain loop", "inception_score"]),
@@ -39,9 +39,12 @@ def test_the_paper_grids_hours_follow_from_its_steps(script, monkeypatch):
     monkeypatch.setattr(grid, "measure", lambda candidates, n, device, warmup=3: {k: [0.036] * 2 for k in candidates})
     monkeypatch.setattr(grid, "whole_epochs", lambda *_: (3600.0, [0.3, 0.36, 0.4]))
     out = script(benchmark.main, "grid", *SMALL, "--images", "40", "--cells", "1", "--device", "cpu")[1]
-    assert "20000.0 models x epochs an hour, the grid in      11.0 hours" in out
-    assert "0.36 s (n = 3, 0.30 .. 0.40), the first 3600.0 s" in out
-    assert "so the grid takes 23.05 hours; 11.03 by" in out and out.rstrip().endswith("0.5 x")
+    assert "20000.0 models x epochs per hour, the grid in      11.0 hours" in out
+    assert "0.36 s (n = 3, 0.30 .. 0.40), first epoch 3600.0 s" in out
+    total = (
+        "the grid takes 23.05 hours; a loop like the paper's code, without evaluation, logging and checkpoints, takes "
+    )
+    assert out.endswith(f"\n{total}11.03 hours: 0.5 x\n")
 
 
 def test_im2col_is_the_convolution():
@@ -75,8 +78,8 @@ def test_what_a_precision_changes_beside_the_seed(script):
     "argv, why",
     [
         (["step", "--convolutions", "plain", "kernels"], "--convolutions: kernels need an NVIDIA GPU"),
-        (["step", "runs/b"], "runs/b: a folder of runs is for `precision`"),
-        (["loader", "--images", "20", "--batch_size", "16"], "--images: must be two batches at least, 32, got 20"),
+        (["step", "runs/b"], "runs/b: only `precision` takes a folder of runs"),
+        (["loader", "--images", "20", "--batch_size", "16"], "--images: must be at least two batches (32), got 20"),
     ],
 )
 def test_what_makes_no_sense_is_refused(argv, why, script):
@@ -93,4 +96,4 @@ def test_runs_that_differ_otherwise_are_not_compared(script):
 
 def test_streams_are_refused_without_a_gpu(script):
     status, _, err = script(benchmark.main, "streams", "--device", "cpu")
-    assert status == 2 and "streams are of a GPU" in err
+    assert status == 2 and "--device: streams need a GPU" in err

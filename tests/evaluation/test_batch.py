@@ -1,5 +1,6 @@
 """Batches of broken folders and odd values; kills and signals while they are evaluated."""
 
+import json
 import math
 import shutil
 import signal
@@ -13,6 +14,7 @@ import torch
 import eval_beta_grid
 import eval_beta_single
 import plot_eval
+import train_classifier
 from tests.conftest import start
 from tests.evaluation.conftest import FAST, STEP1, four_steps
 from utils.errors import UserError
@@ -200,3 +202,33 @@ class Hostile:
         import os
 
         return os.system, ("touch executed",)
+
+
+def test_classifiers_that_cannot_be_used(batch, script):
+    good = Path("runs/classifiers/Digits")
+
+    def refused(message, *flags):
+        status, out, err = script(eval_beta_grid.main, *STEP1, *flags)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+
+    refused("bogus.pth: no trained classifier", "--classifier_path", good / "bogus.pth")
+    other = Path(shutil.copytree(good, "other"))
+    settings = read_json(other / "config.json")
+    (other / "config.json").write_text(json.dumps(settings | {"dataset": "SVHN"}))
+    refused("labels SVHN, not Digits", "--classifier_path", other)
+    (other / "config.json").write_text(json.dumps(settings))
+    state = torch.load(good / "classifier.pth", weights_only=True)
+    torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
+    refused("holds weights that are not finite", "--classifier_path", other)
+    (good / "classifier.pth").write_bytes((good / "classifier.pth").read_bytes()[:1000])
+    flags = ["--device", "cpu", "--num_epochs", "2"]
+    status, _, err = script(train_classifier.main, *flags)
+    assert status == 2 and "classifier.pth: damaged" in err
+    (good / "classifier.pth").unlink()
+    for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
+        torch.save(state, good / "resume.pth")
+        status, _, err = script(train_classifier.main, *flags)
+        assert status == 2 and "resume.pth: damaged; --overwrite starts from scratch" in err and err.count("\n") == 1
+    status, _, err = script(train_classifier.main, *flags[:2], "--overwrite", "--learning_rate", "1e30")
+    assert status == 2 and "--learning_rate: the loss is not finite in epoch 1" in err
+    assert not (good / "classifier.pth").exists()

@@ -16,7 +16,7 @@ from models.hvae import HVAE
 from models.latents import Gaussian
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
-from utils.evaluation.probes import calibration_error, fit_probe, split
+from utils.evaluation.probes import PROBES, calibration_error, fit_probe, split
 from utils.seeds import generator
 
 
@@ -202,3 +202,17 @@ def test_standardized_probes_have_names_of_their_own():
     latents, labels, _ = blobs(5.0)
     figures = fit_probe("kNN", latents * [1, 1e6, 1], labels, "_y_standardized", standardize=True)
     assert list(figures) == ["kNN_acc_y_standardized"] and figures["kNN_acc_y_standardized"] > 0.9
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_probes_that_cannot_be_trained_give_no_figures(name):
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(20, 3))
+    assert fit_probe(name, latents, np.zeros(20, int), "", standardize=False) == {}  # one class
+    assert fit_probe(name, latents[:1], np.zeros(1, int), "", standardize=True) == {}
+    constant = fit_probe(name, np.zeros((40, 3)), rng.integers(0, 2, 40), "", standardize=True)
+    assert constant[f"{name}_acc_mean" if name == "lr" else f"{name}_acc"] <= 1
+
+
+def test_the_frechet_distance_of_a_single_image_is_not_a_number():
+    assert math.isnan(frechet_distance(np.ones((1, 4)), np.random.default_rng(0).normal(size=(10, 4))))

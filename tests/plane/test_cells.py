@@ -1,5 +1,7 @@
 """Reading a batch's table as cells; the hull."""
 
+import csv
+
 import numpy as np
 import pytest
 from scipy.spatial import ConvexHull
@@ -43,3 +45,17 @@ def test_repeats_with_other_seeds_become_one_cell():
 def test_runs_of_other_settings_stay_apart_and_it_is_noted():
     plane = read_plane(write_csv(rows_of([1, 2]) + rows_of([1, 2], z_dims=16)))
     assert len(plane.cells) == 8 and any("z_dims 16, 8" in note for note in plane.notes)
+
+
+@pytest.mark.parametrize(
+    "separator, point, encoding",
+    [(",", ".", "utf-8-sig"), (";", ",", "utf-8-sig"), (";", ".", "utf-8"), ("\t", ",", "utf-16"), (",", ".", "utf-8")],
+)
+def test_a_table_that_a_spreadsheet_saved_is_read(separator, point, encoding):
+    path = write_csv(rows_of([0.1, 1]))
+    expected = read_plane(path)
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    text = "\r\n".join(separator.join(v if i == 0 else v.replace(".", point) for v in r) for i, r in enumerate(rows))
+    path.write_bytes(text.encode(encoding))
+    assert [c.mean for c in read_plane(path).cells] == [c.mean for c in expected.cells]

@@ -26,7 +26,7 @@ def cases():
     yield "missing metrics", [{k: v for k, v in row.items() if k != "psnr"} for row in rows], []
     yield "no metrics", [{k: v for k, v in row.items() if k not in ("ll", *HEADER[10:])} for row in rows], []
     yield "missing cells", rows[::3], []
-    yield "one run", rows[:1], ["the slopes of D need neighbouring cells"]
+    yield "one run", rows[:1], ["no slopes of D: they need cells with neighbours"]
     yield "duplicate betas", rows + rows[:5], ["5 cell(s) were trained more than once"]
     yield (
         "NaNs",
@@ -107,7 +107,7 @@ def test_rows_that_are_too_long_and_budgets_that_nothing_meets(script):
     path.write_text(path.read_text().replace("\n", ",1,2,3\n").replace(",1,2,3", "", 1))
     flags = ["--run_batch_name", "b", "--format", "png", "--device", "cpu"]
     status, out, err = script(plot_eval.main, *flags, "--max_rate", "1e-9")
-    assert status == 0 and "note: no cell that has been evaluated is within the budget" in out, err
+    assert status == 0 and "note: no evaluated cell is within the budget" in out, err
 
 
 def test_every_column_can_be_drawn_with_its_unit_and_only_its_own_bound(script):
@@ -117,14 +117,14 @@ def test_every_column_can_be_drawn_with_its_unit_and_only_its_own_bound(script):
     assert script(plot_eval.main, *flags)[0] == 0
     plane = read_plane(Path("runs/b/eval_results.csv"))
     figure = figures.against_rate_z(plane, names, lambda mi: 0.9, 2.3)
-    bounds = [any("bound by R(z)" in line.get_label() for line in ax.lines) for ax in figure.axes[: len(names)]]
+    bounds = [any("bound from R(z)" in line.get_label() for line in ax.lines) for ax in figure.axes[: len(names)]]
     assert bounds == [True, False, False, False, True, False, False]
     units = [figures.title_of(name).endswith("(nats)") for name in names]
     assert units == [True, True, True, False, False, True, True]
 
 
 def test_own_images_that_are_gone_leave_samples_only(script):
-    from tests.test_datasets import write_folder
+    from tests.datasets.files import write_folder
 
     write_folder(Path("pets"), n=15)
     pets = ["--dataset", "pets", "--image_size", "28", "--image_channels", "1", "--run_batch_name", "b"]

@@ -42,7 +42,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatc
     assert ill.status == "failed" and ill.result["epoch"] == 2 and ill.result["terms"]["loss"] == "inf"
     load_model(ill, torch.device("cpu"))
     status, out, err = script(train.main, *TINY, *grid, "--run_batch_name", "ill")
-    assert status == 1 and "failed before" in out and "--overwrite trains it anew" in err
+    assert status == 1 and "failed before" in out and "--overwrite retrains it" in err
 
 
 def in_training(n_cells=2):
@@ -137,5 +137,5 @@ def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
     chunk.noise = SimpleNamespace(get_state=lambda: torch.zeros(16, dtype=torch.uint8))  # so long is a GPU's
     chunk.save()
     chunk.settle()
-    with pytest.raises(UserError, match="saved within an epoch on a GPU; continue there"):
+    with pytest.raises(UserError, match="saved within an epoch on a GPU; resume it on a GPU"):
         Chunk([run], [run.load_state()[0]], chunk.engine)

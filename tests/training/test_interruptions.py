@@ -142,7 +142,7 @@ def test_without_a_whole_resume_state_it_refuses(script):
     for path in Path("runs").rglob("resume*.pth"):
         path.write_bytes(path.read_bytes()[:1000])
     status, _, err = script(train.main, *LONGER)
-    assert status == 1 and "no whole state is left" in err
+    assert status == 1 and "no undamaged checkpoint is left" in err
     assert script(train.main, *LONGER, "--overwrite")[0] == 0
 
 

@@ -88,7 +88,7 @@ def test_sizes_of_chunks(n, size, chunks):
 
 
 def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
-    """Decided from the number of steps; `on`, `off` and a named way of convolving overrule it."""
+    """Decided from the number of steps; `on`, `off` and a named convolution backend override it."""
 
     def trainer(n_cells, *flags, device="cuda", **settings):
         args = train.parse_args(["--device", "cpu", *flags])
@@ -96,13 +96,13 @@ def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
         return Trainer(Data(range(50_000), range(9), 10), args, None, n_cells, Config(dataset="CIFAR10", **settings))
 
     def how(t):
-        return t.compile, t.capture, t.size, t.route
+        return t.compile, t.capture, t.size, t.backend
 
     assert how(trainer(441)) == (True, True, None, None)
     assert how(trainer(1, num_epochs=2)) == (False, True, AT_ONCE, "plain")
     assert how(trainer(441, device="cpu")) == (False, False, 1, "plain")
     data, args = Data(range(9), range(9), 10), train.parse_args(["--device", "cpu"])
-    assert Trainer(data, args, None, 1, Config(dataset="ImageNet")).route == "channels_last"
+    assert Trainer(data, args, None, 1, Config(dataset="ImageNet")).backend == "channels_last"
     assert how(trainer(441, "--compile", "off", "--cells_at_once", "7")) == (False, False, 7, None)
     assert how(trainer(1, "--compile", "on", num_epochs=2))[:2] == (True, True)
     assert how(trainer(441, "--convolutions", "kernels", "--data_parallel"))[2:] == (1, "kernels")
@@ -110,7 +110,7 @@ def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
     monkeypatch.setattr(schedule, "fastest", lambda config, *a: (asked.append(a), (49, "kernels"))[1])
     measured = trainer(441)
     assert measured.size_for(Config(), 441) == 49 and measured.size_for(Config(), 392) == 49
-    assert measured.route == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
+    assert measured.backend == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
 
 
 def test_kernels_are_refused_without_a_gpu(script):

@@ -1,1 +1,1 @@
-"""How fast it is, measured here and now: `python -m utils.benchmark grid|step|layers|streams|loader|...`."""
+"""Benchmarks of training and evaluation: `python -m utils.benchmark grid|step|layers|streams|loader|...`."""

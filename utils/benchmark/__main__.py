@@ -1,15 +1,14 @@
-"""How fast it is, measured here and now.
+"""Benchmarks of training and evaluation.
 
-    python -m utils.benchmark grid        the paper's grid of 441 models, beside a loop like the paper's code
-    python -m utils.benchmark step        one step: numbers of cells, ways of convolving, compiled or not
-    python -m utils.benchmark layers      each convolution and its gradients, by every way of convolving
-    python -m utils.benchmark streams     single models side by side on a GPU's streams, instead of stacked
-    python -m utils.benchmark loader      decoding ImageNet's images, beside the step that they feed
-    python -m utils.benchmark precision RUNS   what a precision changes, beside what a seed changes
-    python -m utils.benchmark mi|probes|inception   parts of the evaluation
+    python -m utils.benchmark grid        time for the paper's grid of 441 models, compared with a loop like the paper's
+    python -m utils.benchmark step        one training step: number of cells, convolution backend, eager or compiled
+    python -m utils.benchmark layers      each convolution and its gradients with every convolution backend
+    python -m utils.benchmark streams     single models on parallel CUDA streams, instead of stacked
+    python -m utils.benchmark loader      throughput of ImageNet's data loader, compared with the training step
+    python -m utils.benchmark precision RUNS   effect of --precision on the test metrics, compared with the seed's
+    python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
 
-Every figure is a median over repetitions, with the spread between the quartiles and n. Compare figures of one run only;
-ratios are taken between measurements that alternate.
+Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
 
 import argparse
@@ -18,47 +17,60 @@ import importlib
 import torch
 
 from datasets.table import DATASETS
-from models.stack import ROUTES
+from models.stack import BACKENDS
 from utils.benchmark.measuring import machine
 from utils.cli import Parser, whole
 from utils.errors import UserError, run_script
-from utils.training.engine import check_route, use_precision
+from utils.training.engine import check_backend, use_precision
 
-BENCHMARKS = {  # and the modules that they are in
+BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "step", "layers", "loader", "precision")},
     **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
 }
 
 
 def at_least_two(text: str) -> int:
-    """A number of repetitions that has quartiles."""
+    """A flag's number of repetitions, at least 2, as quartiles require."""
     if whole(text) < 2:
         raise argparse.ArgumentTypeError(f"must be at least 2, got {text}")
     return int(text)
 
 
 def main(argv=None) -> int:
+    """Runs one benchmark; returns the exit status."""
     parser = Parser(__doc__, files=False)
     parser.prog = "python -m utils.benchmark"
     parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("runs", nargs="?", help="for `precision`: a batch's folder, e.g. runs/precision")
+    parser.add_argument("runs", nargs="?", help="for `precision`: folder of a batch, e.g. runs/precision")
     parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
-    parser.add_argument("--conv_channels", type=whole, default=32, help="(default: 32)")
-    parser.add_argument("--z_dims", type=whole, default=32, help="(default: 32)")
-    parser.add_argument("--batch_size", type=whole, default=256, help="(default: 256)")
-    parser.add_argument("--images", type=whole, help="images (default: grid 50000, mi, inception 10000, others 2000)")
-    parser.add_argument("--cells", type=whole, nargs="+", help="numbers of stacked cells (default: 1 4; on a GPU more)")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="(default: fp32)")
-    parser.add_argument("--convolutions", choices=ROUTES, nargs="+", help="ways of convolving (default: all there are)")
-    parser.add_argument("--compile", action="store_true", help="step, streams: compiled (grid: always, on a GPU)")
-    parser.add_argument("--epochs", type=whole, help="grid: whole epochs to train (default: 20 on a GPU, else 1)")
-    parser.add_argument("--n", type=at_least_two, default=20, help="repetitions (default: 20)")
+    parser.add_argument("--conv_channels", type=whole, default=32, help="channels of the conv layers (default: 32)")
+    parser.add_argument("--z_dims", type=whole, default=32, help="dimensions of z (default: 32)")
+    parser.add_argument("--batch_size", type=whole, default=256, help="images per batch (default: 256)")
+    parser.add_argument(
+        "--images", type=whole, help="number of images (default: grid 50000, mi and inception 10000, others 2000)"
+    )
+    parser.add_argument(
+        "--cells", type=whole, nargs="+", help="numbers of stacked cells (default: set by the benchmark)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)"
+    )
+    parser.add_argument(
+        "--convolutions", choices=BACKENDS, nargs="+", help="convolution backends (default: all available)"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="step: also time the compiled step; streams, loader: compile the step (grid: always on a GPU)",
+    )
+    parser.add_argument("--epochs", type=whole, help="grid: whole epochs to time (default: 20 on a GPU, else 1)")
+    parser.add_argument("--n", type=at_least_two, default=20, help="repetitions of each measurement (default: 20)")
     args = parser.parse(argv)
     if args.runs and args.what != "precision":
-        raise UserError(f"{args.runs}: a folder of runs is for `precision`")
-    for route in args.convolutions or ():
-        check_route(route, args.device)
-    args.convolutions = args.convolutions or [r for r in ROUTES if r != "kernels" or args.device.type == "cuda"]
+        raise UserError(f"{args.runs}: only `precision` takes a folder of runs")
+    for backend in args.convolutions or ():
+        check_backend(backend, args.device)
+    args.convolutions = args.convolutions or [b for b in BACKENDS if b != "kernels" or args.device.type == "cuda"]
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
     print(machine(args.device))

@@ -1,4 +1,4 @@
-"""The evaluation's parts against plain loops of their definitions."""
+"""Parts of the evaluation, compared with plain implementations of their definitions."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ from utils.seeds import generator
 
 
 def mi(args: argparse.Namespace) -> None:
-    """The mutual information of z against a loop of its definition, which is timed on a few of the images."""
+    """The mutual information of z, compared with a loop over images, which is timed on some of them only."""
     n, d, few = args.images or 10_000, args.z_dims, 100
     g = generator(args.device, 0)
     means = torch.rand(n, d, generator=g, device=args.device) * 6 - 3
@@ -37,13 +37,13 @@ def mi(args: argparse.Namespace) -> None:
 
     name = f"plain loop (of {few} images, x {n / few:g})"
     candidates = {name: plain, "gaussian_mi": lambda: gaussian_mi(samples, means[:, None], stds[:, None], labels)}
-    print(f"mutual information of {n:,} images, z of {d} dimensions, standard error and shuffled null included:")
+    print(f"mutual information for {n:,} images and a {d}-dimensional z, with standard error and shuffled labels:")
     report(measure(candidates, args.n, args.device, warmup=1), {name: few / n, "gaussian_mi": 1}, baseline=name)
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
 def probes(args: argparse.Namespace) -> None:
-    """The logistic probe against the paper code's: saga, 100 iterations, five seeds."""
+    """The probes, compared with the paper's logistic regression: saga, 100 iterations, five seeds."""
     n, d = args.images or 2_000, args.z_dims
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, n)
@@ -66,7 +66,7 @@ def probes(args: argparse.Namespace) -> None:
 
 
 def inception(args: argparse.Namespace) -> None:
-    """The inception score against a loop over images with scipy's entropy."""
+    """The inception score, compared with a loop over images with scipy's entropy."""
     n = args.images or 10_000
     log_p = torch.log_softmax(3 * torch.randn(n, 10, generator=generator(args.device, 0), device=args.device), 1)
     p = log_p.exp().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Decoding images from files, beside the step that they feed."""
+"""The throughput of the data loader for image files, compared with the training step."""
 
 import argparse
 import statistics
@@ -20,11 +20,11 @@ from utils.training.engine import Engine, clock
 
 
 def loader(args: argparse.Namespace) -> None:
-    """Images a second that the loader decodes and crops, beside those that ImageNet's model trains on."""
+    """Images per second that the loader decodes and crops, compared with those that the ImageNet model trains on."""
     device, n = args.device, args.images or 2_000
     config = config_of(args, dataset="ImageNet")
     if n < 2 * config.batch_size:
-        raise UserError(f"--images: must be two batches at least, {2 * config.batch_size}, got {n}")
+        raise UserError(f"--images: must be at least two batches ({2 * config.batch_size}), got {n}")
     with tempfile.TemporaryDirectory() as folder:
         rng, paths = np.random.default_rng(0), []
         for i in range(min(n, 200)):  # files of ImageNet's usual size, about 500 x 375 and 100 kB
@@ -37,7 +37,7 @@ def loader(args: argparse.Namespace) -> None:
         start, counts = clock(device), []
         for i, (x, _) in enumerate(split.batches(config.batch_size, (0, 0))):
             counts.append(len(x))
-            if i == 0:  # the workers have started
+            if i == 0:  # excludes the start of the workers
                 start, counts = clock(device), []
         decoded = sum(counts) / (clock(device) - start)
     files = f"{n:,} JPEG files of 500 x 375 and {size:.0f} kB"
@@ -45,12 +45,12 @@ def loader(args: argparse.Namespace) -> None:
     x = torch.rand(config.batch_size, *config.image_shape, device=device)
     candidates = {}
     ones, on_gpu = torch.ones(1, device=device), device.type == "cuda"
-    for route in args.convolutions:
-        engine = Engine(config, 1, device, args.compile, on_gpu, route)
+    for backend in args.convolutions:
+        engine = Engine(config, 1, device, args.compile, on_gpu, backend)
         noise = engine.stack.model.noise(len(x), generator(device, 0))
-        candidates[f"step, {route}"] = lambda engine=engine, noise=noise: engine.step(x, noise, ones, ones)
+        candidates[f"step, {backend}"] = lambda engine=engine, noise=noise: engine.step(x, noise, ones, ones)
     seconds = measure(candidates, args.n, device, warmup=1)
     report(seconds, dict.fromkeys(seconds, 1), next(iter(seconds)))
     for name, values in seconds.items():
         trained = config.batch_size / statistics.median(values)
-        print(f"{name:40s} {trained:.0f} images/s: the loader feeds {decoded / trained:.1f} x as many")
+        print(f"{name:40s} {trained:.0f} images/s; the loader decodes {decoded / trained:.1f} x as many")

@@ -1,4 +1,4 @@
-"""The training steps that are compared: ours, plain PyTorch, and one that works like the paper's code."""
+"""The training steps that are compared: this project's, plain PyTorch, and one like the paper's code."""
 
 import argparse
 import contextlib
@@ -19,22 +19,25 @@ from utils.training.engine import Engine
 
 
 def config_of(args: argparse.Namespace, **settings) -> Config:
+    """The Config of a benchmark's flags, with `settings` changed."""
     names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
     return Config(**{name: getattr(args, name) for name in names} | settings)
 
 
 def random_split(config: Config, n: int, device: torch.device) -> Resident:
+    """A split of n random images."""
     images = torch.randint(0, 256, (n, *config.image_shape), generator=generator("cpu", 0), dtype=torch.uint8)
     return Resident(images, torch.zeros(n, dtype=torch.long), device)
 
 
 def forever(iterable_of: Callable) -> Iterator:
+    """The items of one iterable after another, without end."""
     while True:
         yield from iterable_of()
 
 
 def stepper(engine: Engine, split: Resident) -> Callable[[], Tensor]:
-    """Our training step, from the images' bytes on."""
+    """This project's training step, including the conversion of images from bytes."""
     config, device = engine.config, engine.device
     noise_g, ones = generator(device, 0), torch.ones(engine.stack.m, device=device)
     batches = forever(lambda: split.batches(config.batch_size, (0, 0)))
@@ -47,7 +50,7 @@ def stepper(engine: Engine, split: Resident) -> Callable[[], Tensor]:
 
 
 def plain_step(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A training step of the same mathematics written plainly: torch.distributions, its KLs, and Adam."""
+    """The same training step in plain PyTorch: torch.distributions, their KL divergences, and Adam."""
     model = build_model(config).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
 
@@ -69,7 +72,7 @@ def plain_step(config: Config, device: torch.device) -> Callable[[Tensor], Tenso
 
 
 class Pictures(torch.utils.data.Dataset):
-    """PIL images, made tensors one by one."""
+    """PIL images that are converted to tensors one by one."""
 
     def __init__(self, images: Tensor):
         self.pictures = [v2.functional.to_pil_image(image) for image in images]
@@ -82,7 +85,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def like_the_papers(config: Config, split: Resident, device: torch.device) -> Callable[[], float]:
-    """A step that works the way the paper's code does: images decoded one by one, the loss read back every time."""
+    """A step like that of the paper's code: converts images one by one, and reads the loss back every time."""
     loader = DataLoader(Pictures(split.images[: 20 * config.batch_size].cpu()), config.batch_size, shuffle=True)
     batches, plain = forever(lambda: loader), plain_step(config, device)
     return lambda: plain(next(batches).to(device)).item()
@@ -90,14 +93,14 @@ def like_the_papers(config: Config, split: Resident, device: torch.device) -> Ca
 
 @torch.no_grad()
 def run_once(model: nn.Module, config: Config, device: torch.device) -> None:
-    """A forward pass over one batch, for its hooks."""
+    """A forward pass over one random batch, which triggers the model's hooks."""
     x = torch.rand(config.batch_size, *config.image_shape, device=device)
     model(x, model.noise(len(x), torch.Generator(device)))
 
 
 @contextlib.contextmanager
 def or_say_why(name: str) -> Iterator[None]:
-    """Goes on with the next one where something cannot run here."""
+    """Prints the error of a candidate that fails, so that the benchmark continues with the next."""
     try:
         yield
     except (RuntimeError, ValueError) as e:

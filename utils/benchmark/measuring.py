@@ -1,4 +1,4 @@
-"""Timing side by side: medians over repetitions that alternate, with the spread between the quartiles and n."""
+"""Timing of candidates alternately: medians over repetitions, with quartiles and n."""
 
 import platform
 import statistics
@@ -12,7 +12,7 @@ from utils.training.engine import clock
 
 
 def machine(device: torch.device) -> str:
-    """One line on what this runs on."""
+    """One line with the device, the number of threads, and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     threads = f"{torch.get_num_threads()} threads"
     return f"{name}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"
@@ -29,7 +29,7 @@ def _cpu() -> str:
 def measure(
     candidates: dict[str, Callable[[], object]], n: int, device: torch.device, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """Seconds of n calls of each candidate, taken in turns after a warm-up."""
+    """Seconds for n calls of each candidate, called alternately, after `warmup` calls of each."""
     seconds = {name: [] for name in candidates}
     for i in tqdm(range(-warmup, n), unit="round", leave=False):
         for name, call in candidates.items():
@@ -42,19 +42,19 @@ def measure(
 
 
 def head(what: str = "") -> None:
-    """The head of a table of `row`s."""
+    """Prints the header of a table of `row`s."""
     print(f"{what:40s} {'median':>10} {'quartiles':>19} {'n':>5} {'speed':>8}")
 
 
 def row(name: str, seconds: list[float], unit: float, base: float, more: str = "") -> None:
-    """Median, quartiles and n, per unit of work, and how many times as fast as a base of so many seconds a unit."""
+    """Prints median and quartiles per unit of work, n, and the speed relative to `base` seconds per unit."""
     low, middle, high = (1e3 * q / unit for q in statistics.quantiles(seconds, n=4))
     speed = f"{1e3 * base / middle:.2f} x"
     print(f"{name:40s} {middle:7.3f} ms {low:8.3f} .. {high:7.3f} {len(seconds):5d} {speed:>8}{more}", flush=True)
 
 
 def report(seconds: dict[str, list[float]], units: dict[str, float], baseline: str) -> None:
-    """A row for each candidate, with its speed relative to the baseline's."""
+    """Prints a row for each candidate, with its speed relative to the baseline."""
     head()
     base = statistics.median(seconds[baseline]) / units[baseline]
     for name, values in seconds.items():
@@ -62,7 +62,7 @@ def report(seconds: dict[str, list[float]], units: dict[str, float], baseline: s
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a copy within the device's memory, reading and writing counted."""
+    """Bandwidth of a copy within the device's memory in GB/s, counting reads and writes."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     times = measure({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
@@ -70,7 +70,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that was in use on a GPU since the last call; empty elsewhere."""
+    """Peak GPU memory since the last call, as text; empty on a CPU."""
     if device.type != "cuda":
         return ""
     peak = torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""One training step: numbers of cells, backends of convolution, compiled or not; single models on streams."""
+"""One training step by number of cells, convolution backend, and eager or compiled; single models on CUDA streams."""
 
 import argparse
 import itertools
@@ -20,20 +20,20 @@ from utils.training.engine import Engine, clock
 
 
 def step(args: argparse.Namespace) -> None:
-    """One training step, per model: numbers of cells, ways of convolving; as written, captured, compiled."""
+    """Times a training step per model, by number of cells and convolution backend; eager, captured, compiled."""
     config, device, on_gpu = config_of(args), args.device, args.device.type == "cuda"
     split = random_split(config, 4 * args.batch_size, device)
     plain, batches = plain_step(config, device), forever(lambda: split.batches(args.batch_size, (0, 0)))
-    ways = {"": {}} | ({"captured": {"capture": True}} if on_gpu else {})
-    ways |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
+    modes = {"": {}} | ({"captured": {"capture": True}} if on_gpu else {})
+    modes |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
     print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model;")
-    print("speed beside that of a loop written plainly, one model, timed in turns:")
+    print("speed relative to a step of one model in plain PyTorch, timed alternately:")
     head()
-    for m, route, way in itertools.product(args.cells or [1, 4], args.convolutions, ways):
-        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", route, way]))
+    for m, backend, mode in itertools.product(args.cells or [1, 4], args.convolutions, modes):
+        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", backend, mode]))
         with or_say_why(name):
             peak_memory(device)
-            ours = stepper(Engine(config, m, device, route=route, **ways[way]), split)
+            ours = stepper(Engine(config, m, device, backend=backend, **modes[mode]), split)
             start = clock(device)
             ours()
             first = clock(device) - start
@@ -44,10 +44,13 @@ def step(args: argparse.Namespace) -> None:
 
 
 def streams(args: argparse.Namespace) -> None:
-    """Captured single models side by side on 1, 4, 8 streams: what a GPU gives without stacking."""
+    """Times captured steps of single models on 1, 4, 8 parallel CUDA streams, the alternative to stacking.
+
+    Raises UserError without a GPU.
+    """
     config, device = config_of(args), args.device
     if device.type != "cuda":
-        raise UserError("--device: streams are of a GPU, which is not there")
+        raise UserError("--device: streams need a GPU")
     split = random_split(config, 4 * args.batch_size, device)
     print(f"{config.vae_type}, batch {args.batch_size}, {config.precision}, per model:")
     head()

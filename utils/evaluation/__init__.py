@@ -1,1 +1,1 @@
-"""Evaluation: start with steps.py, what is measured of a run; batch.py runs the steps, subject.py keeps the figures."""
+"""Evaluation: start with steps.py, which defines the metrics; batch.py runs the steps, subject.py stores them."""

@@ -1,4 +1,4 @@
-"""The runs of a batch: finding and opening them, running the steps, gathering the figures, listing what failed."""
+"""Evaluates a batch: finds and opens its runs, runs the steps, collects the results, lists the failures."""
 
 import contextlib
 import dataclasses
@@ -11,40 +11,43 @@ from functools import partial
 from pathlib import Path
 
 from models.stack import TERMS
-from utils.cli import Parser, batch_folder, whole
+from utils.cli import Parser, add_moved_flag, batch_folder, whole
 from utils.config import Config
 from utils.distributed import is_first, progress
 from utils.errors import UserError, nearest
 from utils.evaluation.probes import PROBES, probe
 from utils.evaluation.steps import STEPS, bound
-from utils.evaluation.subject import PATIENCE, Bench, Subject, is_done, metrics_of, record
+from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
 from utils.files import to_csv, write_atomic
 from utils.runs import Run, locked
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of the workers
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # set to 1 in the workers
 TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 
 
 def add_bench_flags(parser: Parser) -> None:
-    """Flags that the evaluation scripts share."""
-    group = parser.add_argument_group("what is computed, and how much of it")
-    group.add_argument("--classifier_path", help="classifier (default: runs/classifiers/<data set>)")
+    """Adds the flags that the evaluation scripts share."""
+    group = parser.add_argument_group("evaluation")
+    add_moved_flag(group)
+    group.add_argument(
+        "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
+    )
     group.add_argument(
         "--y_samples",
         type=partial(whole, most=1000),
         default=4,
-        help="samples of z in q(y|x), for the MI of y (default: 4)",
+        help="samples of z that approximate q(y|x), for the mutual information of y (default: 4)",
     )
-    group.add_argument("--force", action="store_true", help="compute anew what is done already")
+    group.add_argument("--force", action="store_true", help="recompute results that are up to date")
 
 
 def find_runs(runs_dir: str, batch: str) -> list[Path]:
-    """The run folders of a batch. Raises UserError, listing the batches there are, when there are none."""
+    """The run folders of a batch. Raises UserError, listing the existing batches, if it has none."""
     root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
     found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
-    found = [p for p in found if p.name != "figures"]  # plot_eval.py's
+    found = [p for p in found if p.name != "figures"]  # written by plot_eval.py
     if not found:
         batches = (
             sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
@@ -54,7 +57,7 @@ def find_runs(runs_dir: str, batch: str) -> list[Path]:
 
 
 def open_run(path: Path) -> Run:
-    """A run that can be evaluated. Raises UserError if it is broken, unfinished or failed."""
+    """Opens a run for evaluation. Raises UserError if it is broken, unfinished or failed."""
     run = Run.open(path)
     if run.status != "finished":
         raise UserError(f"{path}: {run.status}; only finished runs are evaluated")
@@ -63,7 +66,7 @@ def open_run(path: Path) -> Run:
 
 @contextlib.contextmanager
 def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
-    """Lists what goes wrong with one run, whatever it is, so that the others go on."""
+    """Records any exception in `problems` under a run's path, so that the evaluation of other runs continues."""
     try:
         yield
     except UserError as e:
@@ -73,7 +76,7 @@ def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
 
 
 def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) -> list[Subject]:
-    """The runs that can be evaluated; the others are listed."""
+    """Opens the runs that can be evaluated; records the others in `problems`."""
     subjects = []
     for path in paths:
         with listed(problems, path):
@@ -82,14 +85,14 @@ def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) ->
 
 
 def require_classifiers(subjects: list[Subject], steps: list[str]) -> None:
-    """Raises UserError if a classifier that a step needs is missing: before hours of work, not after."""
+    """Raises UserError if a classifier that a step needs is missing, before hours of work rather than after."""
     if any(STEPS[name].classifier for name in steps):
-        for subject in {s.config.dataset: s for s in reversed(subjects)}.values():
+        for subject in {s.config.data_name: s for s in reversed(subjects)}.values():
             subject.bench.classifier_of(subject.config)
 
 
 def run_steps(subjects: list[Subject], steps: list[str], args, problems: dict[Path, str]) -> None:
-    """Computes the steps of all runs, run by run, then the probes of all together; lists what fails."""
+    """Computes the steps run by run, then the probes of all runs together; records failures in `problems`."""
     each = [name for name in steps if STEPS[name].compute is not None]
     for subject in progress(subjects if each else [], unit="run"):
         with listed(problems, subject.run.path):
@@ -100,30 +103,35 @@ def run_steps(subjects: list[Subject], steps: list[str], args, problems: dict[Pa
         run_probes([s for s in subjects if s.run.path not in problems], name, args, problems)
 
 
+def can_do(subject: Subject, step: Step) -> bool:
+    """Whether the run's images have the labels that a step needs; a note if they do not."""
+    return not step.labels or subject.bench.has_labels(subject.config)
+
+
 def run_step(subject: Subject, name: str, force: bool) -> None:
-    """Computes a step of one run, unless it is done."""
+    """Computes a step of one run, unless its result is up to date; with `force`, always."""
     step = STEPS[name]
-    if force or not is_done(subject, step):
+    if can_do(subject, step) and (force or not is_done(subject, step)):
         record(subject, step, step.compute(subject))
 
 
 def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
-    """Trains the simple classifiers of all runs in worker processes."""
+    """Fits the simple classifiers of all runs in worker processes; records failures in `problems`."""
     from joblib.externals.loky import get_reusable_executor
 
-    step, suffix, jobs, figures = STEPS[name], "_standardized" * args.standardize, [], {}
+    step, suffix, jobs, results = STEPS[name], "_standardized" * args.standardize, [], {}
     for index, subject in enumerate(subjects):
         with listed(problems, subject.run.path):
-            if not args.force and is_done(subject, step):
+            if not can_do(subject, step) or not args.force and is_done(subject, step):
                 continue
             tails = {"qz_mu": suffix, "qy_mu": "_y" + suffix}
             tails = {key: tail for key, tail in tails.items() if subject.latents[key].size}
-            figures[index] = {} if args.standardize else bound(subject)
-            file = (subject.run.path / "latents.npz").resolve()  # workers that are kept have folders of their own
+            results[index] = {} if args.standardize else bound(subject)
+            file = (subject.run.path / "latents.npz").resolve()  # a reused worker may have another cwd
             for key, tail in tails.items():
                 jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
         subject.forget()
-    left = {index: sum(i == index for i, _ in jobs) for index in figures}
+    left = {index: sum(i == index for i, _ in jobs) for index in results}
     executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
     try:
         done = as_completed([executor.submit(probe, index, *job) for index, job in jobs])
@@ -132,22 +140,27 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
             subject, left[index] = subjects[index], left[index] - 1
             if isinstance(result, str):
                 problems[subject.run.path] = result
+            elif not result:
+                subject.bench.note(
+                    f"{subject.run.path.name}: too few images, or one class only, to train a classifier on"
+                )
             else:
-                figures[index] |= result
+                results[index] |= result
             if left[index] == 0 and subject.run.path not in problems:
                 with listed(problems, subject.run.path):
-                    record(subject, step, figures[index])
+                    record(subject, step, results[index])
     except BrokenProcessPool:
         for index in (i for i, n in left.items() if n):
-            problems[subjects[index].run.path] = f"{subjects[index].run.path}: a worker process was killed (memory?)"
+            path = subjects[index].run.path
+            problems[path] = f"{path}: a worker process was killed (out of memory?)"
     except KeyboardInterrupt:  # do not wait for fits that may take minutes
-        threading.excepthook = lambda _: None  # nor let the pool's thread tell of their loss
+        threading.excepthook = lambda _: None  # the pool's thread would print a traceback about the killed workers
         executor.shutdown(wait=True, kill_workers=True)
         raise
 
 
 def gather(runs_dir: str, batch: str) -> Path:
-    """Writes eval_results.csv, one row a run, from the runs' config.json and metrics.json; returns its path."""
+    """Writes eval_results.csv, one row per run, from the runs' JSON files; returns its path."""
     columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS, *TRAIN_COLUMNS]
     path = Path(runs_dir) / batch / "eval_results.csv"
     with locked(path.parent, PATIENCE):
@@ -158,6 +171,7 @@ def gather(runs_dir: str, batch: str) -> Path:
             with listed(problems, folder):
                 run = Run.open(folder)
                 row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+                row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
         write_atomic(path, to_csv(rows, columns).encode())
@@ -165,7 +179,7 @@ def gather(runs_dir: str, batch: str) -> Path:
 
 
 def finish(runs_dir: str, batch: str, problems: dict[Path, str], n: int) -> int:
-    """Gathers, and lists the runs that this process could not evaluate; returns the exit status."""
+    """Writes eval_results.csv and lists the runs that this process could not evaluate; returns the exit status."""
     where = gather(runs_dir, batch) if is_first() else Path(runs_dir) / batch / "eval_results.csv"
     print(f"\n{n - len(problems)} of {n} runs evaluated: {where}")
     for problem in problems.values():

@@ -1,4 +1,4 @@
-"""Mutual information of latents and labels, and what it bounds; all in nats."""
+"""Mutual information between latents and labels, and the bound on accuracy that it implies; all in nats."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-ROWS, COLUMNS = 500, 2000  # block sizes: bound the memory, whatever the number of images
+ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
 
 
 class MutualInformation(NamedTuple):
@@ -20,11 +20,11 @@ class MutualInformation(NamedTuple):
 
 
 def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
-    """Monte-Carlo I_q(latent; label), the mean over images i of log q(s_i | class of i) - log q(s_i).
+    """Monte-Carlo estimate of I_q(latent; label): the mean over images i of log q(s_i | label_i) - log q(s_i).
 
-    samples (N, d), one of each image's own posterior; means, stds (N, S, d): posterior j is the mixture of S
-    Gaussians; labels (N,). q(. | l) is the mean over the posteriors of class l, q(.) over all. An image's own
-    posterior is among them, so narrow posteriors give H(label) whatever the labels: compare with `null`.
+    `samples` (N, d) has one sample of each image's posterior. `means` and `stds` (N, S, d) are the posteriors, each
+    a mixture of S Gaussians; `labels` is (N,). q(s | l) is the average posterior of class l, q(s) that of all images.
+    Both include the image's own posterior, so narrow posteriors give H(label) for any labels: compare with `null`.
     """
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)]
     log_all, log_own, log_null = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
@@ -36,11 +36,11 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
 
 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
-    """Log of the summed posterior densities at each sample: of all images, and of its class in each labelling.
+    """Log of the sum of posterior densities at each sample: over all images, and over its class in each labelling.
 
     samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 1 + number of labellings), float64.
-    log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] as one product of matrices;
-    float32 would be off by 10 nats at std 1e-3, hence float64, and centred.
+    log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] is one matrix product, which
+    needs centred float64: in float32, the error is 10 nats at a std of 1e-3.
     """
     n, mixture, d = means.shape
     own = log_own_density(samples, means, stds)
@@ -65,12 +65,12 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
             part = slice(i, i + ROWS)
             p = log_p(rows[part])
             largest = p.amax(1, keepdim=True)
-            p = p.sub_(largest).clamp_min_(-690).exp_()  # an underflow is slow
+            p = p.sub_(largest).clamp_min_(-690).exp_()  # exp of less is subnormal and slow
             by_class = (p @ members).unflatten(1, (-1, classes))
             sums = [by_class[:, 0].sum(1)]
             sums += [by_class[:, k].gather(1, labels[part, None])[:, 0] for k, labels in enumerate(labellings)]
             log_sums = torch.stack(sums, 1).log() + largest
-            # a class so far below the block's largest that its sum is lost matters if that one is far above `own`
+            # the clamp spoils class sums far below the block's largest density; if that is far above `own`, recompute
             far = largest[:, 0] > own[part] + 400
             for k, labels in enumerate(labellings, start=1):
                 lost = (far & (sums[k] < 1e-200)).nonzero().squeeze(1)
@@ -88,18 +88,18 @@ def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
 
 
 def entropy(labels: np.ndarray) -> float:
-    """Entropy H(label) of the labels' frequencies."""
+    """Entropy H(label) of the empirical distribution of the labels (N,)."""
     return discrete_entropy(np.bincount(labels))
 
 
 def discrete_entropy(counts: np.ndarray) -> float:
-    """Entropy of the distribution in proportion to the counts."""
+    """Entropy of the distribution proportional to the counts (K,)."""
     p = counts[counts > 0] / counts.sum()
     return max(0.0, float(-(p * np.log(p)).sum()))
 
 
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information of two discrete variables from their joint counts; a, b (N,) whole numbers."""
+    """Mutual information of two discrete variables from their joint counts; a, b (N,) are integers >= 0."""
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1)
     separate = discrete_entropy(joint.sum(1)) + discrete_entropy(joint.sum(0))
@@ -107,7 +107,7 @@ def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def accuracy_bound(mi: float, labels: np.ndarray) -> float:
-    """The largest accuracy that a classifier can have given `mi` nats on the label (Meyen 2016).
+    """The largest accuracy that a classifier can reach with `mi` nats of information on the label (Meyen 2016).
 
     The root a in [1/K, 1] of H(label) - H_2(a) - (1 - a) ln(K - 1) = mi; 1 when mi reaches H(label).
     """
@@ -121,6 +121,6 @@ def accuracy_bound(mi: float, labels: np.ndarray) -> float:
         h2 = -sum(p * math.log(p) for p in (a, 1 - a) if p > 0)
         return h2 + (1 - a) * math.log(k - 1) - missing
 
-    if excess(1 / k) <= 0:  # balanced labels and no information: ln K is reached up to rounding
+    if excess(1 / k) <= 0:  # for balanced labels and no information, 0 up to rounding
         return 1 / k
     return float(brentq(excess, 1 / k, 1.0, xtol=1e-12))

@@ -1,4 +1,4 @@
-"""Measures of images, of samples, and of predictions."""
+"""Metrics: active units, importance-weighted likelihood, inception score, Frechet distance."""
 
 import math
 
@@ -15,7 +15,7 @@ def active_units(means: np.ndarray) -> int:
 
 @torch.no_grad()
 def importance_weighted_ll(model: nn.Module, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Importance-weighted bound on log p(x) (IWAE, Burda 2016) with so many posterior samples of (z, y); (B,)."""
+    """Importance-weighted lower bound on log p(x), nats (B,), from `samples` samples of (z, y) (IWAE, Burda 2016)."""
     q_z, weights = model.q_z(x), []
     for _ in range(samples):
         noise = model.noise(len(x), generator)
@@ -28,10 +28,10 @@ def importance_weighted_ll(model: nn.Module, x: Tensor, samples: int, generator:
 
 
 def inception_score(log_p: Tensor, splits: int = 5) -> dict[str, float]:
-    """Inception score of samples from a classifier's log-probabilities (N, K), mean and std over the splits.
+    """Inception score from a classifier's log-probabilities (N, K) of samples: mean and std over the splits.
 
-    Per split IS = exp(mean KL[p(l|x) || p(l)]) = diversity x sharpness, with diversity = exp(H[p(l)]) and
-    sharpness = exp(-mean H[p(l|x)]); their means over the splits are given too.
+    Per split, IS = exp(mean KL[p(l|x) || p(l)]) = diversity x sharpness, where diversity = exp(H[p(l)]) and
+    sharpness = exp(-mean H[p(l|x)]); their means over the splits are returned as well.
     """
     log_p = log_p.double()
     scores, diversities, sharpnesses = [], [], []
@@ -52,12 +52,15 @@ def inception_score(log_p: Tensor, splits: int = 5) -> dict[str, float]:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance of two sets of features, (N, F) and (M, F), as Gaussians (Heusel 2017).
+    """Frechet distance between Gaussians fitted to two sets of features, (N, F) and (M, F) (Heusel 2017).
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); the trace of the root is the sum of the roots of the
-    eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the matrix root is computed as the sum of the
+    square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
     """
     from scipy.linalg import eigh, eigvalsh
+
+    if min(len(a), len(b)) < 2:  # no covariance
+        return math.nan
 
     mean_a, mean_b = a.mean(0, dtype=np.float64), b.mean(0, dtype=np.float64)
     cov_a, cov_b = (np.atleast_2d(np.cov(t.astype(np.float64), rowvar=False)) for t in (a, b))

@@ -1,4 +1,4 @@
-"""Simple classifiers that predict the label from a latent; run in worker processes, so without torch."""
+"""Probes: simple classifiers that predict the label from a latent. Worker processes import this, so it avoids torch."""
 
 import math
 import signal
@@ -12,7 +12,7 @@ PROBES = ("lr", "svm_rbf", "svm_linear", "kNN")
 
 
 def untrained(name: str):
-    """The probe of that name."""
+    """The unfitted scikit-learn model of a probe."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
@@ -26,13 +26,13 @@ def untrained(name: str):
 
 
 def split(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the fixed 80 % to train on and 20 % to test on (the paper's permutation, seed 42)."""
-    order = np.random.RandomState(42).permutation(n)  # noqa: NPY002  (the generator that the paper's split needs)
+    """Indices of the fixed 80 % for training and 20 % for testing (the paper's permutation, seed 42)."""
+    order = np.random.RandomState(42).permutation(n)  # noqa: NPY002  (the paper's split needs this generator)
     return order[: int(0.8 * n)], order[int(0.8 * n) :]
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error of the top prediction, equal-width bins; probabilities (N, K), labels (N,)."""
+    """Expected calibration error of the top prediction, with equal-width bins; probabilities (N, K), labels (N,)."""
     probabilities = probabilities.astype(np.float64)
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -41,10 +41,11 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, standardize: bool) -> dict[str, float]:
-    """Accuracy of one probe from latents (N, d) on the held-out 20 %; of the logistic one also its calibration.
+    """Fits a probe to latents (N, d) and labels (N,). Returns its accuracy on the held-out 20 %.
 
-    lr_acc_mean and lr_acc_std: lbfgs knows no seed, so all seeds' fits are this one and their spread is 0.
-    `mi_lr_lb` = H(label) - log loss is a lower bound on I(latent; label) (Barber & Agakov 2003).
+    For logistic regression, also its log loss in nats and its calibration error. `lr_acc_std` is 0, because lbfgs is
+    deterministic. `mi_lr_lb` = H(label) - log loss is a lower bound on I(latent; label) (Barber & Agakov 2003).
+    Empty where there are too few images or classes to train it on.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import log_loss
@@ -53,7 +54,7 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
     train, test = split(len(labels))
     model = untrained(name)
-    if name == "kNN" and len(train) < model.n_neighbors:
+    if len(np.unique(labels[train])) < 2 or len(test) == 0 or name == "kNN" and len(train) < model.n_neighbors:
         return {}
     model = make_pipeline(StandardScaler(), model) if standardize else model
     with warnings.catch_warnings():
@@ -81,12 +82,15 @@ def fit_probe(name: str, latents: np.ndarray, labels: np.ndarray, suffix: str, s
 
 
 def probe(index: int, name: str, source: tuple[Path, str], suffix: str, standardize: bool) -> tuple[int, dict | str]:
-    """`fit_probe` as a worker's job, on an array of an NPZ; returns the index with the figures, or with what failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one decides
+    """`fit_probe` in a worker process; `source` is an NPZ file and a key.
+
+    Returns the index with the metrics, or with an error message.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     path, key = source
     try:
         with np.load(path, allow_pickle=False) as arrays:
             latents, labels = arrays[key], arrays["labels"]
         return index, fit_probe(name, latents.reshape(len(labels), -1), labels, suffix, standardize)
-    except Exception as e:  # one run's failure must not end the others'
+    except Exception as e:  # a failure must not stop the other runs
         return index, f"{path}: {name}{suffix} failed: {' '.join(str(e).split())}"

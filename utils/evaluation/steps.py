@@ -1,4 +1,4 @@
-"""The steps of the evaluation: what each measures of a run on the test images."""
+"""The steps of the evaluation: each computes metrics of a run on the test images."""
 
 import functools
 import hashlib
@@ -18,12 +18,12 @@ from utils.evaluation.metrics import active_units, frechet_distance, importance_
 from utils.evaluation.probes import calibration_error
 from utils.evaluation.subject import BATCH, Bench, Step, Subject
 
-INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "6726825d")  # torch-fidelity's file, start of its sha256
+INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "6726825d")  # torch-fidelity's file, prefix of its sha256
 
 
 @torch.no_grad()
 def rates(s: Subject) -> dict[str, float]:
-    """Loss and its terms, active units, PSNR; and latents.npz."""
+    """Loss and its terms (nats), bits per dimension, active units, PSNR (dB); and latents.npz."""
     model, betas = s.model, [torch.tensor([b], device=s.bench.device) for b in (s.config.beta_y, s.config.beta_z)]
     means = Stack(model, 1).evaluate(s.test, BATCH, s.generator("rates"), *betas)[0].tolist()
     terms = dict(zip(TERMS, means, strict=True))
@@ -44,7 +44,7 @@ def rates(s: Subject) -> dict[str, float]:
 
 
 def importance_weighted(s: Subject) -> dict[str, float]:
-    """The importance-weighted log-likelihood, mean over the test images."""
+    """The importance-weighted log-likelihood in nats, averaged over the test images."""
     g, total = s.generator("iw"), 0.0
     for x, _ in s.test.batches(BATCH):
         total += importance_weighted_ll(s.model, x, s.bench.iw_samples, g).sum().item()
@@ -52,7 +52,7 @@ def importance_weighted(s: Subject) -> dict[str, float]:
 
 
 def sample_quality(s: Subject) -> dict[str, float]:
-    """The inception score of samples under the data set's classifier."""
+    """The inception score of samples, from the data set's classifier."""
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
@@ -61,17 +61,17 @@ def sample_quality(s: Subject) -> dict[str, float]:
 
 
 def fid(s: Subject) -> dict[str, float | str]:
-    """Frechet distance of samples and test images in Inception's features."""
+    """Frechet distance between samples and test images in Inception-v3 features."""
     features = inception_features(s.bench)
     return {} if features is None else _frechet(s, features, "fid", "inception-v3-compat")
 
 
 def fid_classifier(s: Subject) -> dict[str, float | str]:
-    """Its stand-in in the features of the data set's own classifier."""
+    """Frechet distance between samples and test images in the features of the data set's classifier."""
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
-    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.dataset} classifier {found[1]}")
+    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.data_name} classifier {found[1]}")
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _frechet(s: Subject, features: Callable[[Tensor], Tensor], name: str, source
 
 
 def npz(arrays: dict[str, np.ndarray]) -> bytes:
-    """The arrays as an NPZ file's content."""
+    """The content of an NPZ file with these arrays."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
@@ -91,7 +91,10 @@ def npz(arrays: dict[str, np.ndarray]) -> bytes:
 
 @functools.cache
 def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
-    """Images in [0, 1] to Inception-v3's 2048 features, if torch-fidelity and its weights are on this machine."""
+    """A function from images (B, C, H, W) in [0, 1] to Inception-v3 features (B, 2048).
+
+    None, with a note, if torch-fidelity or its weights are not installed.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION[0]
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -100,9 +103,9 @@ def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
             raise OSError("not the published file")
     except (ImportError, OSError):
         bench.note(
-            f"no fid: it needs Inception's weights at {path} (pip install torch-fidelity, and once with a network: "
+            f"no fid: it needs the Inception weights at {path}; to fetch them: pip install torch-fidelity, then "
             'python -c "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as F; '
-            "F('inception-v3-compat', ['2048'])\"); with a classifier, fid_classifier is its stand-in"
+            "F('inception-v3-compat', ['2048'])\"; with --with_classifier, fid_classifier is computed instead"
         )
         return None
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(bench.device).eval()
@@ -114,10 +117,10 @@ def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
 
 
 def mi_z(s: Subject) -> dict[str, float]:
-    """Mutual information of z and the label."""
+    """Mutual information between z and the label, nats."""
     labels = s.latents["labels"]
     if s.model.z_shape == (0,):
-        s.bench.note(f"{s.config.vae_type} has no z: no figures of z")
+        s.bench.note(f"{s.config.vae_type} has no z: metrics of z are left empty")
         return {}
     if s.model.family is not Gaussian:
         return {"mi_q": discrete_mi(s.latents["qz_mu"].argmax(1), labels)}
@@ -129,7 +132,7 @@ def mi_z(s: Subject) -> dict[str, float]:
 
 @torch.no_grad()
 def mi_p(s: Subject) -> dict[str, float]:
-    """Mutual information of a categorical z and the classifier's label of what it generates, 1000 samples each."""
+    """Mutual information in nats between a categorical z and the classifier's label of 1000 samples per category."""
     if s.model.family is Gaussian:
         return {}
     found = s.bench.classifier_of(s.config)
@@ -144,7 +147,7 @@ def mi_p(s: Subject) -> dict[str, float]:
 
 @torch.no_grad()
 def mi_y(s: Subject) -> dict[str, float]:
-    """Mutual information of y and the label, q(y|x) = E_q(z|x) q(y|z,x) averaged over samples of z."""
+    """Mutual information between y and the label, nats; q(y|x) = E_q(z|x) q(y|z,x) is averaged over samples of z."""
     g, means, stds, labels, samples = s.generator("mi_y"), [], [], [], []
     for x, label in s.test.batches(BATCH):
         q_z = s.model.q_z(x)
@@ -159,7 +162,7 @@ def mi_y(s: Subject) -> dict[str, float]:
 
 @torch.no_grad()
 def reconstructions(s: Subject) -> dict[str, float]:
-    """The classifier on reconstructions and on the test images themselves."""
+    """The classifier's accuracy on reconstructions and on test images, predictive entropy (nats) and calibration."""
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
@@ -178,7 +181,7 @@ def reconstructions(s: Subject) -> dict[str, float]:
 
 
 def pca(s: Subject) -> dict[str, float]:
-    """Three principal components of the means of y, in pca.npz."""
+    """The first three principal components of the posterior means of y, in pca.npz."""
     from sklearn.decomposition import PCA
 
     y = s.latents["qy_mu"].reshape(len(s.latents["labels"]), -1)
@@ -193,11 +196,11 @@ def pca(s: Subject) -> dict[str, float]:
 
 
 def bound(s: Subject) -> dict[str, float]:
-    """The accuracy bound that the mutual information of z implies; a note where step 2 has not been."""
+    """The bound on accuracy implied by the mutual information of z; empty, with a note, before step 2."""
     known = s.metrics
     mi = known.get("mi_q_mc", known.get("mi_q"))
     if mi is None and s.latents["qz_mu"].size:
-        s.bench.note("no acc_bound: it needs the mutual information; run eval_beta_single.py, step 2, first")
+        s.bench.note("no acc_bound: it needs the mutual information; run eval_beta_single.py (step 2) first")
     return {} if mi is None else {"acc_bound": accuracy_bound(mi, s.latents["labels"])}
 
 
@@ -220,11 +223,11 @@ STEPS = {
             ("n_samples",),
             True,
         ),
-        Step("mi_z", ("mi_q_mc", "mi_q_mc_se", "mi_q_mc_null", "mi_q"), mi_z),
+        Step("mi_z", ("mi_q_mc", "mi_q_mc_se", "mi_q_mc_null", "mi_q"), mi_z, labels=True),
         Step("mi_p", ("mi_p",), mi_p, (), True),
-        Step("mi_y", ("mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null", "y_samples"), mi_y, ("y_samples",)),
-        Step("probes", ("acc_bound", *_probe_columns("", "_y")), None, metrics=("mi_q_mc", "mi_q")),
-        Step("probes_standardized", _probe_columns("_standardized", "_y_standardized"), None),
+        Step("mi_y", ("mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null", "y_samples"), mi_y, ("y_samples",), labels=True),
+        Step("probes", ("acc_bound", *_probe_columns("", "_y")), None, metrics=("mi_q_mc", "mi_q"), labels=True),
+        Step("probes_standardized", _probe_columns("_standardized", "_y_standardized"), None, labels=True),
         Step("recons", ("recons_acc", "recons_pred_entropy", "clsfr_acc", "clsfr_ece"), reconstructions, (), True),
         Step("pca", ("pca_explained",), pca, file="pca.npz"),
     )
@@ -233,7 +236,7 @@ MI_STEPS = ["mi_z", "mi_y", "mi_p"]
 
 
 def choose(name: str, bench: Bench) -> str | None:
-    """The step that a name stands for with what there is on this machine; None for none."""
+    """The step to run for a name, None to skip it: "frechet" is fid, or fid_classifier without Inception weights."""
     if name == "frechet":
         return "fid" if inception_features(bench) else "fid_classifier" if bench.with_classifier else None
     if name == "mi_p" and not bench.with_classifier:

@@ -1,7 +1,7 @@
-"""The evaluation of runs: what they share, what each has been evaluated for, and where the figures are kept.
+"""Runs under evaluation, the resources that they share, and the storage of their metrics.
 
-A step's figures go into the run's metrics.json together with a fingerprint of what they were computed from, so that
-the same command again computes only what is missing or stale. steps.py has the steps.
+A step's metrics are stored in the run's metrics.json with a fingerprint of everything they depend on, so that
+repeating a command computes only what is missing or out of date. steps.py defines the steps.
 """
 
 import dataclasses
@@ -18,37 +18,41 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loading import Data, load_data
-from models.classifiers import CLASSIFIERS, load_classifier
+from datasets.table import DATASETS
+from models.classifiers import load_classifier
+from utils.cli import next_command
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
-BATCH = 256  # images at a time; fixed, since the noise is drawn batch by batch
-PATIENCE = 60  # seconds to wait for another process that holds a run
+BATCH = 256  # images per batch; fixed, because the noise depends on it
+PATIENCE = 60  # seconds to wait for a lock that another process holds
 
 
 class Step(NamedTuple):
-    """A part of the evaluation: its figures' names, how they are computed, and the settings they depend on."""
+    """A step of the evaluation: the columns that it fills, how, and the settings that they depend on."""
 
     name: str
     columns: tuple[str, ...]
     compute: Callable[["Subject"], dict] | None
     settings: tuple[str, ...] = ()
     classifier: bool = False  # whether it depends on the data set's classifier
-    file: str | None = None  # that it writes beside its figures
-    metrics: tuple[str, ...] = ()  # figures of other steps that it depends on
+    file: str | None = None  # a file that it writes in addition to the metrics
+    metrics: tuple[str, ...] = ()  # metrics of other steps that it depends on
+    labels: bool = False  # whether it needs the images' labels
 
 
 @dataclass(eq=False)
 class Bench:
-    """What all runs of an evaluation share: settings, data, classifiers; and notes, each said once."""
+    """The resources that all runs of an evaluation share: settings, data sets, classifiers, notes."""
 
     device: torch.device
     data_dir: str
     runs_dir: str
     download: bool = False
+    dataset: str | None = None  # where a folder of images is now
     classifier_path: str | None = None
     with_classifier: bool = False
     n_samples: int = 10_000
@@ -56,68 +60,84 @@ class Bench:
     y_samples: int = 4
     notes: set[str] = field(default_factory=set)
     _data: dict = field(default_factory=dict)
+    _classifiers: dict = field(default_factory=dict)
 
     @classmethod
     def of(cls, args) -> "Bench":
-        """The settings that a script's flags give."""
+        """The Bench with the settings of a script's parsed flags."""
         given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cls) if f.init}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def note(self, text: str) -> None:
+        """Prints a note, unless it has been printed before."""
         if text not in self.notes:
             self.notes.add(text)
             print(f"note: {text}", flush=True)
 
     def data(self, config: Config) -> Data:
+        """The data set of a Config, loaded once. Raises UserError if it is missing or damaged."""
         key = (config.dataset, config.image_shape)
         if key not in self._data:
-            self._data[key] = load_data(config, self.data_dir, self.device, self.download)
+            self._data[key] = load_data(config, self.data_dir, self.device, self.download, self.dataset)
         return self._data[key]
 
-    @functools.cache  # noqa: B019  (one bench lives as long as the script)
-    def classifier(self, dataset: str) -> tuple[nn.Module, str]:
-        """The classifier of a data set and its digest. Raises UserError if there is none."""
-        path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / dataset)
-        return load_classifier(path, dataset, self.device)
+    def has_labels(self, config: Config) -> bool:
+        """Whether the images of a Config's data set have labels; a note if they have none."""
+        if config.dataset in DATASETS or self.data(config).labelled:
+            return True
+        self.note(f"{config.data_name} has no labels: metrics that need labels or a classifier are left empty")
+        return False
 
     def classifier_of(self, config: Config) -> tuple[nn.Module, str] | None:
-        """The classifier if the data set has one and it is wanted; else None, with a note."""
-        if config.dataset not in CLASSIFIERS:
-            self.note(f"{config.data_name} has no classifier: no inception score, recons_acc and the like")
+        """The classifier of a Config's data set and its digest; None, with a note, for images without labels.
+
+        Raises UserError if there should be one and is none.
+        """
+        name = config.data_name
+        if not self.has_labels(config):
             return None
-        return self.classifier(config.dataset)
+        if name not in self._classifiers:
+            data = self.data(config) if config.dataset not in DATASETS else None
+            path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
+            how = next_command(self, "train_classifier.py", *config.data_flags)
+            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest, how)
+        return self._classifiers[name]
 
 
 class Subject:
-    """A run under evaluation; the model and its latents are loaded when first needed."""
+    """A run under evaluation; its model and latents are loaded on first use."""
 
     def __init__(self, run: Run, bench: Bench):
         self.run, self.config, self.bench = run, run.config, bench
 
     @functools.cached_property
     def weights_digest(self) -> str:
+        """The digest of vae.pth."""
         return digest_of(self.run.path / "vae.pth")
 
     @functools.cached_property
     def model(self) -> nn.Module:
+        """The trained model in eval mode. Raises UserError if its weights are missing or damaged."""
         return load_model(self.run, self.bench.device)
 
     @property
     def test(self):
+        """The test images."""
         return self.bench.data(self.config).test
 
     def generator(self, *key) -> torch.Generator:
+        """A random generator, seeded by `key`."""
         return generator(self.bench.device, 0, *key)
 
     @property
     def metrics(self) -> dict:
-        """What metrics.json holds of these weights; empty while there is nothing. Raises UserError if it is damaged."""
+        """metrics.json, or empty if it does not belong to these weights. Raises UserError if it is damaged."""
         known = metrics_of(self.run)
         return known if known.get("weights") == self.weights_digest else {}
 
     @functools.cached_property
     def latents(self) -> dict[str, np.ndarray]:
-        """latents.npz. Raises UserError if step 1 has not written it for these weights, or it is damaged."""
+        """The arrays of latents.npz. Raises UserError if it is missing, damaged or of other weights."""
         path = self.run.path / "latents.npz"
         if digest_of(path) != self.metrics.get("files", {}).get(path.name, ""):
             raise UserError(f"{path}: missing, damaged or stale; run eval_beta_grid.py --exclude_mi first")
@@ -130,24 +150,24 @@ class Subject:
 
     @torch.no_grad()
     def samples(self, name: str, consume: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `consume` gives for each batch of n_samples ancestral samples, together."""
+        """Applies `consume` to n_samples ancestral samples, batch by batch; returns the concatenated results."""
         g, n = self.generator(name), self.bench.n_samples
         sizes = [min(BATCH, n - i) for i in range(0, n, BATCH)]
         return torch.cat([consume(self.model.sample(size, generator=g)) for size in sizes])
 
 
 def fingerprint(s: Subject, step: Step) -> str:
-    """Of all that the step's figures depend on: weights, settings, classifier, figures of other steps."""
+    """The digest of all that a step's metrics depend on: weights, settings, classifier, metrics of other steps."""
     parts = {name: getattr(s.bench, name) for name in step.settings}
     parts |= {name: s.metrics.get(name) for name in step.metrics}
-    if step.classifier and s.config.dataset in CLASSIFIERS:
-        parts["classifier"] = s.bench.classifier(s.config.dataset)[1]
+    if step.classifier and (found := s.bench.classifier_of(s.config)) is not None:
+        parts["classifier"] = found[1]
     text = json.dumps([s.weights_digest, s.run.config.to_json(), parts], sort_keys=True)
     return digest(text.encode())
 
 
 def is_done(s: Subject, step: Step) -> bool:
-    """Whether metrics.json has the step's figures, of these weights and settings, and its file is there, whole."""
+    """Whether the step's metrics are up to date and its file, if it has one, is intact."""
     known = s.metrics
     if known.get("steps", {}).get(step.name) != fingerprint(s, step):
         return False
@@ -155,14 +175,14 @@ def is_done(s: Subject, step: Step) -> bool:
 
 
 def record(s: Subject, step: Step, results: dict) -> None:
-    """Merges a step's figures into metrics.json, and writes its file.
+    """Merges a step's results into metrics.json, and writes the step's file.
 
-    Figures of other weights are dropped. Those that are not finite are left out, with a note.
+    Metrics of other weights are dropped. Non-finite values are left out, with a note.
     """
     for name in [k for k, v in results.items() if isinstance(v, float) and not math.isfinite(v)]:
         s.bench.note(f"{s.run.path.name}: {name} is {results[name]}, left empty")
         results = {k: v for k, v in results.items() if k != name}
-    figures = {name: results[name] for name in step.columns if name in results}  # workers end in any order
+    metrics = {name: results[name] for name in step.columns if name in results}  # in the order of the columns
     with s.run.locked(PATIENCE):
         known = s.metrics
         kept = {k: v for k, v in known.items() if k not in (*step.columns, "steps", "files", "weights")}
@@ -172,15 +192,15 @@ def record(s: Subject, step: Step, results: dict) -> None:
             files = files | {step.file: digest(results[step.file])}
         steps = known.get("steps", {}) | {step.name: fingerprint(s, step)}
         bookkeeping = {"steps": steps, "files": files, "weights": s.weights_digest}
-        write_json(s.run.path / "metrics.json", {**kept, **figures, **bookkeeping})
+        write_json(s.run.path / "metrics.json", {**kept, **metrics, **bookkeeping})
 
 
 def metrics_of(run: Run) -> dict:
-    """What metrics.json holds; empty while there is none. Raises UserError if it is damaged."""
+    """The content of a run's metrics.json; empty if there is none. Raises UserError if it is damaged."""
     path = run.path / "metrics.json"
     known = read_json(path) if path.exists() else {}
     for name, value in known.items():
         wrong = not isinstance(value, dict) if name in ("steps", "files") else not isinstance(value, int | float | str)
         if wrong or isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: damaged ({name} cannot be {value!r:.40}); remove it, and evaluate the run anew")
+            raise UserError(f"{path}: damaged ({name} cannot be {value!r:.40}); remove it and evaluate the run again")
     return known

@@ -1,1 +1,1 @@
-"""The rate plane: start with cells.py, the table as cells; advice.py and slopes.py read them, report.py shows all."""
+"""The rate plane: start with cells.py, which reads the results; advice.py and slopes.py analyse, report.py shows."""

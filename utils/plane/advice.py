@@ -1,10 +1,10 @@
-"""The advice: for each task the best cell, the best ordinary beta-VAE, and what trading between the layers gains."""
+"""The advice: for each task the best cell, the best ordinary beta-VAE, and the gain of the former over the latter."""
 
 import numpy as np
 
 from utils.plane.cells import BITS, PROBES, Plane, metric
 
-ADVICE = {  # columns of the advice, and how they are headed
+ADVICE = {  # columns of the advice and their headings
     "task": "task",
     "budget": "budget",
     "metric": "metric",
@@ -33,9 +33,9 @@ LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 
 
 def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[str, str | float]]:
-    """For each task the best cell, the best ordinary beta-VAE, and the gain; a row for each metric there is.
+    """One row for each task and available metric: the best cell, the best ordinary beta-VAE, and the gain.
 
-    `budget` limits rates, in bits: {"rate": 20.0, "kl_z": 5.0}. Only cells within it count.
+    `budget` limits the rates of the cells considered, in bits per image: {"rate": 20.0, "kl_z": 5.0}.
     """
     within, limits = np.ones(len(plane.cells), bool), []
     for name, bits in (budget or {}).items():
@@ -60,5 +60,5 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[st
 
 
 def headings_of(plane: Plane) -> dict[str, str]:
-    """The advice's columns and their headings, with the settings in which the plane's cells differ."""
+    """Columns and headings of the advice, including the settings in which the plane's cells differ."""
     return ADVICE | {name: name for name in plane.differing}

@@ -1,11 +1,13 @@
-"""The rate plane: what the runs of a batch achieved at which R(z) and R(y|z), and what follows from it.
+"""The rate plane: the metrics of a batch's runs, grouped into cells, with their rates R(z) and R(y|z).
 
-Reads eval_results.csv; nothing is drawn here. Rates, D and mutual information are in nats per image.
+Read from eval_results.csv; nothing is drawn here. Rates, D and mutual information are in nats per image.
 """
 
 import csv
 import dataclasses
+import io
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +20,13 @@ from utils.files import read_arrays
 
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
-SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # runs alike in these are repeats
-SHARED = [n for n in SAME_CELL if n not in BETAS]  # by the cells of one grid
-BITS = 1 / math.log(2)  # per nat
+SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # equal for the repeats of a cell
+SHARED = [n for n in SAME_CELL if n not in BETAS]  # equal for the cells of one grid
+BITS = 1 / math.log(2)  # bits per nat
 
 
 class Metric(NamedTuple):
-    """What a column measures, in which unit, and whether more (+1) or less (-1) of it is better (0: neither)."""
+    """Label and unit of a column, and whether higher (+1) or lower (-1) values are better (0: neither)."""
 
     label: str
     unit: str = ""
@@ -73,7 +75,7 @@ PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
 
 
 def metric(name: str) -> Metric:
-    """What is known of a column; the variants `_y` and `_standardized` share their metric's entry."""
+    """The Metric of a column; variants (`train_`, `_y`, `_standardized`) derive theirs from the metric's own."""
     if name in METRICS:
         return METRICS[name]
     if name.startswith("train_"):
@@ -91,76 +93,89 @@ def metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the grid: its settings, and mean and standard deviation of every figure over its repeats."""
+    """A cell of the grid: its settings, and mean and standard deviation of every metric over its repeats."""
 
     settings: dict[str, str]
     runs: tuple[str, ...]
     mean: dict[str, float]
-    std: dict[str, float]  # only of figures that several repeats have
+    std: dict[str, float]  # only of metrics that several repeats have
 
 
 @dataclass
 class Plane:
-    """The cells of a batch that have both rates, and notes on what is missing."""
+    """The cells of a batch for which both rates are known, and notes on what is missing."""
 
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
 
     def values(self, name: str) -> np.ndarray:
-        """A figure of every cell, (N,); NaN where it is missing."""
+        """A metric of every cell, (N,); NaN where it is missing."""
         return np.array([cell.mean.get(name, math.nan) for cell in self.cells])
 
     def stds(self, name: str) -> np.ndarray:
-        """Its standard deviation over a cell's repeats, (N,); NaN where there are none."""
+        """The standard deviation of a metric over each cell's repeats, (N,); NaN where there are none."""
         return np.array([cell.std.get(name, math.nan) for cell in self.cells])
 
     @property
     def diagonal(self) -> np.ndarray:
-        """Which cells are ordinary beta-VAEs, beta_y = beta_z; (N,)."""
+        """A mask (N,) of the ordinary beta-VAEs, beta_y = beta_z."""
         return np.isclose(self.values("beta_y"), self.values("beta_z"), rtol=1e-6)
 
     @property
     def differing(self) -> list[str]:
-        """The settings, other than the betas, that not all cells share."""
+        """The settings, other than the betas, in which the cells differ."""
         return [n for n in SHARED if len({c.settings.get(n) for c in self.cells}) > 1]
 
     @property
     def names(self) -> list[str]:
-        """The figures that at least one cell has."""
+        """The metrics that at least one cell has."""
         known = {name for cell in self.cells for name in cell.mean if name not in SETTINGS}
         return [*(n for n in METRICS if n in known), *sorted(known - set(METRICS))]
 
     def best(self, name: str, among: np.ndarray | None = None) -> int | None:
-        """Index of the best cell; of equally good ones, that of the lowest total rate. None if no cell has it."""
+        """Index of the best cell in a mask (N,); ties go to the lowest total rate. None if no cell has the metric."""
         values, rate = metric(name).better * self.values(name), self.values("rate")
         there = np.isfinite(values) & (True if among is None else among)
         return max(np.flatnonzero(there), key=lambda i: (values[i], -rate[i])) if there.any() else None
 
 
 def number(text: str | None) -> float:
-    """A cell of a CSV as a number; NaN if it is none, not finite or absurd."""
+    """A field of a CSV as a number; NaN if it is not a number, not finite, or 1e30 or more in magnitude."""
     try:
         value = float(text or "nan")
     except (ValueError, TypeError):
         return math.nan
-    return value if abs(value) < 1e30 else math.nan  # beyond, nothing of ours lies and nothing can be drawn
+    return value if abs(value) < 1e30 else math.nan  # larger values cannot be drawn
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV's rows, also as spreadsheets save it: with a byte order mark, semicolons or tabs, decimal commas.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        first = text.partition("\n")[0]
+        separator = max(",;\t", key=first.count)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+    if separator == ",":
+        return rows
+    return [{k: re.sub(r"^(-?\d*),(\d)", r"\1.\2", v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
 
 
 def read_plane(path: Path) -> Plane:
-    """The rate plane of a batch from its eval_results.csv. Raises UserError if there is nothing to draw."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or no run has rates."""
     plane, groups, without = Plane([]), {}, []
-    for row in rows:
+    for row in read_rows(path):
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
         else:
             groups.setdefault(tuple(row.get(name) for name in SAME_CELL), []).append(row)
     if not groups:
-        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py, step 1, first")
+        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
     plane.cells = [merge(repeats) for repeats in groups.values()]
     for status in sorted({row.get("status") or "without status" for row in without}):
         runs = [row.get("run") or "?" for row in without if (row.get("status") or "without status") == status]
@@ -174,7 +189,7 @@ def read_plane(path: Path) -> Plane:
             f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
         )
         plane.notes.append(
-            f"the batch mixes settings, all drawn together, means in the heat maps, the first in the sheets: {listed}"
+            f"the batch mixes settings, all drawn together (heat maps show means, image sheets the first run): {listed}"
         )
     for name in plane.names:
         missing = int(np.isnan(plane.values(name)).sum())
@@ -184,14 +199,14 @@ def read_plane(path: Path) -> Plane:
 
 
 def merge(repeats: list[dict[str, str]]) -> Cell:
-    """One cell of the rows of its repeats."""
-    figures = [{k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)} for row in repeats]
-    for row in figures:
+    """The cell whose repeats are these rows of the CSV."""
+    metrics = [{k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)} for row in repeats]
+    for row in metrics:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
     mean, std = {}, {}
-    for name in figures[0]:
-        values = np.array([row[name] for row in figures if not math.isnan(row[name])])
+    for name in metrics[0]:
+        values = np.array([row[name] for row in metrics if not math.isnan(row[name])])
         if len(values):
             mean[name] = float(values.mean())
         if len(values) > 1:
@@ -201,24 +216,24 @@ def merge(repeats: list[dict[str, str]]) -> Cell:
 
 
 def labels_of(plane: Plane, folder: Path) -> np.ndarray | None:
-    """The test images' labels, from the first run that has its latents; None, with a note, if there is none."""
+    """The labels (N,) of the test images, from the first run with latents; None, with a note, if there is none."""
     for name in (run for cell in plane.cells for run in cell.runs):
         try:
             return read_arrays(folder / name / "latents.npz")["labels"]
         except (UserError, KeyError):
             continue
-    plane.notes.append("no latents.npz in any run: what R(z) allows is not drawn")
+    plane.notes.append("no latents.npz in any run: the bounds implied by R(z) are not drawn")
     return None
 
 
 def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:
-    """The better side of the convex hull of the points: its corners, by rising rate.
+    """The corners of the better side of the convex hull of the points, in order of increasing rate.
 
-    What lies on it can be had, on average, by using two of the models in turns (time sharing).
+    Points between two corners are achievable on average by alternating between two models (time sharing).
     """
     corners = []
     for x, v in sorted(zip(rate.tolist(), (better * value).tolist(), strict=True)):
-        while corners and corners[-1][0] == x:  # of one rate only the best counts, which comes last
+        while corners and corners[-1][0] == x:  # at equal rates only the best counts, which comes last
             corners.pop()
         while len(corners) > 1:
             (x0, v0), (x1, v1) = corners[-2:]

@@ -1,4 +1,4 @@
-"""The figures of a rate plane, sized for a paper: a column wide with one panel, a text wide with several."""
+"""The figures of a rate plane, sized for a two-column paper: one panel fits a column, several the full width."""
 
 import io
 import math
@@ -26,7 +26,7 @@ GREY, RED = "0.55", "#d55e00"
 
 
 def panels(n: int, height: float = 0.85, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure of n panels, whose height is given in units of a panel's width."""
+    """A figure with n panels; `height` is relative to a panel's width."""
     columns = min(n, columns)
     rows = math.ceil(n / columns)
     width = COLUMN if n == 1 else TEXT
@@ -38,7 +38,7 @@ def panels(n: int, height: float = 0.85, columns: int = 3) -> tuple[Figure, list
 
 
 def outer(axes: Sequence[Axes], side: str) -> list[Axes]:
-    """The panels of the first row (top) or column (left), of the last column, or with none below them (bottom)."""
+    """The panels in the first row (top), in the first or last column (left, right), or with none below (bottom)."""
     places = [(s.rowspan.start, s.colspan.start) for s in (ax.get_subplotspec() for ax in axes)]
     rows, columns = zip(*places, strict=True)
     at_edge = {
@@ -57,7 +57,7 @@ def title_of(name: str) -> str:
 
 
 def rate_axes(axes: Sequence[Axes], which: str, name: str) -> None:
-    """Makes an axis (x or y) of all panels that of a rate: nats at the outer panels, bits at the opposite sides."""
+    """Labels the x or y axes of all panels as a rate: in nats on the outer side, in bits on the opposite one."""
     near, far = ("bottom", "top") if which == "x" else ("left", "right")
     for ax in axes:
         ax.tick_params(axis=which, **{f"label{near}": ax in outer(axes, near)})
@@ -70,7 +70,7 @@ def rate_axes(axes: Sequence[Axes], which: str, name: str) -> None:
 
 
 def error_bars(ax: Axes, plane: Plane, x: str, y: str) -> None:
-    """Standard deviations over repeats, where there are any."""
+    """Draws the standard deviations over repeats, where there are any."""
     sx, sy = plane.stds(x), plane.stds(y)
     some = np.isfinite(sx) | np.isfinite(sy)
     if some.any():
@@ -81,7 +81,7 @@ def error_bars(ax: Axes, plane: Plane, x: str, y: str) -> None:
 
 
 def mark(ax: Axes, plane: Plane, x: str, y: str, name: str | None) -> None:
-    """Rings the diagonal's cells, squares the (1, 1) cell, stars the best cell of a metric."""
+    """Marks cells on the diagonal (circles), the cell (1, 1) (square) and the best cell for a metric (star)."""
     xs, ys, on = plane.values(x), plane.values(y), plane.diagonal
     ax.plot(xs[on], ys[on], "o", ms=5.5, mfc="none", mec="k", mew=0.6, ls="none", label=DIAGONAL)
     one = on & np.isclose(plane.values("beta_y"), 1)
@@ -92,14 +92,14 @@ def mark(ax: Axes, plane: Plane, x: str, y: str, name: str | None) -> None:
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend of all panels' labels, under them."""
+    """Adds one legend for all panels, below them."""
     entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if entries:
         figure.legend(entries.values(), entries, loc="outside lower center", ncols=4, frameon=False)
 
 
 def scatter(ax: Axes, plane: Plane, x: str, y: str, name: str) -> PathCollection:
-    """The cells that have the metric, coloured by it; the others as small crosses."""
+    """Draws the cells coloured by a metric, and those without it as small crosses."""
     xs, ys, values = plane.values(x), plane.values(y), plane.values(name)
     there = np.isfinite(values)
     ax.plot(xs[~there], ys[~there], "x", ms=2.5, c=GREY, mew=0.5)
@@ -107,7 +107,7 @@ def scatter(ax: Axes, plane: Plane, x: str, y: str, name: str) -> PathCollection
 
 
 def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
-    """Each metric over the plane of R(z) and R(y|z)."""
+    """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
     figure, axes = panels(len(names))
     for ax, name in zip(axes, names, strict=True):
         error_bars(ax, plane, "kl_z", "kl_y")
@@ -121,10 +121,10 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
 
 
 def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
-    """Each metric against the total rate: the hull of all cells over the line of the ordinary beta-VAEs."""
+    """Each metric against the total rate, with the convex hull of all cells and the line of ordinary beta-VAEs."""
     figure, axes = panels(len(names))
     rate, r_z, on = plane.values("rate"), plane.values("kl_z"), plane.diagonal
-    norm = Normalize(r_z.min(), r_z.max())  # one for all panels
+    norm = Normalize(r_z.min(), r_z.max())  # shared by all panels
     for ax, name in zip(axes, names, strict=True):
         values, better = plane.values(name), metric(name).better
         there = np.isfinite(values)
@@ -134,7 +134,7 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
             ax.plot(*frontier(rate[there], values[there], better), "-", c=RED, label="hull of all cells")
         ordinary = np.flatnonzero(on & there)
         ordinary = ordinary[np.argsort(rate[ordinary])]
-        ax.plot(rate[ordinary], values[ordinary], "k--", lw=0.8, zorder=1, label=f"{DIAGONAL}, by rising rate")
+        ax.plot(rate[ordinary], values[ordinary], "k--", lw=0.8, zorder=1, label=f"{DIAGONAL}, by increasing rate")
         spread = np.nan_to_num(plane.stds(name)[ordinary])
         if spread.any():
             low, high = values[ordinary] - spread, values[ordinary] + spread
@@ -148,10 +148,10 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
 
 
 def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], float] | None, h: float) -> Figure:
-    """Accuracies and mutual information against R(z), with what R(z) allows.
+    """Accuracies and mutual information against R(z), with the bounds that R(z) implies.
 
-    `bound` gives the largest accuracy for so many nats on the label, `h` is the label's entropy; None and NaN
-    where the labels are not known.
+    `bound` maps information on the label, in nats, to the largest accuracy; `h` is the entropy of the label in nats.
+    They are None and NaN if the labels are not known.
     """
     figure, axes = panels(len(names))
     r_z = plane.values("kl_z")
@@ -162,9 +162,9 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
         plain = name.removesuffix("_standardized")
         if plain in (*PROBES, "mi_q_mc", "mi_q", "mi_lr_lb") and math.isfinite(h):
             line = np.array([bound(v) for v in grid]) if plain in PROBES else np.minimum(grid, h)
-            ax.plot(grid, line, "-", c=RED, label="bound by R(z), and by H(label)")
+            ax.plot(grid, line, "-", c=RED, label="bound from R(z) and H(label)")
         if plain in PROBES:
-            ax.plot(r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="acc_bound, by the cell's own I")
+            ax.plot(r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="acc_bound, from the cell's I")
         mark(ax, plane, "kl_z", name, name)
         ax.set_ylabel(title_of(name))
     rate_axes(axes, "x", "kl_z")
@@ -175,7 +175,7 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
 
 
 class Grid:
-    """The betas' grid: position (row, column) of each cell, beta_y upwards and beta_z to the right."""
+    """The grid of betas: row and column of each cell, with beta_y along y and beta_z along x."""
 
     def __init__(self, beta_y: np.ndarray, beta_z: np.ndarray):
         self.beta_y, self.row = np.unique(beta_y, return_inverse=True)
@@ -183,10 +183,11 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Numbers of rows and columns."""
         return len(self.beta_y), len(self.beta_z)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """The values' means at each position; NaN where there is none."""
+        """The mean of the values (N,) of the cells at each grid point, (rows, columns); NaN where there is none."""
         there = np.isfinite(values)
         sums, counts = np.zeros(self.shape), np.zeros(self.shape)
         np.add.at(sums, (self.row[there], self.column[there]), values[there])
@@ -194,17 +195,17 @@ class Grid:
         return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
 
     def label(self, ax: Axes, room: int = 11) -> None:
-        """Ticks with the betas, at most `room` along x."""
+        """Labels the axes with the betas, with at most `room` ticks along x."""
         for which, betas, shown in (("x", self.beta_z, room), ("y", self.beta_y, 11)):
             step = math.ceil(len(betas) / shown)
-            at = range((len(betas) // 2) % step, len(betas), step)  # the middle of the axis, usually 1, among them
+            at = range((len(betas) // 2) % step, len(betas), step)  # including the middle, usually 1
             getattr(ax, f"set_{which}ticks")(at, [f"{betas[i]:.3g}" for i in at])
         ax.set_xlabel(BETA_Z)
         ax.set_ylabel(BETA_Y)
 
 
 def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: str, room: int, **colours) -> None:
-    """A map over the grid of betas; with the numbers in it if there is `room` for a row of them."""
+    """A heat map over the grid of betas, annotated with its values if a row has at most `room` of them."""
     image = grid.mean(values)
     ax.set_facecolor("0.9")
     shown = ax.imshow(image, origin="lower", aspect="auto", interpolation="nearest", **({"cmap": "viridis"} | colours))
@@ -222,13 +223,13 @@ def heat_map(figure: Figure, ax: Axes, grid: Grid, values: np.ndarray, label: st
 
 
 def short(value: float) -> str:
-    """A number in at most five characters, if it is not large."""
+    """A number in at most five characters, unless it is large."""
     text = f"{value:.3g}"
     return text if len(text) <= 4 else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def heat_maps(plane: Plane, names: Sequence[str]) -> Figure:
-    """Each metric, and the rates, over (log beta_z, log beta_y)."""
+    """Heat maps of the rates and of each metric over the grid of betas."""
     names = [*("kl_z", "kl_y", "rate"), *names]
     figure, axes = panels(len(names), height=0.7)
     grid = Grid(plane.values("beta_y"), plane.values("beta_z"))
@@ -242,9 +243,9 @@ def heat_maps(plane: Plane, names: Sequence[str]) -> Figure:
 
 
 def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
-    """RGB of each pair of betas: hue is the direction from (1, 1) in log-space, saturation the distance; (N, 3)."""
+    """RGB colours (N, 3) of pairs of betas: hue is the direction from (1, 1) in log space, saturation the distance."""
     least = min((b[b > 0].min() for b in (beta_z, beta_y) if (b > 0).any()), default=1.0)
-    u, v = (np.log(np.maximum(b, least / 2)) for b in (beta_z, beta_y))  # a beta of 0 stands beside the smallest
+    u, v = (np.log(np.maximum(b, least / 2)) for b in (beta_z, beta_y))  # a beta of 0 is placed next to the smallest
     distance = np.hypot(u, v)
     saturation = distance / max(distance.max(), 1e-9)
     hue = (np.arctan2(v, u) / (2 * math.pi)) % 1
@@ -252,7 +253,7 @@ def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
 
 
 def tasks(plane: Plane, names: Sequence[str]) -> Figure:
-    """The colour code of the betas, the rate plane in it, and the tasks' metrics against each other."""
+    """The colour code of the betas, the rate plane in these colours, and the tasks' metrics against each other."""
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     figure, axes = panels(2 + len(pairs), height=0.95)
     colours = beta_colours(plane.values("beta_y"), plane.values("beta_z"))
@@ -280,7 +281,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Figure:
 
 
 def slope_maps(plane: Plane, found: Sequence[Slope]) -> Figure:
-    """The slopes of D over the betas' grid, in units of the betas: 1 everywhere when all is trained to the end."""
+    """The slopes of D over the grid of betas, relative to the betas: 1 everywhere if all cells are at their optimum."""
     figure, axes = panels(2, columns=2, height=0.75)
     beta_y, beta_z = (np.array([s.cell.mean[name] for s in found]) for name in ("beta_y", "beta_z"))
     grid = Grid(beta_y, beta_z)
@@ -293,7 +294,7 @@ def slope_maps(plane: Plane, found: Sequence[Slope]) -> Figure:
 
 
 def rendered(figure: Figure, formats: Sequence[str]) -> dict[str, bytes]:
-    """The figure as a file of each format, laid out for the first."""
+    """The content of the figure's file in each format, with the layout computed for the first."""
     files = {}
     for name in dict.fromkeys(formats):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Sheets of pictures: samples and reconstructions of the cells over the grid of betas."""
+"""Image sheets: samples and reconstructions of the cells over the grid of betas."""
 
 import math
 from functools import partial
@@ -8,36 +8,36 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
-from tqdm import tqdm
 
 from datasets.loading import load_data
+from utils.distributed import progress
 from utils.errors import UserError
 from utils.plane.cells import Plane
 from utils.plane.figures import TEXT, Grid
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
-MOST_CELLS = 9  # along each axis of a sheet of pictures
+MOST_CELLS = 9  # along each axis of an image sheet
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
-    """At most MOST_CELLS of the distinct values, evenly chosen from the middle outwards."""
+    """At most MOST_CELLS of the distinct values, evenly spaced and including the middle one."""
     distinct = np.unique(values)
     step = math.ceil(len(distinct) / MOST_CELLS)
     return distinct[(len(distinct) // 2) % step :: step]
 
 
 def tiled(images: torch.Tensor, nrow: int) -> np.ndarray:
-    """The images (B, C, H, W) as one picture, (height, width, 3)."""
+    """The images (B, C, H, W) tiled into one, (height, width, 3)."""
     return make_grid(images, nrow, padding=1, pad_value=0.5).permute(1, 2, 0).cpu().numpy()
 
 
 def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
-    """Samples and reconstructions of the cells as small pictures; what cannot be had is noted."""
+    """Image sheets of samples and reconstructions, by name; cells that fail are noted in `plane.notes`."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
     chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
     samples, reconstructions, failures, x, tile = {}, {}, [], None, None
-    for i in tqdm(np.flatnonzero(chosen), unit="cell", desc="pictures"):
+    for i in progress(np.flatnonzero(chosen), unit="cell", desc="pictures"):
         cell = plane.cells[i]
         key = (cell.mean["beta_y"], cell.mean["beta_z"])
         try:
@@ -63,9 +63,9 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
 
 
 def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
-    """The first test images, or None, with a note, when the data set is not there."""
+    """The first test images (B, C, H, W); None, with a note, if the data set cannot be loaded."""
     try:
-        test = load_data(run.config, args.data_dir, args.device, args.download).test
+        test = load_data(run.config, args.data_dir, args.device, args.download, args.dataset).test
         return next(iter(test.batches(args.images)))[0]
     except UserError as e:
         plane.notes.append(f"no reconstructions: {e}")
@@ -73,10 +73,7 @@ def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
 
 
 def sheet(pictures: dict[tuple[float, float], np.ndarray], title: str, originals: np.ndarray | None = None) -> Figure:
-    """Small pictures of the cells, by (beta_y, beta_z); `originals` beside them, where they are reconstructions.
-
-    Each picture is (H, W, 3), all of one size.
-    """
+    """A sheet of pictures (H, W, 3) of one size, arranged by their (beta_y, beta_z), with `originals` beside them."""
     grid = Grid(*np.array(list(pictures)).T)
     (h, w, _), gap = next(iter(pictures.values())).shape, 4
     rows, columns = grid.shape
@@ -89,7 +86,7 @@ def sheet(pictures: dict[tuple[float, float], np.ndarray], title: str, originals
     height = width * canvas.shape[0] / canvas.shape[1]
     figure = Figure((width + beside + 0.4, max(height, beside) + 0.5), layout="constrained")
     axes = figure.subplots(1, 1 + beside, width_ratios=[width, 1][: 1 + beside], squeeze=False)[0]
-    x, y = w / (w + gap) / 2, h / (h + gap) / 2  # half a picture, where pictures are 1 apart
+    x, y = w / (w + gap) / 2, h / (h + gap) / 2  # half a picture, in units of their spacing
     extent = (-x, columns - 1 + x, -y, rows - 1 + y)
     axes[0].imshow(canvas.clip(0, 1), extent=extent, aspect=(h + gap) / (w + gap), interpolation="nearest")
     axes[0].spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""The report of a batch: figures, tables, and one page that holds everything."""
+"""The report of a batch: figures, tables, and one HTML page with all of them."""
 
 import base64
 import html
@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from utils.distributed import progress
 from utils.files import to_csv, write_atomic
 from utils.plane.advice import headings_of
 from utils.plane.cells import SETTINGS, Plane, number
@@ -15,19 +14,19 @@ from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
 CAPTIONS = {
-    "rate_plane": "Each metric over the rate plane. A run's place is how much it stores in z (to the right) and in y "
-    "given z (upwards); rings are ordinary beta-VAEs, the square has both betas 1, the star is the best run.",
-    "total_rate": "Each metric against the total rate. Where the hull of all cells lies beyond the dashed line, "
-    "trading between the layers buys something over an ordinary beta-VAE of the same total rate.",
-    "rate_z": "What is told of the label, against R(z). z cannot hold more than R(z) nats on the label, nor more than "
-    "the label's entropy; the line is that bound. It holds for samples of z, the probes read its posterior mean.",
+    "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Circles "
+    "mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the best cell.",
+    "total_rate": "Each metric against the total rate. Where the convex hull of all cells is better than the dashed "
+    "line, separate betas improve on an ordinary beta-VAE of the same total rate.",
+    "rate_z": "Information on the label against R(z). z carries at most R(z) nats on the label, and at most the "
+    "label's entropy; the line shows this bound. It holds for samples of z, whereas the probes use its posterior mean.",
     "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed.",
-    "tasks": "Three tasks against each other. The hue tells in which direction from (1, 1) a run's betas lie, the "
-    "saturation how far.",
-    "slopes": "Slopes of the distortion in units of the betas, from each cell's neighbours: 1 at an optimum. Far from "
-    "1, a cell is under-trained; grey is where they do not tell, or D does not fall.",
-    "samples": "Samples of each cell, made of the same noise.",
-    "reconstructions": "Reconstructions of the same test images.",
+    "tasks": "The metrics of the tasks against each other. The hue shows the direction of a cell's betas from (1, 1) "
+    "in log space, the saturation their distance.",
+    "slopes": "Slopes of the distortion relative to the betas, -dD/dR / beta, estimated from neighbouring cells: 1 at "
+    "an optimum. Cells far from 1 are under-trained; grey cells have no estimate, or D does not fall with the rate.",
+    "samples": "Samples of each cell, generated from the same noise.",
+    "reconstructions": "Reconstructions of the same test images by each cell.",
 }
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
@@ -65,7 +64,7 @@ def page(
     tables: Mapping[str, str],
     images: Mapping[str, bytes],
 ) -> str:
-    """One page that needs no other file: `tables` are HTML by heading, `images` are PNGs by figure name."""
+    """A self-contained HTML page; `tables` are HTML by heading, `images` are PNGs by figure name."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     if notes:
         parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
@@ -89,7 +88,7 @@ def page(
 
 
 def settings(plane: Plane) -> dict[str, str]:
-    """All settings of the batch's cells, each with all its values."""
+    """Each setting of the batch's cells, with all of its values."""
     values = {}
     for name in SETTINGS:
         distinct = {cell.settings.get(name) or "" for cell in plane.cells}
@@ -99,16 +98,16 @@ def settings(plane: Plane) -> dict[str, str]:
 
 
 def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict) -> None:
-    """Writes the figures in the formats asked for, the tables, and the page; removes figures of an earlier call."""
+    """Writes the figures in the requested formats, the tables and the page; removes stale figures."""
     from utils.plane.figures import rendered
 
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "report.html").is_file():  # of an earlier call, whose other figures would be stale
+    if (out / "report.html").is_file():  # from an earlier call, whose other figures are now stale
         for stale in (out / f"{name}.{form}" for name in CAPTIONS for form in ("png", "pdf")):
             if stale.stem not in drawn or stale.suffix[1:] not in args.format:
                 stale.unlink(missing_ok=True)
     images = {}
-    for name, figure in tqdm(drawn.items(), unit="figure"):
+    for name, figure in progress(drawn.items(), unit="figure"):
         files = rendered(figure, ("png", *args.format))
         images[name] = files["png"]
         for form in args.format:

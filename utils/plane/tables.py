@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 
 
 def shown(value: object) -> str:
-    """A figure to four digits, a text as it is, nothing for None."""
+    """A number to four digits, a text unchanged, and an empty text for None."""
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def columns_of(rows: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
-    """The columns that some row fills."""
+    """The columns that are not empty."""
     return [name for name in headings if any(row.get(name) not in (None, "") for row in rows)]
 
 
 def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
+    """The rows as a Markdown table, without empty columns."""
     columns = columns_of(rows, headings)
     lines = [[headings[name] for name in columns]]
     lines += [[shown(row.get(name)) for name in columns] for row in rows]
@@ -25,7 +26,7 @@ def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
 
 
 def to_html(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
-    """A table that is sorted by a click on a heading."""
+    """The rows as an HTML table, without empty columns, which a click on a heading sorts."""
     columns = columns_of(rows, headings)
     texts = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
 

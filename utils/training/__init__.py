@@ -1,1 +1,1 @@
-"""Training: start with loop.py; schedule.py says which cells train together, engine.py makes the step fast."""
+"""Training: start with loop.py; schedule.py decides which cells train together, engine.py optimises the step."""

@@ -1,4 +1,4 @@
-"""Cells in training together: their weights, betas and position in the data, how they are saved and how they end."""
+"""A chunk: grid cells that train together, with their betas, position in the data, checkpoints and results."""
 
 import math
 import time
@@ -14,18 +14,18 @@ from utils.runs import Run
 from utils.training.betas import Betas
 from utils.training.engine import Engine
 
-SAVING_SHARE = 0.05  # of the time, at most, goes into saving when that is automatic
-ASK_EVERY = 16  # steps: data-parallel processes wait for each other when they ask
-COLLAPSED = 0.1  # nats of R(z) at the best: less is a z that is not used
-SAVER = ThreadPoolExecutor(1)  # writes the resume states while the training goes on
+SAVING_SHARE = 0.05  # the largest share of the training time that automatic checkpoints may take
+ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
+COLLAPSED = 0.1  # nats: a conditioned model whose R(z) is smaller at all betas does not use z
+SAVER = ThreadPoolExecutor(1)  # writes the checkpoints in the background
 
 
 class Chunk:
-    """Cells in training: M stacked models, one Adam, one position (epoch, step) in the data.
+    """Cells that train together: M stacked models, one Adam, one position (epoch, step) in the data.
 
-    All cells share the seed's initial weights, batches and noise, so what differs between them is due to
-    their betas alone. A position is resumed exactly: batches and noise depend on (seed, epoch, step) only.
-    Where the engine has room for more models than there are cells, the rest train along and are forgotten.
+    All cells share the seed's initial weights, batches and noise, so they differ only in their betas.
+    Training resumes exactly, because batches and noise depend only on (seed, epoch, step). If the engine
+    holds more models than there are cells, the surplus models train with betas of 1 and are discarded.
     """
 
     def __init__(self, runs: list[Run], states: list[dict | None], engine: Engine):
@@ -33,15 +33,15 @@ class Chunk:
         self.engine, self.stack = engine, engine.stack
         engine.restart(self.config.seed)
         self.betas = Betas([r.config for r in runs], self.stack.m, engine.device)
-        self.live = dict(enumerate(runs))  # those not failed
+        self.live = dict(enumerate(runs))  # the cells that have not failed, by model index
         self.epoch = self.step = 0
-        self.seconds = 0.0  # spent on each cell
-        self.history = self.noise = None  # of this epoch: the batches' sums (steps, M, 4), the generator
+        self.seconds = 0.0  # training time per cell
+        self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
         self.at_points: dict[str, dict[str, float]] = {}  # of a conditioned model, after the last epoch
-        self.saving, self.cost_of_save = None, 0.0  # what is being written, and the seconds that it took last
+        self.saving, self.cost_of_save = None, 0.0  # the pending write; the seconds that the last one took
         if states[0] is not None:
             self._load(states)
-        self.good = self.stack.snapshot()  # the weights to keep where a loss is not finite
+        self.good = self.stack.snapshot()  # the weights to keep if the loss becomes non-finite
 
     def _load(self, states: list[dict]) -> None:
         for m, state in enumerate(states):
@@ -57,7 +57,7 @@ class Chunk:
                 self.noise.set_state(first["noise"])
             except RuntimeError as e:
                 where = "a CPU" if self.device.type == "cuda" else "a GPU"
-                raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; continue there") from e
+                raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; resume it on {where}") from e
 
     @property
     def collapsed(self) -> bool:
@@ -65,7 +65,7 @@ class Chunk:
         return bool(self.at_points) and max(terms["kl_z"] for terms in self.at_points.values()) < COLLAPSED
 
     def save(self) -> None:
-        """Copies every live cell's resume state to the CPU; it is written while the training goes on."""
+        """Copies the checkpoints of all live cells to the CPU, and writes them in the background."""
         self.settle()
         start = time.monotonic()
         stacked, written = self.engine.on_host(), dict(self.written)
@@ -74,7 +74,7 @@ class Chunk:
         numbers["adam_steps"] = self.engine.adam_steps
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 
-        def copied(t):  # by NumPy: torch would start threads of its own here, which slow the training's down
+        def copied(t):  # by NumPy: a torch copy would start a second OpenMP pool here, which slows down the training
             return torch.from_numpy(t.numpy().copy())
 
         def write():
@@ -87,18 +87,18 @@ class Chunk:
         self.saving = SAVER.submit(write)
 
     def settle(self) -> None:
-        """Waits until what is being written is on the disk; raises what went wrong with it."""
+        """Waits for the pending write; raises its exception if it failed."""
         saving, self.saving = self.saving, None
         if saving is not None:
             saving.result()
 
     def cheap_to_save(self, saved_at: float) -> bool:
-        """Whether a save now, the last one having begun then, keeps within its share of the time."""
+        """Whether a checkpoint now keeps within SAVING_SHARE, if the last one was started at `saved_at`."""
         done = self.saving is None or self.saving.done()
         return done and (time.monotonic() - saved_at) * SAVING_SHARE >= self.cost_of_save
 
     def stop(self, received: int | None) -> int | None:
-        """The signal to stop for; data-parallel processes ask each other, now and then, so as to stop together."""
+        """The signal to stop for, or None; data-parallel processes agree on it, so that they stop at the same step."""
         if not self.engine.data_parallel:
             return received
         if self.step % ASK_EVERY:
@@ -107,16 +107,19 @@ class Chunk:
 
     @property
     def written(self) -> dict[int, Run]:
-        """The live cells that this process writes: of data-parallel processes the first writes all."""
+        """The live cells whose files this process writes; of data-parallel processes, only the first writes."""
         return self.live if is_first() or not self.engine.data_parallel else {}
 
     def drop_failed(self, means: torch.Tensor, step: int) -> None:
-        """Ends the cells whose figures (M, ...) are not finite: marks them failed, keeps their last good weights."""
+        """Marks cells with non-finite means (M, ...) as failed and saves their last finite weights.
+
+        `step` is the number of steps done in this epoch.
+        """
         for m in [m for m in self.live if not means[m].isfinite().all()]:
             self.settle()
             values = self.history[:step, m].tolist()
             bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), None)
-            if bad is None:  # the training images' figures are finite, the test images' are not
+            if bad is None:  # finite on the training images, but not on the test images
                 bad, values = step - 1, [means[m, -len(TERMS) :].tolist()] * step
             if m in self.written:
                 self.live[m].finish(
@@ -131,7 +134,7 @@ class Chunk:
             self.live.pop(m)
 
     def finish(self, train: torch.Tensor, test: torch.Tensor, data: Data) -> None:
-        """Writes the trained weights of every live cell, and how the training ended."""
+        """Writes the trained weights and the final metrics of every live cell; train and test are means (M, 4)."""
         self.settle()
         for m, run in self.written.items():
             model = self.stack.plain(m)

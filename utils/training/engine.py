@@ -1,4 +1,4 @@
-"""The training step at full speed: M stacked models and their Adam, compiled; on a GPU captured as one CUDA graph."""
+"""The optimised training step: M stacked models and their Adam, compiled and, on a GPU, captured as a CUDA graph."""
 
 import dataclasses
 import functools
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from models.build import build_model
 from models.hvae import Noise
-from models.stack import ROUTES, Stack
+from models.stack import BACKENDS, Stack
 from utils.config import Config
 from utils.distributed import place
 from utils.errors import UserError, is_out_of_memory, one_line
 
-WARM_UP = 3  # steps before a capture: they allocate what must exist, and settle the compiler's and cuDNN's choices
-LARGEST = 256  # cells that `fastest` tries to stack
+WARM_UP = 3  # steps before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
+LARGEST = 256  # the most cells that `fastest` tries to stack
 
 
 class Differs(Exception):
-    """A fast step does not give what the plain one gives."""
+    """The results of two implementations of a step differ."""
 
 
 class Engine:
-    """M stacked models in training; kept from chunk to chunk, so that a grid is compiled and captured once.
+    """M stacked models and their optimiser; reused for all chunks of a grid, so that it compiles and captures once.
 
-    `compile` takes the step through torch.compile; `capture`, on a GPU, makes it one CUDA graph for all batches of
-    full size, after comparing it with the step as it is written. `route` is one of models.stack.ROUTES.
-    With `data_parallel` each process of torchrun takes its part of every batch.
+    `compile` runs the step through torch.compile. `capture` records it as a CUDA graph for all full-size batches,
+    after comparing it with the eager step. `backend` is a convolution backend, one of models.stack.BACKENDS.
+    With `data_parallel`, each torchrun process takes its part of every batch.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class Engine:
         device: torch.device,
         compile: bool = False,
         capture: bool = False,
-        route: str = "plain",
+        backend: str = "plain",
         data_parallel: bool = False,
     ):
         on_gpu = device.type == "cuda"
         self.config, self.device, self.data_parallel = config, device, data_parallel
         self.compile, self.to_capture, self.replay = compile, capture and not data_parallel, None
-        self.stack = Stack(build_model(config).to(device), m, config.precision, route)
+        self.stack = Stack(build_model(config).to(device), m, config.precision, backend)
         parameters = self.stack.parameters.values()
         adam = {"fused": True, "capturable": on_gpu and self.to_capture}
         lr = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
         self.optimizer = torch.optim.Adam(parameters, lr=lr, **adam)
-        for p in parameters:  # at once, so that every state is set in place and a captured graph goes on seeing it
+        for p in parameters:  # now, so that all later changes are in place, where a captured graph sees them
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
         rank, world = place() if data_parallel else (0, 1)
@@ -62,14 +62,14 @@ class Engine:
             self.stack.distribute(rank, world)
 
     def fits(self, config: Config, m: int) -> bool:
-        """Whether m cells of that Config can train in it, and fill most of it; betas, seed and names are free."""
+        """Whether m cells of that Config can use this engine and fill most of it; betas, seed, names may differ."""
         names = ("beta_y", "beta_z", "target_rate_y", "target_rate_z", "seed", "run_name", "run_batch_name")
         free = {name: getattr(self.config, name) for name in names}
         return dataclasses.replace(config, **free) == self.config and m <= self.stack.m < 2 * m
 
     @torch.no_grad()
     def restart(self, seed: int) -> None:
-        """Sets all models to the seed's initial weights, and Adam to its start."""
+        """Resets all models to the seed's initial weights, and Adam to its initial state."""
         torch.manual_seed(seed)
         initial = dict(build_model(self.config).named_parameters())
         for name, p in self.stack.parameters.items():
@@ -87,10 +87,11 @@ class Engine:
 
     @property
     def adam_steps(self) -> int:
+        """Number of optimiser steps taken."""
         return int(next(iter(self.optimizer.state.values()))["step"])
 
     def on_host(self) -> dict[str, dict[str, Tensor]]:
-        """All weights and Adam's moments, stacked, copied to the CPU."""
+        """Copies of all weights and Adam moments on the CPU, stacked (M, ...), by parameter name."""
         state, parameters = self.optimizer.state, self.stack.parameters.items()
         moments = {
             key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters}
@@ -100,7 +101,7 @@ class Engine:
 
     @torch.no_grad()
     def load_cell(self, m: int, state: dict) -> None:
-        """Sets weights and Adam's moments of model m, and the number of steps of all."""
+        """Loads weights and Adam moments of model m from a checkpoint; the step count is shared by all models."""
         self.stack.load_cell(m, state["weights"])
         for name, p in self.stack.parameters.items():
             adam = self.optimizer.state[p]
@@ -109,31 +110,34 @@ class Engine:
                 adam[key][m] = state[key][name]
 
     def step(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
-        """One optimiser step of every model. Returns the batch's sums of loss, ll, kl_y, kl_z: (M, 4)."""
+        """One optimiser step of all models on images x (B, C, H, W), with betas (M,).
+
+        Returns the sums over the batch of loss, ll, kl_y, kl_z: (M, 4).
+        """
         inputs = (x, noise, beta_y, beta_z)
         if self.to_capture and len(x) == self.config.batch_size:
             self.to_capture = False
             self._capture(inputs)
         if self.replay is None or any(a.shape != b.shape for a, b in zip(flat(inputs), self.inputs, strict=True)):
-            return self.stack.step(self.optimizer, *inputs)  # so does the last batch of an epoch, where it is smaller
+            return self.stack.step(self.optimizer, *inputs)  # also for an epoch's last batch, if it is smaller
         for there, new in zip(self.inputs, flat(inputs), strict=True):
             there.copy_(new)
         self.replay()
         return self.sums
 
     def _tensors(self) -> list[Tensor]:
-        """All that a step changes."""
+        """All tensors that a step changes: the parameters and Adam's state."""
         adam = (t for state in self.optimizer.state.values() for t in state.values())
         return [*self.stack.parameters.values(), *adam]
 
     def results(self, sums: Tensor) -> list[Tensor]:
-        """What tells one way of making a step from another: its sums, and the gradients that it left; copies."""
+        """Copies of a step's sums and gradients, by which two implementations of a step are compared."""
         return [sums.clone(), *(p.grad.clone() for p in self.stack.parameters.values())]
 
     def _capture(self, inputs: tuple) -> None:
-        """Captures the step for batches of this size, after comparing it with the step as it is written.
+        """Captures the step for batches of this size, after comparing it with the eager step.
 
-        What cannot be compiled or captured, or gives another result, is not used; a line says so.
+        Falls back, with a note, if compiling or capturing fails or changes the result.
         """
         before = [t.detach().clone() for t in self._tensors()]
         expected = self.results(self.stack.step(self.optimizer, *inputs))
@@ -148,9 +152,8 @@ class Engine:
                 if compile:
                     self.stack.compile(len(x))
                     with torch.no_grad():
-                        self.stack.fast_terms(
-                            x, noise._replace(temperature=None)
-                        )  # as an evaluation does: so it compiles now or never
+                        hard = noise._replace(temperature=None)
+                        self.stack.fast_terms(x, hard)  # as in an evaluation, to compile that here as well
                 self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
                 self._set(before)
                 self.replay()
@@ -162,22 +165,23 @@ class Engine:
                     raise torch.OutOfMemoryError(str(e)) from e
                 self._set(before)
                 what = "compiled" if compile else "captured as a CUDA graph"
-                print(f"note: the step cannot be {what} on this machine, going on without: {one_line(e)}", flush=True)
+                print(f"note: the step cannot be {what}, continuing without: {one_line(e)}", flush=True)
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
+        """Sets, in place, all tensors that a step changes."""
         for there, value in zip(self._tensors(), values, strict=True):
             there.copy_(value)
 
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where steps warm up and are captured: one stream, since cuBLAS keeps memory for each that it has seen."""
+    """The stream for warm-up and capture; only one, since cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
 def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Captures a step as a CUDA graph. Returns what replays it, and the tensor in which it leaves its result."""
+    """Captures a step as a CUDA graph. Returns a function that replays it, and the tensor that holds its result."""
     here, side, graph = torch.cuda.current_stream(device), side_stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(here)
     with torch.cuda.stream(side):
@@ -185,26 +189,26 @@ def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
             step()
     here.wait_stream(side)
     try:
-        # the loader's threads may use CUDA meanwhile, which a capture of all threads would not bear
+        # "thread_local", since the data loader's threads may use CUDA during the capture
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             result = step()
     finally:
-        torch.cuda.set_stream(here)  # where a capture fails, torch leaves its stream in place
+        torch.cuda.set_stream(here)  # torch does not restore the stream if the capture fails
     return graph.replay, result
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory of engines that are no longer in use; a compiled one holds on to itself."""
+    """Frees the memory of discarded engines; a compiled one is part of a reference cycle, hence gc."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None:
-    """Raises Differs unless a step's `results` agree in norm: all gradients together, the sums, and roughly each.
+    """Raises Differs unless a step's `results`, each (M, ...), agree with the `expected` ones in relative norm.
 
-    Models whose loss is not finite do not count. In bfloat16 the gradients of single layers differ by 5 to 10 %
-    between equally right ways of rounding.
+    The tolerance is tight for the sums and for all gradients together, loose for each gradient alone: in bfloat16
+    (`low`), rounding alone changes a layer's gradient by 5 to 10 %. Models with a non-finite loss are ignored.
     """
     each, together = (0.5, 0.05) if low else (0.1, 0.01) if torch.backends.cudnn.allow_tf32 else (0.01, 1e-3)
     finite = torch.stack([t.flatten(1).isfinite().all(1) for t in expected]).all(0)  # (M,)
@@ -217,28 +221,28 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
     errors, limits = [*errors, math.hypot(*errors[1:])], [*limits, together * math.hypot(*sizes[1:])]
     for error, limit in zip(errors, limits, strict=True):
         if not error <= limit + 1e-6:
-            raise Differs(f"it gives another result, off by {error:.3g} where {limit:.3g} is allowed")
+            raise Differs(f"its result differs by {error:.3g} (tolerance {limit:.3g})")
 
 
-def check_route(route: str, device: torch.device) -> None:
-    """Raises UserError for a way of convolving that cannot be had on that device."""
-    if route == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises UserError if a convolution backend is not available on the device."""
+    if backend == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
         raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
 
 
 def doublings(most: int) -> list[int]:
-    """1, 2, 4, ... and the last at most so many, or LARGEST."""
+    """1, 2, 4, ... up to and including `most`, or LARGEST if that is smaller."""
     most = min(most, LARGEST)
     return sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
 
 
 def fastest(
-    config: Config, sizes: Sequence[int], device: torch.device, routes: Sequence[str] = ROUTES
+    config: Config, sizes: Sequence[int], device: torch.device, backends: Sequence[str] = BACKENDS
 ) -> tuple[int, str]:
-    """How many cells to stack, and by which route to convolve: the fastest a cell on this device.
+    """The number of cells to stack and the convolution backend that take the least time per cell on this device.
 
-    Measured on a few captured steps of random images, size after size while that pays and the memory holds it.
-    A route that cannot run here, or gives another result than the first, is out.
+    Times a few steps (on a GPU, captured ones) on random images, for increasing numbers of cells until the time per
+    cell stops falling or the memory is full. A backend that fails, or differs from the first one, is excluded.
     """
     g = torch.Generator(device).manual_seed(0)
     x = torch.rand(config.batch_size, *config.image_shape, generator=g, device=device)
@@ -246,10 +250,10 @@ def fastest(
     seconds, expected, out = {}, None, set()
     for size in sizes:
         before = min(seconds.values(), default=math.inf)
-        for route in [r for r in routes if r not in out]:
+        for backend in [b for b in backends if b not in out]:
             ones, engine = torch.ones(size, device=device), None
             try:
-                engine = Engine(config, size, device, capture=device.type == "cuda", route=route)
+                engine = Engine(config, size, device, capture=device.type == "cuda", backend=backend)
                 engine.restart(0)
                 results = engine.results(engine.step(x, noise, ones, ones))
                 if size == sizes[0]:
@@ -260,30 +264,30 @@ def fastest(
                         start = clock(device)
                     engine.step(x, noise, ones, ones)
                 took = clock(device) - start
-                few = noise.of(slice(None, None, 2))  # what an epoch needs beside: its last batch
+                few = noise.of(slice(None, None, 2))  # memory must also suffice for a smaller batch
                 engine.stack.step(engine.optimizer, x[::2], few, ones, ones)
-                with torch.no_grad():  # and the test images
+                with torch.no_grad():  # and for the evaluation
                     engine.stack.terms(x, noise)
-                seconds[size, route] = took / size
+                seconds[size, backend] = took / size
             except Exception as e:
                 if not is_out_of_memory(e):
-                    out.add(route)
-                    print(f"note: convolutions by {route} are left out: {one_line(e)}", flush=True)
+                    out.add(backend)
+                    print(f"note: convolution backend {backend} is excluded: {one_line(e)}", flush=True)
             finally:
                 engine = results = None
-                free(device)  # before the next one takes memory
+                free(device)  # before the next engine allocates its own memory
         if min(seconds.values(), default=math.inf) > 0.95 * before:
             break
-    return min(seconds, key=seconds.get, default=(sizes[0], routes[0]))
+    return min(seconds, key=seconds.get, default=(sizes[0], backends[0]))
 
 
 def use_precision(precision: str) -> None:
-    """Lets a GPU multiply in TF32, where that is asked for or less."""
+    """Allows TF32 products on a GPU for every precision but fp32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once all that was started on the device is done."""
+    """A time in seconds, read once all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""The training loop: a chunk of cells, stacked, from one position in the data to the end."""
+"""The training loop: trains a chunk of stacked cells from its position in the data to the last epoch."""
 
 import itertools
 import math
@@ -12,17 +12,19 @@ from tqdm import tqdm
 from datasets.loading import Data
 from models.conditioned import Conditioned
 from models.stack import TERMS
+from utils import locks
 from utils.distributed import progress
+from utils.errors import heeded_signals
 from utils.seeds import generator
 from utils.training.chunk import COLLAPSED, Chunk
 
-LONGEST_UNSAVED = 600.0  # seconds, within an epoch
+LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
 N_CURVES = 1000  # test images of a conditioned model's curves at single betas
-N_PICTURES = 16  # reconstructions shown; as many samples of large images, four times as many of small ones
+N_PICTURES = 16  # reconstructions logged; as many samples, or four times as many up to 32 pixels
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came, and the state has been saved."""
+    """A signal to end was received, and a checkpoint has been saved."""
 
     def __init__(self, number: int, epoch: int):
         super().__init__(number, epoch)
@@ -30,18 +32,18 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers a SIGINT or SIGTERM instead of dying of it, so that the training can save first."""
+    """Records a signal to end instead of raising, so that training can save a checkpoint before it stops."""
 
     def __enter__(self):
         self.received = None
-        self.before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {s: signal.signal(s, self._remember) for s in heeded_signals()}
         return self
 
     def _remember(self, number, frame):
         self.received = self.received or number
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():  # once one has come, more of them shall not disturb the end
+        for number, handler in self.before.items():  # after a first signal, further ones must not interrupt the exit
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
 
@@ -64,14 +66,14 @@ def terms_at_points(model: Conditioned, x: torch.Tensor) -> dict[str, dict[str, 
 
 
 def rate_weight(epoch: int, warmup_epochs: int) -> float:
-    """The weight of both rates in an epoch: from 0 in the first linearly to 1 after `warmup_epochs`."""
+    """Warm-up factor of both betas: rises linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`."""
     return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
 
 
 def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None) -> None:
-    """Trains a chunk to the end, saving every so many epochs (None: as often as costs 5 % of the time).
+    """Trains a chunk to the last epoch, with checkpoints every `save_every` epochs (None: as SAVING_SHARE allows).
 
-    Raises Interrupted, after saving, when a signal has come.
+    Raises Interrupted after a signal, once a checkpoint is saved.
     """
     try:
         _train(chunk, data, signals, save_every)
@@ -83,9 +85,9 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
     config, stack = chunk.config, chunk.stack
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
-    bar = progress(
-        total=config.num_epochs * steps, initial=chunk.epoch * steps + chunk.step, unit="step", dynamic_ncols=True
-    )
+    done = chunk.epoch * steps + chunk.step
+    each = {} if sys.stderr.isatty() else {"miniters": steps}  # in a file, a line an epoch
+    bar = progress(total=config.num_epochs * steps, initial=done, unit="step", dynamic_ncols=True, **each)
     saved_at = time.monotonic()
 
     def save(stop):
@@ -143,7 +145,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
 
 
 class Log:
-    """The progress bar's figures, and each cell's TensorBoard events."""
+    """The values on the progress bar, and each cell's TensorBoard events."""
 
     def __init__(self, chunk: Chunk, data: Data):
         from torch.utils.tensorboard import SummaryWriter
@@ -163,17 +165,18 @@ class Log:
                     writer.file_writer.add_summary(summary)
 
     def show(self, bar: tqdm, means: torch.Tensor) -> None:
-        """Loss and rates on the bar, averaged over the live cells."""
+        """Shows loss and rates on the bar, averaged over the live cells; means (M, 4)."""
         live = means[list(self.chunk.live)].mean(0).tolist()
         values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
-        bar.set_postfix(epoch=self.chunk.epoch, **values)
+        bar.set_postfix(epoch=self.chunk.epoch, refresh=False, **values)
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
-        """Curves after every epoch; reconstructions and samples ten times in a training."""
+        """Logs the means (M, 4) of an epoch; about ten times per training, also reconstructions and samples."""
         from torchvision.utils import make_grid
 
         epoch, config = self.chunk.epoch, self.chunk.config
-        for m in self.chunk.written:
+        for m, run in self.chunk.written.items():
+            locks.check(run.path)
             for split, means in (("train", train_means), ("test", test_means)):
                 for name, value in zip(TERMS, means[m].tolist(), strict=True):
                     self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
@@ -201,10 +204,11 @@ class Log:
             )
 
     def close(self) -> None:
+        """Closes the TensorBoard files."""
         for writer in self.writers.values():
             writer.close()
 
 
 def report_thread(failure) -> None:
-    """One line, instead of a traceback, for a writer of TensorBoard events that fails on its own thread."""
+    """Prints one line instead of a traceback if TensorBoard's writer thread fails."""
     print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which cells train together, when, and from which position in the data."""
+"""The schedule: which cells train together, in which order, and from which position in the data."""
 
 import contextlib
 import math
@@ -8,46 +8,50 @@ import threading
 import torch
 import torch.distributed as dist
 
-from models.stack import ROUTES
+from models.stack import BACKENDS
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
+from utils.locks import Held
 from utils.runs import Run
 from utils.training.chunk import Chunk
-from utils.training.engine import Engine, check_route, doublings, fastest, free, use_precision
+from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
 from utils.training.loop import Interrupted, Signals, report_thread, train
 
-LONG = 20_000  # model steps: about as many as cost what measuring and compiling do
-AT_ONCE = 32  # cells of shorter trainings on a GPU
+LONG = 20_000  # model steps that take about as long as measuring and compiling
+AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
 
 
 def check_flags(args, config: Config) -> None:
-    """Raises UserError for flags that cannot be had together, or on that device."""
-    check_route(args.convolutions, args.device)
+    """Raises UserError for flags that are incompatible with each other or with the device."""
+    check_backend(args.convolutions, args.device)
     if config.precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
         raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
 
 
 def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
-    """The runs that are still to be trained; a line for each of the others.
+    """The runs that are still to be trained; prints a line for each of the others.
 
-    Raises UserError for a folder that cannot be written or holds something else, and for damaged weights.
+    Raises UserError if a folder cannot be written or holds another configuration, or if weights are damaged.
     """
     for run in runs:
         run.check(overwrite)
     todo = [r for r in runs if overwrite or r.status not in ("finished", "failed")]
     for run in runs:
         if run not in todo:
-            load_tensors(run.path / "vae.pth")  # whole, or an error
+            load_tensors(run.path / "vae.pth")  # raises UserError if damaged
             print(f"already complete: {run.path}" if run.status == "finished" else f"failed before: {run.path}")
     return todo
 
 
 def open_cells(
     runs: list[Run], args, held: contextlib.ExitStack
-) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, str]]]:
-    """Locks the runs that are still to be trained; returns them with their resume states, and what is wrong."""
+) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, UserError]]]:
+    """Locks the runs that are still to be trained, until `held` is closed.
+
+    Returns each run with its checkpoint (None for a new run), and each run that cannot be opened with the reason.
+    """
     ready, problems = [], []
     if is_first() or not args.data_parallel:
         for run in runs:
@@ -56,17 +60,20 @@ def open_cells(
                 held.enter_context(run.locked())
                 if args.overwrite:
                     run.restart()
-                if run.status in ("finished", "failed"):  # by another process, meanwhile
+                if run.status in ("finished", "failed"):  # another process has trained it in the meantime
                     continue
                 state, damaged = run.load_state()
+            except OSError as e:
+                problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
+                continue
             except UserError as e:
-                problems.append((run, str(e)))
+                problems.append((run, e))
                 continue
             for line in damaged:
-                print(f"{line}; falling back to the state before it", file=sys.stderr)
+                print(f"{line}; falling back to the previous checkpoint", file=sys.stderr)
             ready.append((run, state))
         ready = align(ready)
-    if args.data_parallel:  # the others follow the first
+    if args.data_parallel:  # only the first process locks; all open the same runs
         paths = from_first([run.path for run, _ in ready])
         if not is_first():
             ready = [(run, run.load_state()[0]) for run in runs if run.path in paths]
@@ -74,21 +81,21 @@ def open_cells(
 
 
 def position(state: dict | None) -> tuple[int, int]:
-    """Where in the data a cell is: (epoch, step)."""
+    """A checkpoint's position in the data, (epoch, step); (0, 0) without one."""
     return (state["epoch"], state["step"]) if state else (0, 0)
 
 
 def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]:
-    """Brings cells to one position, so that they train together again.
+    """Brings cells to a common position in the data where possible, so that they train together again.
 
-    A process killed while it saved leaves some ahead of the others: they go back to the state before.
+    A process killed while saving leaves some cells one checkpoint ahead; these return to the previous one.
     """
     last = min((position(state) for _, state in cells), default=(0, 0))
 
     def back(run, state):
         if position(state) == last:
             return state
-        if last == (0, 0):  # killed in the first save of all; of what is further, nothing is given up
+        if last == (0, 0):  # killed during the first save; cells past the first epoch keep their progress
             return None if position(state) <= (1, 0) else state
         return run.step_back(last) or state
 
@@ -96,7 +103,7 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
 
 
 class Trainer:
-    """Trains cells together that are at one position in the data; keeps the engine, which is compiled, for the next."""
+    """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
 
     def __init__(self, data, args, signals: Signals, n_cells: int, config: Config):
         self.data, self.args, self.signals, self.engine = data, args, signals, None
@@ -104,25 +111,25 @@ class Trainer:
         use_precision(config.precision)
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
         steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
-        long = on_gpu and steps >= LONG  # so that measuring and compiling pay
+        long = on_gpu and steps >= LONG  # whether measuring and compiling pay off
         self.compile = long if args.compile == "auto" else args.compile == "on"
         self.capture = on_gpu and args.compile != "off"
         self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
         usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
-        route = None if long and not shared else usual
-        self.route = route if args.convolutions == "auto" else args.convolutions
+        backend = None if long and not shared else usual
+        self.backend = backend if args.convolutions == "auto" else args.convolutions
 
     def size_for(self, config: Config, most: int) -> int:
-        """How many of `most` cells to train at once: chunks of one size, as far as that is possible."""
-        if self.size is None or self.route is None:
+        """How many of `most` cells to train at once, such that chunks are of equal size where possible."""
+        if self.size is None or self.backend is None:
             sizes = [self.size] if self.size else doublings(most)
-            routes = [self.route] if self.route else ROUTES
-            self.size, self.route = fastest(config, sizes, self.args.device, routes)
-            print(f"{self.size} cells at once, convolutions: {self.route}", flush=True)
+            backends = [self.backend] if self.backend else BACKENDS
+            self.size, self.backend = fastest(config, sizes, self.args.device, backends)
+            print(f"{self.size} cells at once, convolution backend {self.backend}", flush=True)
         return math.ceil(most / math.ceil(most / self.size))
 
     def train(self, cells: list[tuple[Run, dict | None]]) -> None:
-        """Position by position; in halves when the GPU's memory does not hold them."""
+        """Trains the cells, those at one position together; in halves if they do not fit into the GPU's memory."""
         for p in sorted({position(state) for _, state in cells}):
             together = [(run, state) for run, state in cells if position(state) == p]
             if not self._train(together):
@@ -132,20 +139,20 @@ class Trainer:
         self.engine = None
         free(self.args.device)
         if len(runs) == 1 or self.args.data_parallel:
-            raise UserError("--batch_size: the GPU's memory does not hold the cells; try fewer images, or fewer cells")
-        print(f"{len(runs)} cells at once are too many for the GPU's memory; halving", flush=True)
+            raise UserError("--batch_size: out of GPU memory; try a smaller batch size or a smaller --cells_at_once")
+        print(f"{len(runs)} cells at once do not fit into the GPU's memory; halving", flush=True)
         self.size = math.ceil(len(runs) / 2)
         for half in (runs[: self.size], runs[self.size :]):
             self.train([(run, run.load_state()[0]) for run in half if run.status == "unfinished"])
 
     def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
-        """Whether the memory held them."""
+        """Trains cells at one position; returns False if they do not fit into the memory."""
         config = cells[0][0].config
         try:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
                 free(self.args.device)
-                how = {"compile": self.compile, "capture": self.capture, "route": self.route}
+                how = {"compile": self.compile, "capture": self.capture, "backend": self.backend}
                 self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
             chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
             if chunk.epoch or chunk.step:
@@ -159,7 +166,7 @@ class Trainer:
 
 
 def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
-    """Raises UserError where processes cannot share every batch."""
+    """Raises UserError without torchrun, or if a batch has fewer images than there are processes."""
     world = place()[1]
     if not dist.is_torchelastic_launched():
         raise UserError(
@@ -171,8 +178,8 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
             raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
 
 
-def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
-    """Trains the runs chunk by chunk; returns what went wrong."""
+def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
+    """Trains the runs chunk by chunk; returns each run that could not be opened with the reason."""
     problems = []
     threading.excepthook = report_thread
     with Signals() as signals:
@@ -188,3 +195,18 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, str]]:
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
+
+
+def report(problems: list[tuple[Run, UserError]], runs: list[Run]) -> int:
+    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
+    problems = [e for run, e in problems if run.status != "finished"]  # another process may have finished it
+    held = [e for e in problems if isinstance(e, Held)]
+    if len(held) < len(runs):  # otherwise this process had nothing to do, which its user should notice
+        for e in held:
+            print(f"note: {e}; it trains that one", file=sys.stderr)
+        problems = [e for e in problems if e not in held]
+    lines, failed = [str(e) for e in problems], [r for r in runs if r.status == "failed"]
+    lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if lines else 0

@@ -11,7 +11,7 @@ from datasets.loading import Data
 from models.build import build_model
 from models.conditioned import Conditioned
 from models.stack import TERMS, Stack
-from utils.config import Config
+from utils.config import FLAGS, Config
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.files import digest_of
@@ -46,17 +46,14 @@ def _conditioned(cells: list[Config]) -> Config:
 
 def _existing(cells: list[Config], runs_dir: str) -> Run | None:
     """The conditioned model of the batch, trained or in training, of the smallest range that holds the cells."""
-    free = {
-        "beta_y": cells[0].beta_y,
-        "beta_z": cells[0].beta_z,
-        "beta_max_y": None,
-        "beta_max_z": None,
-        "source": None,
-    }
+    alike = {n: getattr(cells[0], n) for n in ("beta_y", "beta_z", "run_batch_name")}  # whatever it says of these
+    alike |= {name: None for name in vars(cells[0]) if name not in FLAGS}
+    plain = dataclasses.replace(cells[0], **dict.fromkeys(("target_rate_y", "target_rate_z")))
     batch, found, orphans = Path(runs_dir, cells[0].run_batch_name), [], False
     for path in sorted(batch.glob("*-multi_rate*/config.json")):
         run = Run.open(path.parent)
-        if dataclasses.replace(run.config, **free) == cells[0]:
+        moved = {"dataset": cells[0].dataset} if run.config.data_name == cells[0].data_name else {}
+        if dataclasses.replace(run.config, **alike, **moved) == plain:
             orphans |= run.config.source is not None
             if run.config.is_conditioned and all(_holds(run.config, c) for c in cells):
                 found.append(run)
@@ -72,7 +69,7 @@ def _holds(source: Config, cell: Config) -> bool:
     return source.beta_y <= cell.beta_y <= source.beta_max_y and source.beta_z <= cell.beta_z <= source.beta_max_z
 
 
-def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run], list[tuple[Run, str]]]:
+def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run], list[tuple[Run, UserError]]]:
     """Writes an ordinary run folder for each cell of a finished conditioned model; returns them, and what is wrong.
 
     Raises UserError for a model whose z has collapsed, unless --force is given.
@@ -88,7 +85,7 @@ def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run
         cells = [c for c in cells if not c.has_target] + reach(model, asked, data)
     origin = digest_of(source.path / "vae.pth")
     for cell in progress(cells, unit="cell", desc="unfolding"):
-        run = Run.of(dataclasses.replace(cell, source=origin), args.runs_dir)
+        run = Run.of(dataclasses.replace(cell, source=origin, data_digest=source.config.data_digest), args.runs_dir)
         runs.append(run)
         try:
             run.check(args.overwrite)
@@ -99,7 +96,7 @@ def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run
                 if run.status != "finished":
                     run.finish(*folded(model, run.config, data, args.device))
         except UserError as e:
-            problems.append((run, str(e)))
+            problems.append((run, e))
     return runs, problems
 
 

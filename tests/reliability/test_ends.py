@@ -1,0 +1,289 @@
+"""It always ends: whatever is raised while images are streamed, whatever signal comes, whoever stops reading."""
+
+import contextlib
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from datasets.batches import Streamed
+from tests.conftest import ROOT
+from tests.reliability.trials import (
+    CELL,
+    are_gone,
+    children,
+    ended,
+    folder_of_images,
+    kill,
+    launch,
+    mounted,
+    private_mounts,
+    there,
+    times,
+    wait_until,
+)
+from utils.errors import UserError
+from utils.files import load_tensors
+
+WITHIN = 10  # seconds in which a process ends, after whatever it was
+STREAMED = ["--dataset", "pets", "--image_size", "256", "--conv_channels", "2", "--device", "cpu"]
+TRAINING = [*STREAMED, "--num_epochs", "500", "--batch_size", "4"]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
+needs_mounts = pytest.mark.skipif(not private_mounts(), reason="cannot mount a file system")
+
+
+@pytest.fixture
+def pets():
+    return folder_of_images(Path("pets"), 60)
+
+
+def in_training():
+    """A training of streamed images, and its worker processes."""
+    process = launch("train.py", *TRAINING)
+    wait_until(lambda: there("events.out.*") or process.poll() is not None)
+    workers = []
+    while not workers and process.poll() is None:  # each epoch has its own
+        time.sleep(0.1)
+        workers = children(process.pid)
+    assert workers
+    return process, workers
+
+
+def damage(pets):
+    for path in (pets / "cat").iterdir():
+        path.write_bytes(b"")
+
+
+def test_training_ends_at_a_damaged_image(pets):
+    (pets / "cat" / "3.png").write_bytes(b"")
+    start = time.monotonic()
+    process = launch("train.py", *STREAMED, "--num_epochs", "2", "--batch_size", "4")
+    wait_until(lambda: there("events.out.*") or process.poll() is not None)
+    start = time.monotonic()
+    status, _, err = ended(process)
+    assert status == 2 and err.splitlines()[-1].startswith(f"error: {pets.resolve() / 'cat/3.png'}: damaged image")
+    assert time.monotonic() - start < WITHIN + 10  # with the epoch in which the image's turn comes
+
+
+@needs_proc
+@pytest.mark.parametrize("script", ["eval_beta_grid.py", "plot_eval.py"])
+def test_evaluating_and_plotting_end_at_a_damaged_image(script, pets):
+    status, _, err = ended(launch("train.py", *STREAMED, "--num_epochs", "1", "--batch_size", "8"))
+    assert status == 0, err
+    batch = ["--run_batch_name", "singles", "--device", "cpu"]
+    if script == "plot_eval.py":
+        assert ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))[0] == 0
+    damage(pets)
+    flags = ["--exclude_mi", "--exclude_fid", "--force"] if script == "eval_beta_grid.py" else []
+    status, out, err = ended(launch(script, *batch, *flags))
+    if script == "plot_eval.py":  # pictures are what it can do without
+        assert status == 0 and "damaged image" in out
+    else:
+        assert status == 1 and "damaged image" in err
+
+
+@needs_proc
+@times(10, few=1)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_end_streaming(number, trial, pets):
+    process, workers = in_training()
+    time.sleep(0.2 * trial)
+    for pid in (*workers, process.pid):  # as schedulers and terminals send them
+        os.kill(pid, number)
+    start = time.monotonic()
+    status, _, err = ended(process, 60)
+    assert time.monotonic() - start < WITHIN
+    assert status == 128 + number and "saved at epoch" in err and "rerun to continue" in err
+    assert are_gone(workers)
+    load_tensors(there("resume.pth")[0])
+
+
+@needs_proc
+@times(10, few=1)
+def test_a_killed_worker_ends_the_training(trial, pets):
+    process, workers = in_training()
+    time.sleep(0.1 * trial)
+    start = time.monotonic()
+    while process.poll() is None and time.monotonic() - start < 2 * WITHIN:
+        if workers := children(process.pid) or workers:  # one that has nothing left to hand over is not missed
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workers[0], signal.SIGKILL)
+        time.sleep(0.5)
+    status, _, err = ended(process, 1)
+    assert status == 2 and "error: a process that reads images was killed" in err.splitlines()[-1]
+    assert "--shm-size" in err
+    assert are_gone(workers)
+
+
+@needs_proc
+@times(10, few=1)
+def test_workers_end_with_a_killed_training(trial, pets):
+    process, workers = in_training()
+    time.sleep(0.1 * trial)
+    kill(process)
+    wait_until(lambda: are_gone(workers), WITHIN)
+
+
+@needs_mounts
+@times(5, few=1)
+def test_a_small_dev_shm_is_named(trial):
+    folder_of_images(Path("pets"), 80)
+    flags = [*STREAMED, "--num_epochs", "2", "--batch_size", "120"]  # of 24 MB
+    status, _, err = ended(launch("train.py", *flags, prefix=mounted("/dev/shm", "16m")), 120)
+    assert status == 2 and err.splitlines()[-1].startswith("error: /dev/shm: too small (16 MB)")
+    assert "--shm-size" in err
+
+
+def test_a_reader_that_stops_leaves_no_worker(pets):
+    """As a training does that ends within an epoch: the loop is left, its processes with it."""
+    samples = [(str(path), 0) for path in sorted(pets.rglob("*.png"))]
+    split = Streamed(samples, (3, 256, 256), torch.device("cpu"))
+    batches = split.batches(2)
+    next(batches)
+    workers = children(os.getpid())
+    batches.close()
+    assert are_gone([pid for pid in workers if pid not in children(os.getpid())])
+    samples[0] = ("nowhere.png", 0)
+    with pytest.raises(UserError, match="nowhere.png: damaged image"):
+        list(split.batches(2))
+
+
+# --- who reads what is printed ---
+
+
+@times(20)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_pipe_that_is_closed_saves_and_ends_quietly(both, trial):
+    long = [*CELL, "--num_epochs", "2000"]
+    process = launch("train.py", *long, stderr=subprocess.STDOUT if both else subprocess.PIPE, TQDM_DISABLE=None)
+    if both:
+        process.stdout.readline()
+        process.stdout.close()
+        status, err = process.wait(120), ""
+    else:  # nothing more is printed until the end: the end comes when it is
+        process.stdout.close()
+        wait_until(lambda: there("resume.pth") or process.poll() is not None)
+        time.sleep(0.05 * trial)
+        process.send_signal(signal.SIGHUP)
+        err = process.stderr.read()
+        status = process.wait(60)
+        process.stderr.close()
+    assert status == 128 + signal.SIGHUP and "Traceback" not in err and "Exception ignored" not in err
+    assert both or "error" not in err
+
+
+def test_head_1_of_everything(tmp_path):
+    """`script | head -1`: help, a dry run and a short training all end without a word."""
+    for argv in (["train.py", "--help"], ["train.py", "--dry_run", "--beta_y", "0.1:10:900"], ["plot_eval.py", "-h"]):
+        process = launch(*argv, stdout=subprocess.PIPE)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(60) in (0, 128 + signal.SIGHUP) and "Traceback" not in err and "Exception" not in err
+        assert "error" not in err
+
+
+@times(20)
+def test_a_closed_terminal_saves_and_ends(trial):
+    """The terminal's other end goes: SIGHUP comes, and whatever is printed from then on fails."""
+    ours, theirs = pty.openpty()
+    code = f"import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, {str(ROOT / 'train.py')!r}] + "
+    flags = [*CELL, "--num_epochs", "2000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env.pop("TQDM_DISABLE")
+    command = [sys.executable, "-c", f"{code}{flags!r})"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def running():
+        while True:
+            try:
+                if not os.read(ours, 65536):
+                    break
+            except OSError:
+                break
+        return there("resume.pth") or process.poll() is not None
+
+    wait_until(running)
+    time.sleep(0.05 * trial)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    load_tensors(there("resume.pth")[0])
+
+
+@times(20)
+def test_slurms_warning_saves_and_the_same_command_continues(trial):
+    process = launch("train.py", *CELL)
+    wait_until(lambda: there("resume.pth") or process.poll() is not None)
+    time.sleep(0.02 * trial)
+    process.send_signal(signal.SIGUSR1)
+    status, _, err = ended(process)
+    if status != 0:  # it may have been done
+        assert status == 128 + signal.SIGUSR1 and "saved at epoch" in err
+    assert ended(launch("train.py", *CELL))[0] == 0
+    assert ended(launch("train.py", *CELL, "--runs_dir", "whole"))[0] == 0
+    assert there("vae.pth")[0].read_bytes() == there("vae.pth", "whole")[0].read_bytes()
+
+
+def test_nohup_is_heeded():
+    """Who started it so wants it to go on when the terminal closes."""
+    process = launch("train.py", *CELL, prefix=["nohup"])
+    wait_until(lambda: there("resume.pth") or process.poll() is not None)
+    process.send_signal(signal.SIGHUP)
+    assert ended(process)[0] == 0
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize("locale", [ASCII, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_an_ascii_locale_takes_any_name(locale):
+    Path("größe").mkdir()
+    flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu"]
+    named = ["--run_name", "β", "--run_batch_name", "b", "--runs_dir", "größe"]
+    status, _, err = ended(launch("train.py", *flags, *named))
+    assert status == 0, err
+    batch = ["--run_batch_name", "b", "--runs_dir", "größe", "--device", "cpu"]
+    status, out, err = ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid", **locale))
+    assert status == 0 and "1 of 1 runs evaluated" in out, err
+    status, out, err = ended(launch("plot_eval.py", *batch, "--format", "png", **locale))
+    assert status == 0, err
+    status, _, err = ended(launch("train.py", *flags, "--runs_dir", "größe", "--run_batch_name", "new", **locale))
+    assert status == 0, err
+    status, _, err = ended(launch("eval_beta_grid.py", "--run_batch_name", "ñ", "--runs_dir", "größe", **locale))
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: --run_batch_name: no runs in gr")
+
+
+def test_an_error_of_the_system_that_names_no_file_is_one_line():
+    before = "import train; train.load_data = lambda *a: (_ for _ in ()).throw(OSError(5, 'Input/output error'))"
+    status, _, err = ended(launch("train.py", *CELL, before=before))
+    assert status == 2 and err == "error: the system: Input/output error\n"
+
+
+@pytest.mark.parametrize("error", ["OSError(116, 'Stale file handle')", "OSError('odd')", "BlockingIOError(11, 'no')"])
+def test_a_write_that_fails_names_the_file(error):
+    before = f"import os\ndef fails(fd): raise {error}\nos.fsync = fails"
+    status, _, err = ended(launch("train.py", *CELL, before=before))
+    assert status == 2 and err.count("\n") == 1 and "config.json: cannot be written" in err
+    assert not there("*.tmp") and not there("config.json")
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval_beta_grid.py"])
+def test_variables_that_are_left_over_are_told(script):
+    flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu", "--beta_y", "1:5:5"]
+    if script != "train.py":
+        assert ended(launch("train.py", *flags))[0] == 0
+        flags = ["--run_batch_name", "singles", "--device", "cpu", "--exclude_mi", "--exclude_fid"]
+    status, out, err = ended(launch(script, *flags, WORLD_SIZE="3"))
+    assert status == 0, err
+    assert out.count("RANK 0 of WORLD_SIZE 3: takes 2 of 5 runs") == 1
+    status, out, _ = ended(launch(script, *flags, WORLD_SIZE="1"))
+    assert status == 0 and "WORLD_SIZE" not in out
