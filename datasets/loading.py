@@ -56,5 +56,8 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
     for images, labels in (train, test):
         if images.shape[1:] != dataset.shape or len(images) != len(labels) or len(images) == 0:
             raise UserError(f"{config.dataset}: {root} holds images {tuple(images.shape)}, {len(labels)} labels")
-    n_classes = int(max(train[1].max(), test[1].max())) + 1
-    return Data(Resident(*train, device), Resident(*test, device), n_classes if own else max(10, n_classes))
+    n_classes = int(max(train[1].max(), test[1].max())) + 1 if own else 10
+    for _, labels in (train, test):
+        if labels.min() < 0 or labels.max() >= n_classes:
+            raise UserError(f"{config.dataset}: {root} holds labels from {labels.min()} to {labels.max()}, not 0 to 9")
+    return Data(Resident(*train, device), Resident(*test, device), n_classes)

@@ -98,7 +98,10 @@ def svhn(root: Path, train: bool) -> Split:
 
     path = root / f"{'train' if train else 'test'}_32x32.mat"
     _existing(path)
-    data = loadmat(path)
+    content = path.read_bytes()
+    if not content.startswith(b"MATLAB 5.0"):
+        raise ValueError(f"{path.name} is no MATLAB 5.0 file")
+    data = loadmat(io.BytesIO(content))  # not the path: of a file it reads as many bytes as a damaged header says
     images = np.ascontiguousarray(data["X"].transpose(3, 2, 0, 1))
     return torch.from_numpy(images), torch.from_numpy(data["y"].astype(np.int64).ravel() % 10)
 
