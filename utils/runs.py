@@ -155,6 +155,7 @@ class Run:
         fits = all(_kinds(state.get(key)) == expected for key in ("weights", "exp_avg", "exp_avg_sq"))
         fits &= all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
         fits &= isinstance(state.get("seconds"), int | float) and math.isfinite(state["seconds"])
+        fits &= type(state.get("threads", 1)) is int and 1 <= state.get("threads", 1) <= 1024
         if fits and state["step"]:
             history = state.get("history")
             fits = isinstance(history, torch.Tensor) and history.ndim == 2 and state["step"] < len(history)
