@@ -9,6 +9,8 @@ All figures are of the test images. They are kept in each run's metrics.json and
 eval_results.csv, one row a run. Step 1 without --exclude_mi does step 2 as well.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 import contextlib
 import dataclasses
 import sys

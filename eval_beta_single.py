@@ -5,6 +5,8 @@
 Step 2 of the evaluation; see eval_beta_grid.py, whose step 1 comes before it.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 from pathlib import Path
 
 from eval_beta_grid import MI_STEPS, add_bench_flags, choose, gather, open_run, run_step

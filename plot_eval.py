@@ -6,6 +6,8 @@
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the runs themselves for pictures of them.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 import argparse
 import math
 from functools import partial

@@ -6,6 +6,8 @@
 The same command again continues whatever is unfinished and skips what is finished.
 """
 
+import utils.threads  # isort: skip  (before torch)
+
 import contextlib
 import math
 import shlex
@@ -187,6 +189,7 @@ class Trainer:
     def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
         """Whether the memory held them."""
         config = cells[0][0].config
+        self._set_threads([state["threads"] for _, state in cells if state and "threads" in state])
         try:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
@@ -202,6 +205,13 @@ class Trainer:
                 raise
             return False
         return True
+
+    def _set_threads(self, before: list[int]) -> None:
+        """Those that the cells began with, so that they go on bit for bit; else as many as there is room for now."""
+        asked = self.args.threads
+        if asked and before and before[0] != asked:
+            print(f"--threads {asked}: the state was saved with {before[0]}; last digits may differ", flush=True)
+        torch.set_num_threads(asked or (before[0] if before else utils.threads.choose()))
 
 
 def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:

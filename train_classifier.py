@@ -6,6 +6,8 @@ It goes to runs/classifiers/<data set>/, where the evaluation finds it. The same
 an unfinished training and skips a finished one.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 from pathlib import Path
 
 import torch

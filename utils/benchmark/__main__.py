@@ -5,12 +5,15 @@
     python -m utils.benchmark layers      each convolution and its gradients, by every way of convolving
     python -m utils.benchmark streams     single models side by side on a GPU's streams, instead of stacked
     python -m utils.benchmark loader      decoding ImageNet's images, beside the step that they feed
+    python -m utils.benchmark threads     a step by one thread and by several, on an idle and on a loaded machine
     python -m utils.benchmark precision RUNS   what a precision changes, beside what a seed changes
     python -m utils.benchmark mi|probes|inception   parts of the evaluation
 
 Every figure is a median over repetitions, with the spread between the quartiles and n. Compare figures of one run only;
 ratios are taken between measurements that alternate.
 """
+
+import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 import argparse
 
@@ -20,6 +23,7 @@ from datasets.table import DATASETS
 from models.stack import ROUTES
 from utils.benchmark import evaluation, training
 from utils.benchmark.measuring import machine
+from utils.benchmark.threads import threads
 from utils.cli import Parser, whole
 from utils.engine import check_route, use_precision
 from utils.errors import UserError, run_script
@@ -29,6 +33,7 @@ BENCHMARKS = {
     for f in (
         *(training.grid, training.step, training.layers, training.streams, training.loader, training.precision),
         *(evaluation.mi, evaluation.probes, evaluation.inception),
+        threads,
     )
 }
 
