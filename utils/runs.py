@@ -9,6 +9,7 @@ events.out.*    TensorBoard
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from torch import nn
 
 from models.build import build_model
 from models.reference import translate, unwrapped
+from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
@@ -157,11 +159,16 @@ class Run:
         path = self.path / name
         state = load_tensors(path)
         with torch.device("meta"):
-            expected = {name: p.shape for name, p in build_model(self.config).named_parameters()}
-        numbers = ("adam_steps", "epoch", "step", "seconds")
-        weights = state.get("weights")
-        fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
-        if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
+            expected = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
+        fits = all(_kinds(state.get(key)) == expected for key in ("weights", "exp_avg", "exp_avg_sq"))
+        fits &= all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
+        fits &= isinstance(state.get("seconds"), int | float) and math.isfinite(state["seconds"])
+        fits &= type(state.get("threads", 1)) is int and 1 <= state.get("threads", 1) <= 1024
+        if fits and state["step"]:
+            history = state.get("history")
+            fits = isinstance(history, torch.Tensor) and history.ndim == 2 and state["step"] < len(history)
+            fits &= isinstance(state.get("noise"), torch.Tensor) and history.shape[1:] == (len(TERMS),)
+        if not fits:
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
@@ -171,6 +178,13 @@ class Run:
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _kinds(tensors) -> dict | None:
+    """Shape and dtype of each tensor, by name; None if `tensors` is not a dictionary of tensors."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        return None
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:

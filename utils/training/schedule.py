@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.stack import BACKENDS
+from utils import threads
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
@@ -145,9 +146,17 @@ class Trainer:
         for half in (runs[: self.size], runs[self.size :]):
             self.train([(run, run.load_state()[0]) for run in half if run.status == "unfinished"])
 
+    def _set_threads(self, before: list[int]) -> None:
+        """Uses the number of threads of the checkpoints, for bitwise equal results; else as many as cores are free."""
+        asked = self.args.threads
+        if asked and before and before[0] != asked:
+            print(f"--threads {asked}: the checkpoint is of {before[0]} threads; last digits may differ", flush=True)
+        torch.set_num_threads(asked or (before[0] if before else threads.choose()))
+
     def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
         """Trains cells at one position; returns False if they do not fit into the memory."""
         config = cells[0][0].config
+        self._set_threads([state["threads"] for _, state in cells if state and "threads" in state])
         try:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
