@@ -127,7 +127,7 @@ def test_another_number_is_told():
     wait_until(lambda: len(there("events.out.*")) > 1 or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, out, _ = ended(process)
-    assert "--threads 1: the state was saved with 2; last digits may differ" in out
+    assert "--threads 1: the checkpoint was saved with 2; last digits may differ" in out
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ class Trainer:
         """Uses the number of threads of the checkpoints, for bitwise equal results; else as many as cores are free."""
         asked = self.args.threads
         if asked and before and before[0] != asked:
-            print(f"--threads {asked}: the checkpoint is of {before[0]} threads; last digits may differ", flush=True)
+            print(f"--threads {asked}: the checkpoint was saved with {before[0]}; last digits may differ", flush=True)
         torch.set_num_threads(asked or (before[0] if before else threads.choose()))
 
     def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
