@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -25,8 +26,24 @@ from utils.errors import UserError, one_line
 def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
     """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"{there}: cannot write there; choose another {flag}")
+    try:
+        _try_to_write(there.resolve())
+    except OSError as e:
+        raise UserError(f"{there}: cannot write there ({e.strerror or e}); choose another {flag}") from e
+
+
+@functools.cache
+def _try_to_write(folder: Path) -> None:
+    """Writes a file into a folder and removes it: permissions alone do not tell. Raises OSError."""
+    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(probe, "xb") as file:
+            file.write(b"0")
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
