@@ -91,6 +91,8 @@ class Run:
             write_atomic(unfinished / "config.json", self.config.to_json().encode())
             with contextlib.suppress(FileExistsError):
                 unfinished.rename(self.path)  # only over nothing or an empty folder
+        except UserError as e:
+            raise UserError(str(e).replace(unfinished.name, self.path.name)) from e
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process made it first
                 raise
