@@ -268,11 +268,6 @@ def summarise(runs: list[Run]) -> None:
         print(f"\nThe runs are in {runs[0].path.parent}")
 
 
-def report_thread(failure) -> None:
-    """One line, instead of a traceback, for a writer of TensorBoard events that fails on its own thread."""
-    print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)
-
-
 def main(argv=None) -> int:
     args = parse_args(argv)
     configs = grid_configs(args)
@@ -300,7 +295,7 @@ def main(argv=None) -> int:
         join(args.device)
     torch.backends.cudnn.benchmark = True
     use_precision(configs[0].precision)
-    threading.excepthook = report_thread
+    threading.excepthook = lambda _: None  # of the writers of events, whose errors the training tells
     try:
         problems = train_all(todo, data, args)
     except Interrupted as e:

@@ -1,8 +1,11 @@
 """The training loop: a chunk of cells, stacked, from one position in the data to the end."""
 
+import contextlib
 import math
+import shutil
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -266,8 +269,9 @@ class Log:
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
                 betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
-                for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
-                    writer.file_writer.add_summary(summary)
+                with self.told(chunk.runs[m]):
+                    for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
+                        writer.file_writer.add_summary(summary)
 
     def show(self, bar: tqdm, means: torch.Tensor) -> None:
         """Loss and rates on the bar, averaged over the live cells."""
@@ -277,19 +281,32 @@ class Log:
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Curves after every epoch; reconstructions and samples ten times in a training."""
-        epoch, config = self.chunk.epoch, self.chunk.config
         for m, run in self.chunk.written.items():
             locks.check(run.path)
-            for split, means in (("train", train_means), ("test", test_means)):
-                for name, value in zip(TERMS, means[m].tolist(), strict=True):
-                    self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
-            if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
-                model = self.chunk.stack.plain(m)
-                pairs = torch.cat([self.images, model.reconstruct(self.images)])
-                samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
-                self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
-                self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
-            self.writers[m].flush()
+            with self.told(run):
+                self._write(m, train_means, test_means)
+
+    @contextlib.contextmanager
+    def told(self, run: Run) -> Iterator[None]:
+        """Raises UserError for what kept the events from being written, which names no file."""
+        try:
+            yield
+        except OSError as e:
+            free = shutil.disk_usage(run.path).free
+            raise UserError(f"{run.path}: events cannot be written ({e.strerror or e}; {free:,} bytes are free)") from e
+
+    def _write(self, m: int, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
+        epoch, config = self.chunk.epoch, self.chunk.config
+        for split, means in (("train", train_means), ("test", test_means)):
+            for name, value in zip(TERMS, means[m].tolist(), strict=True):
+                self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
+        if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
+            model = self.chunk.stack.plain(m)
+            pairs = torch.cat([self.images, model.reconstruct(self.images)])
+            samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
+            self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
+            self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+        self.writers[m].flush()
 
     def close(self) -> None:
         for writer in self.writers.values():
