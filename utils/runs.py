@@ -24,7 +24,7 @@ from models.reference import translate
 from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
+from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
 from utils.locks import locked
 
 
@@ -88,7 +88,7 @@ class Run:
         unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         unfinished.mkdir(parents=True)
         try:
-            write_atomic(unfinished / "config.json", self.config.to_json().encode())
+            write_text(unfinished / "config.json", self.config.to_json())
             with contextlib.suppress(FileExistsError):
                 unfinished.rename(self.path)  # only over nothing or an empty folder
         except UserError as e:
@@ -108,7 +108,7 @@ class Run:
         for file in self.path.iterdir():
             if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        write_atomic(self.path / "config.json", self.config.to_json().encode())
+        write_text(self.path / "config.json", self.config.to_json())
 
     def save_state(self, state: dict) -> None:
         """Writes the resume state, and keeps the one before it."""
