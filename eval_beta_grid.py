@@ -29,7 +29,7 @@ from utils.config import Config
 from utils.distributed import is_first, progress, share, wait_for_all
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation import PATIENCE, Bench, Subject, is_done, metrics_of, record
-from utils.files import to_csv, write_atomic
+from utils.files import to_csv, write_text
 from utils.probes import PROBES, probe
 from utils.runs import Run, locked
 from utils.steps import STEPS, bound, inception_features
@@ -194,7 +194,7 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
-        write_atomic(path, to_csv(rows, columns).encode())
+        write_text(path, to_csv(rows, columns))
     return path
 
 

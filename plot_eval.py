@@ -22,7 +22,7 @@ from datasets.loading import load_data
 from utils import figures
 from utils.cli import Parser, batch_folder, whole
 from utils.errors import UserError, nearest, run_script
-from utils.files import check_writable, read_arrays, to_csv, write_atomic
+from utils.files import check_writable, read_arrays, to_csv, write_atomic, write_text
 from utils.information import accuracy_bound, entropy
 from utils.plane import FAR_OFF, PROBES, SETTINGS, Plane, Slope, advice, number, read_plane, slopes
 from utils.report import ADVICE, CAPTIONS, page, to_html, to_markdown
@@ -230,9 +230,9 @@ def main(argv=None) -> int:
         for form in args.format:
             write_atomic(out / f"{name}.{form}", files[form])
     checked = slope_rows(found)
-    write_atomic(out / "advice.csv", to_csv(advised, headings).encode())
-    write_atomic(out / "advice.md", to_markdown(advised, headings).encode())
-    write_atomic(out / "slopes.csv", to_csv(checked, SLOPES).encode())
+    write_text(out / "advice.csv", to_csv(advised, headings))
+    write_text(out / "advice.md", to_markdown(advised, headings))
+    write_text(out / "slopes.csv", to_csv(checked, SLOPES))
     cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
     columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
     tables = {
@@ -241,7 +241,7 @@ def main(argv=None) -> int:
         "Slopes": to_html(checked, SLOPES),
     }
     report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
-    write_atomic(out / "report.html", report.encode())
+    write_text(out / "report.html", report)
 
     for note in plane.notes:
         print(f"note: {note}")

@@ -158,9 +158,9 @@ def number(text: str | None) -> float:
 def read_plane(path: Path) -> Plane:
     """The rate plane of a batch from its eval_results.csv. Raises UserError if there is nothing to draw."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
     plane, groups, without = Plane([]), {}, []
     for row in rows:
