@@ -107,6 +107,8 @@ def open_cells(
                     continue
                 state, damaged = run.load_state()
             except OSError as e:
+                if not run.path.is_dir():  # no folder can be made there, so none of the others either
+                    raise
                 problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
                 continue
             except UserError as e:
