@@ -441,7 +441,7 @@ def test_two_processes_on_one_run_folder(script):
     assert script(train.main, *TINY)[0] == 0
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatch, trained):
     def rows(paths):
         return {p.name: weights(p) for p in paths if "Beta_y_2.0" not in p.name}
