@@ -72,6 +72,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text in UTF-8; names of files that this locale could not decode are written as they are."""
+    write_atomic(path, text.encode(errors="surrogateescape"))
+
+
 def digest(data: bytes) -> str:
     """A short digest, to tell contents apart."""
     return hashlib.sha256(data).hexdigest()[:16]
@@ -86,7 +91,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    write_atomic(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -24,7 +24,7 @@ from models.reference import translate, unwrapped
 from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
+from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
 from utils.locks import locked
 
 
@@ -96,9 +96,11 @@ class Run:
         unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         unfinished.mkdir(parents=True)
         try:
-            write_atomic(unfinished / "config.json", self.config.to_json().encode())
+            write_text(unfinished / "config.json", self.config.to_json())
             with contextlib.suppress(FileExistsError):
                 unfinished.rename(self.path)  # only over nothing or an empty folder
+        except UserError as e:
+            raise UserError(str(e).replace(unfinished.name, self.path.name)) from e
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process made it first
                 raise
@@ -114,7 +116,7 @@ class Run:
         for file in self.path.iterdir():
             if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        write_atomic(self.path / "config.json", self.config.to_json().encode())
+        write_text(self.path / "config.json", self.config.to_json())
 
     def save_state(self, state: dict) -> None:
         """Writes a checkpoint, and keeps the previous one."""

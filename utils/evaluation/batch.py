@@ -18,7 +18,7 @@ from utils.errors import UserError, nearest
 from utils.evaluation.probes import PROBES, probe
 from utils.evaluation.steps import STEPS, bound
 from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
-from utils.files import to_csv, write_atomic
+from utils.files import to_csv, write_text
 from utils.runs import Run, locked
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
@@ -174,7 +174,7 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
-        write_atomic(path, to_csv(rows, columns).encode())
+        write_text(path, to_csv(rows, columns))
     return path
 
 

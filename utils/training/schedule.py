@@ -18,7 +18,7 @@ from utils.locks import Held
 from utils.runs import Run
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
-from utils.training.loop import Interrupted, Signals, report_thread, train
+from utils.training.loop import Interrupted, Signals, train
 
 LONG = 20_000  # model steps that take about as long as measuring and compiling
 AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
@@ -65,6 +65,8 @@ def open_cells(
                     continue
                 state, damaged = run.load_state()
             except OSError as e:
+                if not run.path.is_dir():  # then none of the others can be made either
+                    raise
                 problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
                 continue
             except UserError as e:
@@ -190,7 +192,7 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
 def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
     """Trains the runs chunk by chunk; returns each run that could not be opened with the reason."""
     problems = []
-    threading.excepthook = report_thread
+    threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
     with Signals() as signals:
         trainer = Trainer(data, args, signals, len(runs), runs[0].config) if runs else None
         while runs:
