@@ -9,6 +9,8 @@ All metrics are computed on the test images, stored in each run's metrics.json a
 eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 from functools import partial
 
 from utils.cli import Parser, whole

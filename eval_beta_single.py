@@ -5,6 +5,8 @@
 This is step 2 of the evaluation; eval_beta_grid.py runs step 1, which must come first.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 from pathlib import Path
 
 from utils.cli import Parser

@@ -6,6 +6,8 @@
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 import math
 from functools import partial
 from pathlib import Path

@@ -6,6 +6,8 @@
 Repeating a command resumes unfinished runs and skips finished ones.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 import math
 import shlex
 import sys

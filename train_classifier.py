@@ -7,6 +7,8 @@ It is saved in runs/classifiers/<data set>/, where the evaluation looks for it. 
 an unfinished training and skips a finished one.
 """
 
+import utils.threads  # noqa: F401  isort: skip  (before torch)
+
 from pathlib import Path
 
 import torch

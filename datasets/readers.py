@@ -155,16 +155,17 @@ def svhn(root: Path) -> tuple[Split, Split]:
     from scipy.io import loadmat
 
     def split(path: Path) -> Split:
-        with open(path, "rb") as file:
-            start = file.read(10)
-        if start.startswith((b"MATLAB 7.3", b"\x89HDF")):
+        content = path.read_bytes()
+        if content.startswith((b"MATLAB 7.3", b"\x89HDF")):
             raise UserError(
                 f"{path}: MATLAB's format 7.3; rename it to {path.stem}.h5 and convert that (pip install h5py): python "
                 f"-c \"import h5py, scipy.io; f = h5py.File('{path.with_suffix('.h5')}'); "
                 f"scipy.io.savemat('{path}', {{k: f[k][()].T for k in 'Xy'}})\""
             )
+        if not content.startswith(b"MATLAB 5.0"):
+            raise ValueError(f"{path} is not a MATLAB 5.0 file")
         try:
-            data = loadmat(path)
+            data = loadmat(io.BytesIO(content))  # of a path it would read as many bytes as a damaged header says
         except Exception as e:  # scipy raises anything on damaged files
             raise ValueError(f"{path}: {e!r}") from e
         if not {"X", "y"} <= data.keys():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is
 
 import torch
 
@@ -21,7 +22,7 @@ from datasets.batches import Resident
 from datasets.loading import Data
 from datasets.table import lookup
 from utils.config import Config
-from utils.errors import run_script
+from utils.errors import ENDING_SIGNALS, run_script
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
@@ -41,7 +42,7 @@ def script(capfd):
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             run_script(lambda: main([str(a) for a in argv]))
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING_SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         out, err = capfd.readouterr()
         return end.value.code or 0, out, err

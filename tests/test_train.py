@@ -124,7 +124,7 @@ def test_the_papers_command_with_its_trailing_backslash(script):
         (["--conv_channels", "0"], "--conv_channels: must be >= 1, got 0"),
         (["--num_epochs", "0"], "--num_epochs: must be >= 1, got 0"),
         (["--batch_size", "-3"], "--batch_size: must be >= 1, got -3"),
-        (["--batch_size", "1.5"], "--batch_size: invalid int value: '1.5'"),
+        (["--batch_size", "1.5"], "--batch_size: must be a whole number, got '1.5'"),
         (["--seed", "-1"], "--seed: must be > 0 or 0, got -1"),
         (["--linear_y_with_dims", "0"], "--linear_y_with_dims: must be -1 (off) or >= 2, got 0"),
         (["--vae_type", "HVEA"], "--vae_type: unknown 'HVEA'; did you mean HVAE? (valid: HVAE, LVAE, BVAE)"),

@@ -7,10 +7,12 @@ import os
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from utils import threads
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError, nearest, one_line
 
@@ -51,6 +53,11 @@ class Parser(argparse.ArgumentParser):
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
         common.add_argument("--device", type=device, help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
+        common.add_argument(
+            "--threads",
+            type=partial(whole, most=1024),
+            help="CPU threads to compute with (default: OMP_NUM_THREADS, or as many as there are free cores)",
+        )
         if not self.files:
             return
         common.add_argument(
@@ -71,6 +78,7 @@ class Parser(argparse.ArgumentParser):
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
         args.device = args.device or default_device()
+        torch.set_num_threads(args.threads or threads.choose())
         return args
 
 

@@ -97,7 +97,7 @@ class Config:
             raise UserError(f"--px_y_family_ll: {self.px_y_family_ll} is for grey images, {self.dataset} is in colour")
         MODELS[self.vae_type].check(self)
         self._check_targets()
-        if len(self.folder_name.encode()) > 255:
+        if len(self.folder_name.encode(errors="surrogateescape")) > 255:
             raise UserError("--run_name: too long for a folder name")
 
     def _check(self, name: str, kind: type, value, choices) -> None:
@@ -126,7 +126,7 @@ class Config:
             need("-1 (off) or >= 2")
         if name.startswith("run_") and (set(value) & set("/\\") or value[:1] == "." or not value.isprintable()):
             need("a plain folder name, without slashes, control characters or a leading dot")
-        if name == "run_batch_name" and len(value.encode()) > 255:
+        if name == "run_batch_name" and len(value.encode(errors="surrogateescape")) > 255:
             raise UserError("--run_batch_name: too long for a folder name")
         if name == "run_batch_name" and value in ("", "classifiers"):
             need("a folder name other than 'classifiers'")

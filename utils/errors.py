@@ -88,10 +88,9 @@ def _guard_outputs() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
-            errors = "backslashreplace" if stream.errors == "strict" else stream.errors
             lines, at_once = stream.line_buffering, stream.write_through
             raw = _Output(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, errors, None, lines, at_once)
+            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", None, lines, at_once)
             setattr(sys, name, text)
 
 
@@ -101,6 +100,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues.
     """
     if threading.current_thread() is threading.main_thread():
+        if sys.getfilesystemencoding() == "ascii":  # in which other libraries cannot open what has other characters
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         _guard_outputs()
         for number in heeded_signals():
             if number != signal.SIGINT:

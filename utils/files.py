@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -25,8 +26,24 @@ from utils.errors import UserError, one_line
 def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
     """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
     there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UserError(f"{there}: cannot write there; choose another {flag}")
+    try:
+        _try_to_write(there.resolve())
+    except OSError as e:
+        raise UserError(f"{there}: cannot write there ({e.strerror or e}); choose another {flag}") from e
+
+
+@functools.cache
+def _try_to_write(folder: Path) -> None:
+    """Writes a file into a folder and removes it: permissions alone do not tell. Raises OSError."""
+    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(probe, "xb") as file:
+            file.write(b"0")
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -55,6 +72,11 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` of a text in UTF-8; names of files that this locale could not decode are written as they are."""
+    write_atomic(path, text.encode(errors="surrogateescape"))
+
+
 def digest(data: bytes) -> str:
     """A short digest, to tell contents apart."""
     return hashlib.sha256(data).hexdigest()[:16]
@@ -69,7 +91,7 @@ def digest_of(path: Path) -> str | None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    write_atomic(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -140,7 +162,9 @@ def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with zipfile.ZipFile(path) as archive:  # compares checksums before anything believes a header
+            names = [name for name in archive.namelist() if name.endswith(".npy")]
+            files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in names}
+        return {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}
     except Exception as e:  # numpy and zipfile raise anything on damaged files
         raise UserError(f"{path}: missing or damaged ({e})") from e

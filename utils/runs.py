@@ -10,6 +10,7 @@ events.out.*    TensorBoard
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import secrets
 import shutil
@@ -21,9 +22,10 @@ from torch import nn
 
 from models.build import build_model
 from models.reference import translate, unwrapped
+from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json
+from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
 from utils.locks import locked
 
 
@@ -96,9 +98,11 @@ class Run:
         unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         unfinished.mkdir(parents=True)
         try:
-            write_atomic(unfinished / "config.json", self.config.to_json().encode())
+            write_text(unfinished / "config.json", self.config.to_json())
             with contextlib.suppress(FileExistsError):
                 unfinished.rename(self.path)  # only over nothing or an empty folder
+        except UserError as e:
+            raise UserError(str(e).replace(unfinished.name, self.path.name)) from e
         except OSError as e:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process made it first
                 raise
@@ -116,7 +120,7 @@ class Run:
     def with_betas(self, beta_y: float, beta_z: float) -> "Run":
         """The run with the betas that were found for its rates, which it keeps."""
         run = Run(self.path, dataclasses.replace(self.config, beta_y=beta_y, beta_z=beta_z))
-        write_atomic(self.path / "config.json", run.config.to_json().encode())
+        write_text(self.path / "config.json", run.config.to_json())
         return run
 
     def restart(self) -> None:
@@ -124,7 +128,7 @@ class Run:
         for file in self.path.iterdir():
             if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        write_atomic(self.path / "config.json", self.config.to_json().encode())
+        write_text(self.path / "config.json", self.config.to_json())
 
     def save_state(self, state: dict) -> None:
         """Writes a checkpoint, and keeps the previous one."""
@@ -169,11 +173,18 @@ class Run:
         path = self.path / name
         state = load_tensors(path)
         with torch.device("meta"):
-            expected = {name: p.shape for name, p in build_model(self.config).named_parameters()}
-        numbers = ("adam_steps", "epoch", "step", "seconds")
-        weights = state.get("weights")
-        fits = isinstance(weights, dict) and {k: getattr(v, "shape", None) for k, v in weights.items()} == expected
-        if not fits or not all(isinstance(state.get(k), int | float) for k in numbers):
+            expected = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
+        fits = all(_kinds(state.get(key)) == expected for key in ("weights", "exp_avg", "exp_avg_sq"))
+        fits &= all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
+        fits &= isinstance(state.get("seconds"), int | float) and math.isfinite(state["seconds"])
+        fits &= type(state.get("threads", 1)) is int and 1 <= state.get("threads", 1) <= 1024
+        if "betas" in state:  # of a cell whose betas are steered
+            fits &= all(getattr(state.get(k), "shape", None) == (2,) for k in ("betas", "log_rates"))
+        if fits and state["step"]:
+            history = state.get("history")
+            fits = isinstance(history, torch.Tensor) and history.ndim == 2 and state["step"] < len(history)
+            fits &= isinstance(state.get("noise"), torch.Tensor) and history.shape[1:] == (len(TERMS),)
+        if not fits:
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
@@ -183,6 +194,21 @@ class Run:
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def is_conditioned(path: Path) -> bool:
+    """Whether a folder is the run of a conditioned model, from which cells are unfolded."""
+    try:
+        return Config.from_json(path / "config.json").is_conditioned
+    except UserError:
+        return False
+
+
+def _kinds(tensors) -> dict | None:
+    """Shape and dtype of each tensor, by name; None if `tensors` is not a dictionary of tensors."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        return None
+    return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:

@@ -27,7 +27,18 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         assert status == 0, err
     rows = batch()
     assert len(rows) == 4
-    expected_empty = {"bpd", "ll_iw", "iw_samples", "fid", "mi_q", "mi_p", "run_name", "image_size", "image_channels"}
+    expected_empty = {
+        "data_digest",
+        "bpd",
+        "ll_iw",
+        "iw_samples",
+        "fid",
+        "mi_q",
+        "mi_p",
+        "run_name",
+        "image_size",
+        "image_channels",
+    }
     expected_empty |= {c for c in rows[0] if c.endswith("_standardized")} | {"fid_features", "fid_samples"}
     for row in rows:
         assert {k for k, v in row.items() if v == ""} == expected_empty

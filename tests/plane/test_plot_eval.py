@@ -68,7 +68,10 @@ def test_figures_still_come(rows, notes, script):
         (["--max_rate", "-1"], "--max_rate: must be a number of bits > 0, got '-1'"),
         (["--max_rate_z", "nan"], "--max_rate_z: must be a number of bits > 0, got 'nan'"),
         (["--format", "svg"], "--format: "),
-        (["--out", "runs/b/eval_results.csv"], "runs/b/eval_results.csv: cannot write there; choose another --out"),
+        (
+            ["--out", "runs/b/eval_results.csv"],
+            "runs/b/eval_results.csv: cannot write there (Not a directory); choose another --out",
+        ),
         (["--run_batch_name", "c"], "runs/c/eval_results.csv: cannot be read"),
         (["--run_batch_name", "empty"], "runs/empty/eval_results.csv: no run has rates yet"),
     ],

@@ -258,8 +258,30 @@ def test_an_ascii_locale_takes_any_name(locale):
     assert status == 0, err
     status, _, err = ended(launch("train.py", *flags, "--runs_dir", "größe", "--run_batch_name", "new", **locale))
     assert status == 0, err
+    folder_of_images(Path("ñandú"), 5)
+    own = ["--dataset", "ñandú", "--image_size", "28", "--run_batch_name", "own", *flags]
+    status, _, err = ended(launch("train.py", *own, **locale))
+    assert status == 0, err
+    status, out, err = ended(
+        launch("eval_beta_grid.py", "--run_batch_name", "own", "--exclude_fid", "--device", "cpu", **locale)
+    )
+    assert status == 0, err
     status, _, err = ended(launch("eval_beta_grid.py", "--run_batch_name", "ñ", "--runs_dir", "größe", **locale))
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: --run_batch_name: no runs in gr")
+
+
+def test_names_that_are_no_text_are_read_and_written_as_they_are():
+    """A folder of a batch may be named by any bytes."""
+    flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu"]
+    assert ended(launch("train.py", *flags))[0] == 0
+    Path("runs/singles").rename("runs/b")
+    next(Path("runs/b").iterdir()).rename(Path("runs/b", os.fsdecode(b"\xff\xfe")))
+    batch = ["--run_batch_name", "b", "--device", "cpu"]
+    status, out, err = ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))
+    assert status == 0 and "1 of 1 runs evaluated" in out, err
+    assert Path("runs/b/eval_results.csv").read_bytes().splitlines()[1].startswith(b"\xff\xfe,finished,")
+    status, out, err = ended(launch("plot_eval.py", *batch, "--format", "png"))
+    assert status == 0 and "no pictures" not in out, err
 
 
 def test_an_error_of_the_system_that_names_no_file_is_one_line():
@@ -272,7 +294,7 @@ def test_an_error_of_the_system_that_names_no_file_is_one_line():
 def test_a_write_that_fails_names_the_file(error):
     before = f"import os\ndef fails(fd): raise {error}\nos.fsync = fails"
     status, _, err = ended(launch("train.py", *CELL, before=before))
-    assert status == 2 and err.count("\n") == 1 and "config.json: cannot be written" in err
+    assert status == 1 and err.count("\n") == 1 and "config.json: cannot be written" in err
     assert not there("*.tmp") and not there("config.json")
 
 

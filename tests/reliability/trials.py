@@ -32,7 +32,7 @@ def launch(name, *argv, before="", stdout=subprocess.PIPE, stderr=subprocess.PIP
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     env = {name: value for name, value in env.items() if value is not None}
-    command = [*prefix, sys.executable, "-c", code]
+    command = [*prefix, sys.executable, *(["-c", code] if before else [ROOT / name, *map(str, argv)])]
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, text=True)
 
 

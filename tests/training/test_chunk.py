@@ -19,7 +19,7 @@ from utils.training.chunk import Chunk
 from utils.training.engine import Engine
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [1, 2, 3])
 def test_a_cell_whose_loss_is_not_finite_fails_alone(at_once, script, monkeypatch, trained):
     def rows(paths):
         return {p.name: weights(p) for p in paths if "Beta_y_2.0" not in p.name}

@@ -5,11 +5,14 @@
     python -m utils.benchmark layers      each convolution and its gradients with every convolution backend
     python -m utils.benchmark streams     single models on parallel CUDA streams, instead of stacked
     python -m utils.benchmark loader      throughput of ImageNet's data loader, compared with the training step
+    python -m utils.benchmark threads     one step with one and several threads, on an idle and on a loaded machine
     python -m utils.benchmark precision RUNS   effect of --precision on the test metrics, compared with the seed's
     python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
 
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
+
+import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 import argparse
 import importlib
@@ -24,7 +27,7 @@ from utils.errors import UserError, run_script
 from utils.training.engine import check_backend, use_precision
 
 BENCHMARKS = {  # name: module
-    **{name: name for name in ("grid", "step", "layers", "loader", "precision")},
+    **{name: name for name in ("grid", "step", "layers", "loader", "threads", "precision")},
     **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
 }
 

@@ -18,8 +18,8 @@ from utils.errors import UserError, nearest
 from utils.evaluation.probes import PROBES, probe
 from utils.evaluation.steps import STEPS, bound
 from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
-from utils.files import to_csv, write_atomic
-from utils.runs import Run, locked
+from utils.files import to_csv, write_text
+from utils.runs import Run, is_conditioned, locked
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
@@ -47,7 +47,7 @@ def find_runs(runs_dir: str, batch: str) -> list[Path]:
     """The run folders of a batch. Raises UserError, listing the existing batches, if it has none."""
     root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
     found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
-    found = [p for p in found if p.name != "figures"]  # written by plot_eval.py
+    found = [p for p in found if p.name != "figures" and not is_conditioned(p)]
     if not found:
         batches = (
             sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
@@ -174,7 +174,7 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
             rows.append(row | {"status": "broken"} if problems else row)
-        write_atomic(path, to_csv(rows, columns).encode())
+        write_text(path, to_csv(rows, columns))
     return path
 
 

@@ -155,7 +155,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = data.decode(encoding, "strict" if encoding == "utf-16" else "surrogateescape")
         first = text.partition("\n")[0]
         separator = max(",;\t", key=first.count)
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.distributed import progress
-from utils.files import to_csv, write_atomic
+from utils.files import to_csv, write_atomic, write_text
 from utils.plane.advice import headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.slopes import SLOPES, Slope, slope_rows
@@ -113,9 +113,9 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         for form in args.format:
             write_atomic(out / f"{name}.{form}", files[form])
     headings, checked = headings_of(plane), slope_rows(found)
-    write_atomic(out / "advice.csv", to_csv(advised, headings).encode())
-    write_atomic(out / "advice.md", to_markdown(advised, headings).encode())
-    write_atomic(out / "slopes.csv", to_csv(checked, SLOPES).encode())
+    write_text(out / "advice.csv", to_csv(advised, headings))
+    write_text(out / "advice.md", to_markdown(advised, headings))
+    write_text(out / "slopes.csv", to_csv(checked, SLOPES))
     cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
     columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
     tables = {
@@ -124,4 +124,4 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         "Slopes": to_html(checked, SLOPES),
     }
     report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
-    write_atomic(out / "report.html", report.encode())
+    write_text(out / "report.html", report)

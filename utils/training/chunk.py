@@ -71,7 +71,7 @@ class Chunk:
         stacked, written = self.engine.on_host(), dict(self.written)
         steered = {m: self.betas.state(m) if self.betas.steered else {} for m in written}
         numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds")}
-        numbers["adam_steps"] = self.engine.adam_steps
+        numbers |= {"adam_steps": self.engine.adam_steps, "threads": torch.get_num_threads()}
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 
         def copied(t):  # by NumPy: a torch copy would start a second OpenMP pool here, which slows down the training
@@ -145,6 +145,7 @@ class Chunk:
                 "seconds": round(self.seconds, 2),
                 "device": str(self.device),
                 "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "train": dict(zip(TERMS, train[m].tolist(), strict=True)),
                 "test": {

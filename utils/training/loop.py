@@ -1,10 +1,13 @@
 """The training loop: trains a chunk of stacked cells from its position in the data to the last epoch."""
 
+import contextlib
 import itertools
 import math
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
@@ -14,7 +17,8 @@ from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils import locks
 from utils.distributed import progress
-from utils.errors import heeded_signals
+from utils.errors import UserError, heeded_signals
+from utils.runs import Run
 from utils.seeds import generator
 from utils.training.chunk import COLLAPSED, Chunk
 
@@ -161,8 +165,9 @@ class Log:
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
                 betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
-                for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
-                    writer.file_writer.add_summary(summary)
+                with self.reported(chunk.runs[m]):
+                    for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
+                        writer.file_writer.add_summary(summary)
 
     def show(self, bar: tqdm, means: torch.Tensor) -> None:
         """Shows loss and rates on the bar, averaged over the live cells; means (M, 4)."""
@@ -172,23 +177,36 @@ class Log:
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Logs the means (M, 4) of an epoch; about ten times per training, also reconstructions and samples."""
+        for m, run in self.chunk.written.items():
+            locks.check(run.path)
+            with self.reported(run):
+                self._write(m, train_means, test_means)
+
+    @contextlib.contextmanager
+    def reported(self, run: Run) -> Iterator[None]:
+        """Raises UserError for an OSError of the event writers, which names no file."""
+        try:
+            yield
+        except OSError as e:
+            free = shutil.disk_usage(run.path).free
+            raise UserError(f"{run.path}: events cannot be written ({e.strerror or e}; {free:,} bytes are free)") from e
+
+    def _write(self, m: int, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         from torchvision.utils import make_grid
 
         epoch, config = self.chunk.epoch, self.chunk.config
-        for m, run in self.chunk.written.items():
-            locks.check(run.path)
-            for split, means in (("train", train_means), ("test", test_means)):
-                for name, value in zip(TERMS, means[m].tolist(), strict=True):
-                    self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
-            if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
-                model = self.chunk.stack.plain(m)
-                pairs = torch.cat([self.images, model.reconstruct(self.images)])
-                samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
-                self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
-                self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
-            if config.is_conditioned:
-                self.points(m)
-            self.writers[m].flush()
+        for split, means in (("train", train_means), ("test", test_means)):
+            for name, value in zip(TERMS, means[m].tolist(), strict=True):
+                self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
+        if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
+            model = self.chunk.stack.plain(m)
+            pairs = torch.cat([self.images, model.reconstruct(self.images)])
+            samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
+            self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
+            self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+        if config.is_conditioned:
+            self.points(m)
+        self.writers[m].flush()
 
     def points(self, m: int) -> None:
         """Curves of a conditioned model at single betas; a note once z has collapsed."""
@@ -207,8 +225,3 @@ class Log:
         """Closes the TensorBoard files."""
         for writer in self.writers.values():
             writer.close()
-
-
-def report_thread(failure) -> None:
-    """Prints one line instead of a traceback if TensorBoard's writer thread fails."""
-    print(f"TensorBoard events: {failure.exc_value}", file=sys.stderr)

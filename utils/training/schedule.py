@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from models.stack import BACKENDS
+from utils import threads
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
@@ -17,7 +18,7 @@ from utils.locks import Held
 from utils.runs import Run
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
-from utils.training.loop import Interrupted, Signals, report_thread, train
+from utils.training.loop import Interrupted, Signals, train
 
 LONG = 20_000  # model steps that take about as long as measuring and compiling
 AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
@@ -64,6 +65,8 @@ def open_cells(
                     continue
                 state, damaged = run.load_state()
             except OSError as e:
+                if not run.path.is_dir():  # then none of the others can be made either
+                    raise
                 problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
                 continue
             except UserError as e:
@@ -145,9 +148,17 @@ class Trainer:
         for half in (runs[: self.size], runs[self.size :]):
             self.train([(run, run.load_state()[0]) for run in half if run.status == "unfinished"])
 
+    def _set_threads(self, before: list[int]) -> None:
+        """Uses the number of threads of the checkpoints, for bitwise equal results; else as many as cores are free."""
+        asked = self.args.threads
+        if asked and before and before[0] != asked:
+            print(f"--threads {asked}: the checkpoint was saved with {before[0]}; last digits may differ", flush=True)
+        torch.set_num_threads(asked or (before[0] if before else threads.choose()))
+
     def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
         """Trains cells at one position; returns False if they do not fit into the memory."""
         config = cells[0][0].config
+        self._set_threads([state["threads"] for _, state in cells if state and "threads" in state])
         try:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
@@ -181,7 +192,7 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
 def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
     """Trains the runs chunk by chunk; returns each run that could not be opened with the reason."""
     problems = []
-    threading.excepthook = report_thread
+    threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
     with Signals() as signals:
         trainer = Trainer(data, args, signals, len(runs), runs[0].config) if runs else None
         while runs:
