@@ -155,9 +155,7 @@ def default_device() -> torch.device:
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
     """A flag for each field of Config, or for some; those named in `grid` take several values."""
     groups = {}
-    for field in (f for f in dataclasses.fields(Config) if f.name in FLAGS):
-        if only and field.name not in only:
-            continue
+    for field in (f for f in dataclasses.fields(Config) if f.name in (only or FLAGS)):
         title, kind = field.metadata["group"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
         text = field.metadata["help"].replace("%", "%%")
