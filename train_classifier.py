@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.loading import load_data
-from models.classifiers import OPTIMIZERS, Classifier, build_classifier, load_classifier, scheduler
+from models.classifiers import OPTIMIZERS, Classifier, augmented, build_classifier, load_classifier, scheduler
 from utils.cli import Parser, add_config_flags, whole
 from utils.config import Config
 from utils.distributed import progress
@@ -44,18 +44,6 @@ def parse_args(argv=None):
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed: must be from 0 to 2^63 - 1, got {args.seed}")
     return args
-
-
-def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
-    """Random crops, after zero-padding by `crop` pixels, and random horizontal flips of images (B, C, H, W)."""
-    b, _, h, w = x.shape
-    padded = F.pad(x, (crop,) * 4)
-    top, left = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=g, device=x.device)
-    rows, columns = top + torch.arange(h, device=x.device), left + torch.arange(w, device=x.device)
-    mirrored = torch.rand(b, 1, generator=g, device=x.device) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns) if flip else columns
-    index = torch.arange(b, device=x.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

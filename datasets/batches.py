@@ -96,7 +96,8 @@ def _lost_workers(e: Exception) -> str | None:
     if "shared memory" in str(e) or "Bus error" in str(e):
         size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
         return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
-    if "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
+    handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
+    if handing_over or "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
         return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker: --shm-size)"
     return None
 
@@ -149,7 +150,7 @@ class Streamed:
                 yield images.float() / 255, labels
         except UserError as e:  # from a worker it comes wrapped in that worker's traceback
             problem = str(e).rsplit("UserError: ", 1)[-1].strip()
-        except (RuntimeError, OSError) as e:
+        except (RuntimeError, OSError, EOFError) as e:
             problem = _lost_workers(e)
             if problem is None:
                 raise

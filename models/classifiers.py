@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import UserError
@@ -72,6 +73,18 @@ def scheduler(optimizer: torch.optim.Optimizer, recipe, num_epochs: int) -> torc
     if recipe.decay is None:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
     return torch.optim.lr_scheduler.StepLR(optimizer, 1, recipe.decay)
+
+
+def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
+    """Random crops, after zero-padding by `crop` pixels, and random horizontal flips of images (B, C, H, W)."""
+    b, _, h, w = x.shape
+    padded = F.pad(x, (crop,) * 4)
+    top, left = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=g, device=x.device)
+    rows, columns = top + torch.arange(h, device=x.device), left + torch.arange(w, device=x.device)
+    mirrored = torch.rand(b, 1, generator=g, device=x.device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns) if flip else columns
+    index = torch.arange(b, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def load_classifier(

@@ -14,11 +14,10 @@ import torch
 
 import train
 from tests.conftest import start
+from tests.reliability.trials import times
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors, write_atomic
 from utils.runs import Run, load_model
-
-TRIALS = [pytest.param(i, marks=[pytest.mark.slow] if i >= 2 else []) for i in range(50)]
 
 
 def test_disk_full_leaves_the_old_file(monkeypatch):
@@ -80,7 +79,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("trial", TRIALS)
+@times(200)
 def test_kill_9_inside_a_save_leaves_a_whole_file(trial):
     root = str(Path(train.__file__).parent)
     Path("saver.py").write_text(SAVER.format(root=root))

@@ -18,9 +18,9 @@ from utils.errors import UserError, nearest
 # Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
+LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "data_digest")
 OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z")
-LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 
 
 def _flag(default, help, group, **kwargs):

@@ -29,7 +29,8 @@ def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
     try:
         _try_to_write(there.resolve())
     except OSError as e:
-        raise UserError(f"{there}: cannot write there ({e.strerror or e}); choose another {flag}") from e
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a full disk `write_atomic` tells more
+            raise UserError(f"{there}: cannot write there ({e.strerror or e}); choose another {flag}") from e
 
 
 @functools.cache

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from datasets.batches import Resident, Streamed
 from datasets.folders import scan
 from tests.datasets.files import CPU, write_folder
+from utils.errors import UserError
 
 
 def test_resident_batches_cover_every_image_once_in_the_epochs_order():
@@ -40,3 +42,18 @@ def test_streamed_crops_do_not_depend_on_the_workers():
     assert torch.equal(first[3:], epoch(2, shuffle=(2, 0), start=1))
     assert not torch.equal(first, epoch(2, shuffle=(2, 1)))
     assert torch.equal(epoch(1), epoch(2))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no such file")]
+    + [RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")],
+)
+def test_a_killed_worker_is_told_whatever_was_being_handed_over(monkeypatch, error):
+    def loader(*_, **__):
+        raise error
+        yield
+
+    monkeypatch.setattr("datasets.batches.DataLoader", loader)
+    with pytest.raises(UserError, match="a process that reads images was killed.*--shm-size"):
+        next(Streamed([("a.png", 0)], (1, 8, 8), CPU).batches(1))

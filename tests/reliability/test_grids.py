@@ -18,7 +18,7 @@ import torch
 
 from datasets.loading import load_data
 from models.classifiers import load_classifier
-from tests.conftest import ROOT, python
+from tests.conftest import ROOT
 from tests.reliability.trials import (
     CELL,
     ended,
@@ -31,7 +31,7 @@ from tests.reliability.trials import (
 )
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import load_tensors, read_arrays, read_json, save_tensors, write_json
+from utils.files import load_tensors, read_arrays, read_json, write_json
 from utils.runs import Run, load_model
 
 needs_mounts = pytest.mark.skipif(not private_mounts(), reason="cannot mount a file system")
@@ -91,30 +91,6 @@ def test_kill_9_of_a_training_by_two_threads(trial):
     status, out, err = ended(launch("train.py", *CELL, *threads))
     assert status == 0 and ("resuming at epoch" in out) == unfinished, err
     assert list(all_weights().values()) == list(all_weights("whole").values())
-
-
-SAVER = """
-import sys; sys.path.insert(0, sys.argv[1])
-import torch
-from pathlib import Path
-from utils.files import save_tensors
-i = 0
-while True:
-    i += 1
-    save_tensors(Path("x.pth"), {"i": torch.full((20000,), float(i))})
-"""
-
-
-@times(200)
-def test_kill_9_inside_a_save(trial):
-    """The old or the new file, always whole."""
-    save_tensors(Path("x.pth"), {"i": torch.zeros(20000)})
-    process = python("-c", SAVER, ROOT)
-    wait_until(lambda: load_tensors(Path("x.pth"))["i"][0] > 0)
-    time.sleep(random.Random(trial).uniform(0, 0.3))
-    kill(process)
-    values = load_tensors(Path("x.pth"))["i"]
-    assert values[0] > 0 and (values == values[0]).all()
 
 
 WHEN = {

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from models.stack import Stack
 from tests.conftest import TINY, start, weights
+from tests.reliability.trials import times
 from tests.training.test_chunk import in_training
 from utils.config import Config
 from utils.errors import UserError
@@ -20,7 +21,6 @@ from utils.files import load_tensors
 from utils.runs import Run
 from utils.training.schedule import align, position
 
-TRIALS = [pytest.param(i, marks=[pytest.mark.slow] if i >= 2 else []) for i in range(50)]
 LONGER = [*TINY[:4], "--num_epochs", "6", "--batch_size", "100", "--device", "cpu", "--save_every", "1"]
 
 
@@ -40,7 +40,7 @@ def uninterrupted(script) -> str:
     return weights(next(Path("whole/singles").iterdir()))
 
 
-@pytest.mark.parametrize("trial", TRIALS)
+@times(50)
 def test_kill_9_at_a_random_moment_then_the_same_command(trial, script):
     expected = uninterrupted(script)
     process = start("train.py", *LONGER)

@@ -54,11 +54,10 @@ def threads(args) -> None:
     """Steps of one cell on an idle and on a loaded machine; `brief` is how our threads wait, `long` how OpenMP's do."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     candidates = {
-        f"{n} threads, {how} waits": (n, spins)
-        for n in (cores,)
-        for how, spins in (("long", OPENMPS), ("brief", SPINS))
+        "1 thread": (1, SPINS),
+        f"{cores} threads, long waits": (cores, OPENMPS),
+        f"{cores} threads, brief waits": (cores, SPINS),
     }
-    candidates = {"1 thread": (1, SPINS)} | candidates
     for others in (0, cores):
         head(f"beside {others} busy processes" if others else "as the machine is")
         base = None
