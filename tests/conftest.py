@@ -83,7 +83,9 @@ def python(*argv, **where):
 def popen(command: list, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env) -> subprocess.Popen:
     """Starts a process that ends with the test at the latest; a variable that is None is not set in it."""
     env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which pytest under nohup would hand on as ignored
     STARTED.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, text=True))
+    signal.signal(signal.SIGHUP, hangup)
     return STARTED[-1]
 
 
