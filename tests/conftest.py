@@ -25,6 +25,7 @@ from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
 
 ROOT = Path(__file__).parent.parent
+STARTED: list[subprocess.Popen] = []
 TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
 
 
@@ -32,6 +33,9 @@ TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_s
 def one_thread_in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
+    yield
+    while STARTED:  # a test that failed leaves no process behind
+        STARTED.pop().kill()
 
 
 @pytest.fixture
@@ -72,15 +76,17 @@ def start(name, *argv, **where):
     return python(ROOT / name, *argv, **where)
 
 
-def python(*argv, cwd=None, **env):
-    return subprocess.Popen(
-        [sys.executable, *map(str, argv)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def python(*argv, **where):
+    return popen([sys.executable, *map(str, argv)], OMP_NUM_THREADS="1", **where)
+
+
+def popen(command: list, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **env) -> subprocess.Popen:
+    """Starts a process that ends with the test at the latest; a variable that is None is not set in it."""
+    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which pytest under nohup would hand on as ignored
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, text=True))
+    signal.signal(signal.SIGHUP, hangup)
+    return STARTED[-1]
 
 
 def random_data(config: Config, n: int = 8) -> Data:

@@ -1,7 +1,6 @@
 """What the trials share: how often each is made, quick trainings, and processes that are watched from outside."""
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, popen
 
 CELL = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "6", "--batch_size", "100", "--device", "cpu"]
 CELL += ["--save_every", "1"]
@@ -24,16 +23,14 @@ def times(n: int, few: int = 2) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("trial", trials)
 
 
-def launch(name, *argv, before="", stdout=subprocess.PIPE, stderr=subprocess.PIPE, prefix=(), cwd=None, **env):
+def launch(name, *argv, before="", prefix=(), **where):
     """Starts a script in a process of its own, after Python statements that change its surroundings."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {[name, *map(str, argv)]!r}\n{before}\n"
         f"import {name.removesuffix('.py')} as script\nfrom utils.errors import run_script\nrun_script(script.main)"
     )
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    env = {name: value for name, value in env.items() if value is not None}
     command = [*prefix, sys.executable, *(["-c", code] if before else [ROOT / name, *map(str, argv)])]
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, text=True)
+    return popen(command, **{"OMP_NUM_THREADS": "1", **where})
 
 
 def ended(process, seconds: float = 120) -> tuple[int, str, str]:
