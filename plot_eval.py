@@ -16,7 +16,7 @@ from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.evaluation.information import accuracy_bound, entropy
 from utils.files import check_writable
-from utils.plane.advice import advice, headings_of
+from utils.plane.advice import advice, commands, headings_of
 from utils.plane.cells import PROBES, Plane, labels_of, read_plane
 from utils.plane.report import write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
@@ -83,11 +83,14 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         drawn["rate_z"] = figures.against_rate_z(
             plane, information, bound, math.nan if bound is None else entropy(labels)
         )
-    drawn["heat_maps"] = figures.heat_maps(plane, names)
     drawn["tasks"] = figures.tasks(plane, three)
-    if any(math.isfinite(r) for s in found for r in (s.ratio_y, s.ratio_z)):
-        drawn["slopes"] = figures.slope_maps(plane, found)
-    else:
+    for kind, cells in plane.grids.items():
+        of_kind = f"_{kind}" * (len(plane.grids) > 1 and kind != "")
+        drawn[f"heat_maps{of_kind}"] = figures.heat_maps(cells, names)
+        there = [s for s in found if any(s.cell is cell for cell in cells.cells)]
+        if any(math.isfinite(r) for s in there for r in (s.ratio_y, s.ratio_z)):
+            drawn[f"slopes{of_kind}"] = figures.slope_maps(there)
+    if not any(name.startswith("slopes") for name in drawn):
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
     return drawn | sheets(plane, folder, args)
 
@@ -110,6 +113,8 @@ def main(argv=None) -> int:
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
+    for row in commands(advised):
+        print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
     print_far_off(slope_rows(found))
     print(f"\nOpen {out / 'report.html'}")
     return 0

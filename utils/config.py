@@ -20,7 +20,7 @@ LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30,
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "data_digest")
-OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z")
+OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z", "init_from")
 
 
 def _flag(default, help, group, **kwargs):
@@ -81,6 +81,7 @@ class Config:
     beta_max_z: float | None = _kept(float)  # beta_z to beta_max_z
     target_rate_y: float | None = _kept(float)  # nats; of a cell whose betas were found for given rates
     target_rate_z: float | None = _kept(float)
+    init_from: str | None = _kept(str)  # the digest of the weights that the training started from
     source: str | None = _kept(str)  # of a cell unfolded from one: the digest of the conditioned model's weights
 
     def __post_init__(self):
@@ -198,6 +199,12 @@ class Config:
         return self.target_rate_y is not None or self.target_rate_z is not None
 
     @property
+    def is_extendable(self) -> bool:
+        """Whether a training of more epochs begins exactly as this one."""
+        depends = self.lr_schedule != "constant" or self.is_conditioned or self.has_target or self.source
+        return not depends
+
+    @property
     def default_warmup(self) -> int:
         """Epochs of warm-up when --warmup_epochs is not given; without any, a conditioned model's z collapses."""
         of_model = MODELS[self.vae_type].default_warmup(self.num_epochs)
@@ -242,6 +249,7 @@ class Config:
             f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
             self.lr_schedule * (self.lr_schedule != ("tail" if self.multi_rate else "constant")),
             "multi_rate" * self.multi_rate,
+            f"init_{(self.init_from or '')[:8]}" * (self.init_from is not None),
             self.precision * (self.precision != Config.precision),
             f"seed_{self.seed}" * (self.seed != Config.seed),
         ]

@@ -3,6 +3,7 @@
 config.json     the run's Config
 vae.pth         the trained weights: the model's state_dict, nothing else
 training.json   how the training ended: "finished", or "failed" with epoch and step
+adam.pth        once finished: Adam's moments, with which more epochs go on as if they had never ended
 resume.pth      while unfinished: weights, optimiser and position (resume.prev.pth: the one before)
 events.out.*    TensorBoard
 """
@@ -170,8 +171,15 @@ class Run:
 
     def _read_state(self, name: str) -> dict:
         """A checkpoint. Raises UserError if it is damaged, or of another model."""
-        path = self.path / name
-        state = load_tensors(path)
+        return self._checked(self.path / name, load_tensors(self.path / name))
+
+    def final_state(self) -> dict:
+        """The checkpoint at the end of a finished training. Raises UserError if it is damaged."""
+        path = self.path / "adam.pth"
+        ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
+        return self._checked(path, {**load_tensors(path), **ended, "weights": load_tensors(self.path / "vae.pth")})
+
+    def _checked(self, path: Path, state: dict) -> dict:
         with torch.device("meta"):
             expected = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
         fits = all(_kinds(state.get(key)) == expected for key in ("weights", "exp_avg", "exp_avg_sq"))
@@ -188,9 +196,11 @@ class Run:
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
-    def finish(self, weights: dict[str, torch.Tensor], result: dict) -> None:
-        """Writes the weights and how the training ended; removes the checkpoints."""
+    def finish(self, weights: dict[str, torch.Tensor], result: dict, adam: dict | None = None) -> None:
+        """Writes the weights, how the training ended and Adam's moments, if given; removes the checkpoints."""
         write_json(self.path / "training.json", result)
+        if adam is not None:
+            save_tensors(self.path / "adam.pth", adam)
         save_tensors(self.path / "vae.pth", weights)
         for name in ("resume.pth", "resume.prev.pth"):
             (self.path / name).unlink(missing_ok=True)

@@ -1,8 +1,13 @@
 """The advice: for each task the best cell, the best ordinary beta-VAE, and the gain of the former over the latter."""
 
+import dataclasses
+import shlex
+
 import numpy as np
 
-from utils.plane.cells import BITS, PROBES, Plane, metric
+from utils.config import FLAGS, Config, kind_of
+from utils.errors import UserError
+from utils.plane.cells import BITS, PROBES, Cell, Plane, metric
 
 ADVICE = {  # columns of the advice and their headings
     "task": "task",
@@ -50,13 +55,42 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[st
             cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
             row |= {"value": cell.mean[name], "std": cell.std.get(name)}
             row |= {column: cell.mean[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
-            row |= {name: cell.settings.get(name) for name in plane.differing}
+            row |= {name: cell.settings.get(name) for name in plane.differing} | {"command": own_training(cell)}
             if ordinary is not None:
                 there = plane.cells[ordinary].mean
                 row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}
                 row["gain"] = metric(name).better * (cell.mean[name] - there[name]) + 0.0  # never -0
             rows.append(row)
     return rows
+
+
+def own_training(cell: Cell) -> str:
+    """The command that trains the point of an unfolded cell on its own; empty for other cells."""
+    if cell.settings.get("multi_rate") != "True":
+        return ""
+    kinds = {f.name: kind_of(f) for f in dataclasses.fields(Config) if f.name in FLAGS}
+    texts = {name: cell.settings.get(name) or "" for name in kinds if name not in ("no_warmup", "multi_rate")}
+    given = {k: text == "True" if kinds[k] is bool else kinds[k](text) for k, text in texts.items() if text}
+    given |= {name: float(f"{cell.mean[name]:.6g}") for name in ("beta_y", "beta_z")}
+    try:
+        config = Config(**given)
+        for name in list(given):  # only what is not the default
+            fewer = {k: v for k, v in given.items() if k != name}
+            if Config(**fewer) == config:
+                given = fewer
+    except UserError:  # of data that is not there any more
+        return ""
+    words = [w for k, v in given.items() for w in (f"--{k}", *([] if v is True else [f"{v}"]))]
+    return shlex.join(["python", "train.py", *words])
+
+
+def commands(advised: list[dict]) -> list[dict[str, str]]:
+    """The commands of the advice, each once, with the metrics that it is for."""
+    distinct = {}
+    for row in advised:
+        if row["command"]:
+            distinct.setdefault(row["command"], []).append(row["metric"])
+    return [{"metrics": ", ".join(dict.fromkeys(names)), "command": command} for command, names in distinct.items()]
 
 
 def headings_of(plane: Plane) -> dict[str, str]:

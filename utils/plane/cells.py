@@ -20,8 +20,10 @@ from utils.files import read_arrays
 
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
-SAME_CELL = [n for n in SETTINGS if n not in ("seed", "run_name", "run_batch_name")]  # equal for the repeats of a cell
-SHARED = [n for n in SAME_CELL if n not in BETAS]  # equal for the cells of one grid
+ASKED = {"beta_y": "target_rate_y", "beta_z": "target_rate_z"}  # the rates for which these betas were found
+OF_RUN = ("seed", "run_name", "run_batch_name", "source")  # may differ between the repeats of a cell
+SAME_CELL = [n for n in SETTINGS if n not in OF_RUN]
+SHARED = [n for n in SAME_CELL if n not in (*BETAS, *ASKED.values())]  # equal for the cells of one grid
 BITS = 1 / math.log(2)  # bits per nat
 
 
@@ -122,6 +124,27 @@ class Plane:
         return np.isclose(self.values("beta_y"), self.values("beta_z"), rtol=1e-6)
 
     @property
+    def unfolded(self) -> np.ndarray:
+        """A mask (N,) of the cells that were unfolded from a multi-rate model, not trained on their own."""
+        return np.array([cell.settings.get("multi_rate") == "True" for cell in self.cells])
+
+    @property
+    def asked(self) -> np.ndarray:
+        """The rates R(y|z), R(z) in nats that the cells were asked for, (N, 2); NaN where there are none."""
+        return np.array([[number(cell.settings.get(name)) for name in ASKED.values()] for cell in self.cells])
+
+    def where(self, mask: np.ndarray) -> "Plane":
+        """The plane of the cells in a mask (N,)."""
+        return Plane([cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes)
+
+    @property
+    def grids(self) -> dict[str, "Plane"]:
+        """The cells of the grid of betas, without those whose betas were found: "" own ones, "multi_rate" unfolded."""
+        fixed = np.isnan(self.asked).all(1)
+        kinds = {"": self.where(fixed & ~self.unfolded), "multi_rate": self.where(fixed & self.unfolded)}
+        return {kind: plane for kind, plane in kinds.items() if plane.cells}
+
+    @property
     def differing(self) -> list[str]:
         """The settings, other than the betas, in which the cells differ."""
         return [n for n in SHARED if len({c.settings.get(n) for c in self.cells}) > 1]
@@ -174,7 +197,8 @@ def read_plane(path: Path) -> Plane:
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
         else:
-            groups.setdefault(tuple(row.get(name) for name in SAME_CELL), []).append(row)
+            found = {beta: None for beta, rate in ASKED.items() if row.get(rate)}  # for each seed others
+            groups.setdefault(tuple({**row, **found}.get(name) for name in SAME_CELL), []).append(row)
     if not groups:
         raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
     plane.cells = [merge(repeats) for repeats in groups.values()]

@@ -103,7 +103,33 @@ def scatter(ax: Axes, plane: Plane, x: str, y: str, name: str) -> PathCollection
     xs, ys, values = plane.values(x), plane.values(y), plane.values(name)
     there = np.isfinite(values)
     ax.plot(xs[~there], ys[~there], "x", ms=2.5, c=GREY, mew=0.5)
-    return ax.scatter(xs[there], ys[there], c=values[there], s=14, cmap="viridis", lw=0, zorder=2)
+    return dots(ax, plane, x, y, values, s=14)
+
+
+def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, norm=None, **kwargs) -> PathCollection:
+    """Draws cells, round ones that were trained on their own, square ones that were unfolded from a multi-rate model.
+
+    `colours` are numbers (N,), of which NaN is not drawn, or RGB (N, 3).
+    """
+    there = np.isfinite(colours) if colours.ndim == 1 else np.ones(len(colours), bool)
+    if colours.ndim == 1 and norm is None and there.any():
+        norm = Normalize(colours[there].min(), colours[there].max())
+    how = {"cmap": "viridis", "norm": norm} if colours.ndim == 1 else {}
+    for kind, marker, label in ((~plane.unfolded, "o", None), (plane.unfolded, "s", "multi-rate model")):
+        shown = there & kind
+        if shown.any() or marker == "o":
+            at = plane.values(x)[shown], plane.values(y)[shown]
+            drawn = ax.scatter(*at, c=colours[shown], marker=marker, lw=0, zorder=2, label=label, **how, **kwargs)
+    return drawn
+
+
+def draw_targets(ax: Axes, plane: Plane) -> None:
+    """Rates that were asked for, as crosses, each with a line to what was reached; R(z) along x, R(y|z) along y."""
+    for (y, z), r_y, r_z in zip(plane.asked, plane.values("kl_y"), plane.values("kl_z"), strict=True):
+        if math.isfinite(y) or math.isfinite(z):
+            at = z if math.isfinite(z) else r_z, y if math.isfinite(y) else r_y
+            ax.plot([at[0], r_z], [at[1], r_y], "-", c=RED, lw=0.7, zorder=3)
+            ax.plot(*at, "x", c=RED, ms=4, mew=0.9, ls="none", zorder=3, label="asked for")
 
 
 def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
@@ -112,6 +138,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
     for ax, name in zip(axes, names, strict=True):
         error_bars(ax, plane, "kl_z", "kl_y")
         points = scatter(ax, plane, "kl_z", "kl_y", name)
+        draw_targets(ax, plane)
         mark(ax, plane, "kl_z", "kl_y", name)
         figure.colorbar(points, ax=ax, label=title_of(name), pad=0.02)
     rate_axes(axes, "x", "kl_z")
@@ -129,7 +156,7 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
         values, better = plane.values(name), metric(name).better
         there = np.isfinite(values)
         error_bars(ax, plane, "rate", name)
-        points = ax.scatter(rate[there], values[there], c=r_z[there], norm=norm, s=12, cmap="viridis", lw=0, zorder=2)
+        points = dots(ax, plane, "rate", name, np.where(there, r_z, math.nan), norm=norm, s=12)
         if there.any() and better:
             ax.plot(*frontier(rate[there], values[there], better), "-", c=RED, label="hull of all cells")
         ordinary = np.flatnonzero(on & there)
@@ -158,7 +185,7 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
     grid = np.linspace(0, max(r_z.max(), 1e-3), 200)
     for ax, name in zip(axes, names, strict=True):
         error_bars(ax, plane, "kl_z", name)
-        ax.scatter(r_z, plane.values(name), c=plane.values("kl_y"), s=12, cmap="viridis", lw=0, zorder=2)
+        colours = dots(ax, plane, "kl_z", name, plane.values("kl_y"), s=12)
         plain = name.removesuffix("_standardized")
         if plain in (*PROBES, "mi_q_mc", "mi_q", "mi_lr_lb") and math.isfinite(h):
             line = np.array([bound(v) for v in grid]) if plain in PROBES else np.minimum(grid, h)
@@ -168,7 +195,6 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
         mark(ax, plane, "kl_z", name, name)
         ax.set_ylabel(title_of(name))
     rate_axes(axes, "x", "kl_z")
-    colours = axes[0].collections[-1]
     figure.colorbar(colours, ax=axes, label=title_of("kl_y"), pad=0.01, aspect=40, shrink=0.6)
     legend(figure, axes)
     return figure
@@ -265,7 +291,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Figure:
     views = [(key, "beta_z", "beta_y"), (rates, "kl_z", "kl_y")]
     views += [(ax, *pair) for ax, pair in zip(others, pairs, strict=True)]
     for ax, x, y in views[1:]:
-        ax.scatter(plane.values(x), plane.values(y), c=colours, s=12, lw=0, zorder=2)
+        dots(ax, plane, x, y, colours, s=12)
     rate_axes([rates], "x", "kl_z")
     rate_axes([rates], "y", "kl_y")
     for ax, x, y in views[2:]:
@@ -280,7 +306,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Figure:
     return figure
 
 
-def slope_maps(plane: Plane, found: Sequence[Slope]) -> Figure:
+def slope_maps(found: Sequence[Slope]) -> Figure:
     """The slopes of D over the grid of betas, relative to the betas: 1 everywhere if all cells are at their optimum."""
     figure, axes = panels(2, columns=2, height=0.75)
     beta_y, beta_z = (np.array([s.cell.mean[name] for s in found]) for name in ("beta_y", "beta_z"))

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
-from utils.plane.advice import headings_of
+from utils.plane.advice import commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
 CAPTIONS = {
-    "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Circles "
+    "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Dots are "
+    "cells trained on their own, squares cells of a multi-rate model, crosses rates that were asked for. Circles "
     "mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the best cell.",
     "total_rate": "Each metric against the total rate. Where the convex hull of all cells is better than the dashed "
     "line, separate betas improve on an ordinary beta-VAE of the same total rate.",
@@ -28,6 +29,8 @@ CAPTIONS = {
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
+CAPTIONS |= {f"{n}_multi_rate": f"{CAPTIONS[n]} Cells of a multi-rate model." for n in ("heat_maps", "slopes")}
+TO_TRAIN = {"metrics": "best for", "command": "command"}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }
@@ -113,13 +116,15 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         for form in args.format:
             write_atomic(out / f"{name}.{form}", files[form])
     headings, checked = headings_of(plane), slope_rows(found)
-    write_text(out / "advice.csv", to_csv(advised, headings))
+    write_text(out / "advice.csv", to_csv(advised, headings | {"command": "command"}))
     write_text(out / "advice.md", to_markdown(advised, headings))
     write_text(out / "slopes.csv", to_csv(checked, SLOPES))
     cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
     columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
+    to_train = commands(advised)
     tables = {
         "Advice": to_html(advised, headings),
+        **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
         "Cells": to_html(cells, columns),
         "Slopes": to_html(checked, SLOPES),
     }

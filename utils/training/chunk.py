@@ -12,7 +12,7 @@ from utils.distributed import is_first, largest_of_all
 from utils.errors import UserError
 from utils.runs import Run
 from utils.training.betas import Betas
-from utils.training.engine import Engine
+from utils.training.engine import MOMENTS, Engine
 
 SAVING_SHARE = 0.05  # the largest share of the training time that automatic checkpoints may take
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
@@ -136,6 +136,7 @@ class Chunk:
     def finish(self, train: torch.Tensor, test: torch.Tensor, data: Data) -> None:
         """Writes the trained weights and the final metrics of every live cell; train and test are means (M, 4)."""
         self.settle()
+        stacked = self.engine.on_host()
         for m, run in self.written.items():
             model = self.stack.plain(m)
             quality = model.psnr(data.test.batches(self.config.batch_size))
@@ -157,4 +158,6 @@ class Chunk:
                 run = run.with_betas(*(float(f"{b:.6g}") for b in self.betas.values[m].tolist()))
             if self.at_points:
                 result |= {"points": self.at_points, "collapsed": self.collapsed}
-            run.finish(self.stack.cell(m), result)
+            adam = {key: {name: t[m].clone() for name, t in stacked[key].items()} for key in MOMENTS}
+            adam |= {"adam_steps": self.engine.adam_steps, "threads": torch.get_num_threads()}
+            run.finish(self.stack.cell(m), result, adam if run.config.is_extendable else None)

@@ -18,6 +18,7 @@ from utils.config import Config
 from utils.distributed import place
 from utils.errors import UserError, is_out_of_memory, one_line
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 WARM_UP = 3  # steps before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
 LARGEST = 256  # the most cells that `fastest` tries to stack
 
@@ -63,7 +64,8 @@ class Engine:
 
     def fits(self, config: Config, m: int) -> bool:
         """Whether m cells of that Config can use this engine and fill most of it; betas, seed, names may differ."""
-        names = ("beta_y", "beta_z", "target_rate_y", "target_rate_z", "seed", "run_name", "run_batch_name")
+        names = ("beta_y", "beta_z", "target_rate_y", "target_rate_z", "seed", "init_from")
+        names += ("run_name", "run_batch_name")
         free = {name: getattr(self.config, name) for name in names}
         return dataclasses.replace(config, **free) == self.config and m <= self.stack.m < 2 * m
 
@@ -93,10 +95,7 @@ class Engine:
     def on_host(self) -> dict[str, dict[str, Tensor]]:
         """Copies of all weights and Adam moments on the CPU, stacked (M, ...), by parameter name."""
         state, parameters = self.optimizer.state, self.stack.parameters.items()
-        moments = {
-            key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters}
-            for key in ("exp_avg", "exp_avg_sq")
-        }
+        moments = {key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters} for key in MOMENTS}
         return {"weights": {name: p.detach().to("cpu", copy=True) for name, p in parameters}, **moments}
 
     @torch.no_grad()
@@ -106,7 +105,7 @@ class Engine:
         for name, p in self.stack.parameters.items():
             adam = self.optimizer.state[p]
             adam["step"].fill_(state["adam_steps"])
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 adam[key][m] = state[key][name]
 
     def step(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import contextlib
 import math
 import sys
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from utils.runs import Run
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
 from utils.training.loop import Interrupted, Signals, train
+from utils.training.start import begin
 
 LONG = 20_000  # model steps that take about as long as measuring and compiling
 AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
@@ -47,11 +50,12 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 
 
 def open_cells(
-    runs: list[Run], args, held: contextlib.ExitStack
+    runs: list[Run], args, held: contextlib.ExitStack, starts: Mapping[Path, Run]
 ) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, UserError]]]:
     """Locks the runs that are still to be trained, until `held` is closed.
 
-    Returns each run with its checkpoint (None for a new run), and each run that cannot be opened with the reason.
+    A new run in `starts` begins with the weights of another one. Returns each run with its checkpoint (None for a new
+    run), and each run that cannot be opened with the reason.
     """
     ready, problems = [], []
     if is_first() or not args.data_parallel:
@@ -64,6 +68,9 @@ def open_cells(
                 if run.status in ("finished", "failed"):  # another process has trained it in the meantime
                     continue
                 state, damaged = run.load_state()
+                if state is None and run.path in starts:
+                    begin(run, starts[run.path])
+                    state, _ = run.load_state()
             except OSError as e:
                 if not run.path.is_dir():  # then none of the others can be made either
                     raise
@@ -189,8 +196,11 @@ def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
             raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
 
 
-def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
-    """Trains the runs chunk by chunk; returns each run that could not be opened with the reason."""
+def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[tuple[Run, UserError]]:
+    """Trains the runs chunk by chunk, new ones in `starts` (by path) from the weights of others.
+
+    Returns each run that could not be opened with the reason.
+    """
     problems = []
     threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
     with Signals() as signals:
@@ -200,7 +210,7 @@ def train_all(runs: list[Run], data, args) -> list[tuple[Run, UserError]]:
             together = together[: trainer.size_for(together[0].config, len(together))]
             runs = [run for run in runs if run not in together]
             with contextlib.ExitStack() as held:
-                cells, wrong = open_cells(together, args, held)
+                cells, wrong = open_cells(together, args, held, starts)
                 problems += wrong
                 trainer.train(cells)
             if signals.received and runs:

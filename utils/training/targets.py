@@ -12,12 +12,16 @@ from models.conditioned import Conditioned
 from models.stack import TERMS, Stack
 from utils.config import Config
 from utils.errors import UserError
+from utils.runs import Run, load_model
 from utils.seeds import generator
+from utils.training.start import runs_in, settings
 
 IMAGES = 1024  # of the training set, on which rates are matched
 COARSE = 5  # points along each axis of the table that the search starts from
 STEP = 0.02  # of the finite differences, in log10 of a beta
 CLOSE = 0.005  # relative difference of rates that counts as met
+FREE = ("beta_y", "beta_z", "beta_max_y", "beta_max_z", "target_rate_y", "target_rate_z", "multi_rate", "seed")
+FREE += ("num_epochs", "warmup_epochs", "lr_schedule", "init_from", "learning_rate", "batch_size")
 LEAST = 1e-4  # nats; smaller rates are not told apart
 
 
@@ -80,6 +84,32 @@ class Search:
         return full(found.x), self.rates(full(found.x)), bool(met)
 
 
+def near(runs: list[Run], data: Data, device: torch.device) -> list[Run]:
+    """The runs; new ones that ask for rates with the betas that a multi-rate model of their batch has for them.
+
+    Such a start is nearer to the rates than the flags' betas, for any settings of that model's training.
+    """
+    new = [run for run in runs if run.config.has_target and run.status == "new"]
+    found = {}
+    for source in runs_in(new[0].path.parent) if new else ():
+        if source.config.is_conditioned and source.status == "finished" and not source.result.get("collapsed"):
+            model = load_model(source, device)
+            search = Search(model, data, source.config.batch_size)
+            for run in new:
+                if run.path not in found and settings(run.config, *FREE) == settings(source.config, *FREE):
+                    log_betas, *_ = search.find(*_asked(run.config))
+                    betas = {f"beta_{n}": float(f"{10**u:.6g}") for n, u in zip("yz", log_betas, strict=True)}
+                    found[run.path] = dataclasses.replace(run, config=dataclasses.replace(run.config, **betas))
+                    print(f"{run.path}: starts at the betas of {source.path.name}", flush=True)
+    return [found.get(run.path, run) for run in runs]
+
+
+def _asked(cell: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The rates asked for, NaN where there is none, and the log10 of the betas."""
+    asked = [math.nan if t is None else t for t in (cell.target_rate_y, cell.target_rate_z)]
+    return np.array(asked), np.log10([cell.beta_y, cell.beta_z])
+
+
 def reach(model: Conditioned, cells: list[Config], data: Data) -> list[Config]:
     """The cells with the betas at which the model's rates are their targets.
 
@@ -87,8 +117,8 @@ def reach(model: Conditioned, cells: list[Config], data: Data) -> list[Config]:
     """
     search, result, unreachable = Search(model, data, cells[0].batch_size), [], []
     for cell in cells:
-        asked = np.array([math.nan if t is None else t for t in (cell.target_rate_y, cell.target_rate_z)])
-        log_betas, rates, met = search.find(asked, np.log10([cell.beta_y, cell.beta_z]))
+        asked, start = _asked(cell)
+        log_betas, rates, met = search.find(asked, start)
         beta_y, beta_z = (float(f"{10**u:.6g}") for u in log_betas)
         result.append(dataclasses.replace(cell, beta_y=beta_y, beta_z=beta_z))
         if not met:

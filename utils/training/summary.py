@@ -1,0 +1,68 @@
+"""What train.py prints before and after: settings, test results, and the rates that were asked for."""
+
+import math
+import shlex
+
+import torch
+
+from models.build import build_model
+from utils.cli import next_command
+from utils.config import FLAGS, Config
+from utils.runs import Run
+
+
+def describe(configs: list[Config], device: torch.device) -> None:
+    """Prints the settings of all cells, the tensor shapes and the number of parameters."""
+    for name in FLAGS:
+        values = list(dict.fromkeys(getattr(c, name) for c in configs))
+        print(f"  {name:20s}", *values)
+    model = build_model(configs[0])
+    print(f"  {'device':20s} {device}")
+    print(f"  {'shapes':20s} x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}")
+    print(f"  {'parameters':20s} {sum(p.numel() for p in model.parameters()):,}")
+    print(f"  {'cells':20s} {len(configs)}", flush=True)
+
+
+def summarise(runs: list[Run], args) -> None:
+    """Prints the test results of all runs, and the commands that inspect and evaluate them."""
+    print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
+    runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with the betas that were found
+    for run in runs:
+        result, status = run.result, run.status
+        line = f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} "
+        if status == "finished" and result:
+            t = result["test"]
+            line += f"{t['loss']:10.2f} {t['ll']:10.2f} {t['kl_y']:8.3f} {t['kl_z']:8.3f} {t['psnr'] or math.inf:6.2f} "
+            line += f"{result['seconds']:8.1f}"
+        elif status == "failed":
+            terms = ", ".join(f"{k} {v}" for k, v in result["terms"].items())
+            line += f"failed at epoch {result['epoch']}, step {result['step']}: {terms}"
+        else:
+            line += status
+        print(line)
+    print("(test images; nats per image, psnr in dB)")
+    if any(run.config.has_target for run in runs):
+        targets(runs, args.rate_unit)
+    if len(runs) == 1:
+        print(f"\nThe run is in {runs[0].path}")
+    else:
+        print(f"\nThe runs are in {runs[0].path.parent}")
+    print(f"To inspect: tensorboard --logdir {shlex.quote(args.runs_dir)}")
+    print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
+
+
+def targets(runs: list[Run], unit: str) -> None:
+    """Prints the rates that were asked for beside those on the training and the test images."""
+    print(f"\n{'':10}{'R(y|z)':^31}{'R(z)':^30}")
+    print(f"{'':10}" + f"{'asked':>10} {'train':>9} {'test':>9} " * 2 + f"{'beta_y':>10} {'beta_z':>10}")
+    nats = math.log(2) if unit == "bits" else 1.0
+    for run in runs:
+        config, result = run.config, run.result
+        if config.has_target and result.get("status") == "finished":
+            line = " " * 10
+            for layer in "yz":
+                asked = getattr(config, f"target_rate_{layer}")
+                line += f"{'-' if asked is None else format(asked / nats, '.4g'):>10} "
+                line += "".join(f"{result[split][f'kl_{layer}'] / nats:9.3f} " for split in ("train", "test"))
+            print(f"{line}{config.beta_y:10.5g} {config.beta_z:10.5g}")
+    print(f"({unit} per image)")
