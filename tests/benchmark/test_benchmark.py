@@ -9,7 +9,7 @@ import torch
 import train
 from tests.conftest import TINY
 from utils.benchmark import __main__ as benchmark
-from utils.benchmark import grid, layers
+from utils.benchmark import grid, layers, plane
 from utils.runs import Run
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
@@ -20,6 +20,7 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
     [
         ("step", 40, ["1 cell, plain", "2 cells, channels_last", "first step"]),
         ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s", "whole epochs", "grid takes"]),
+        ("plane", 40, ["multi-rate training", "unfolding: ", "hours for a map", "multi-rate training, 4 x 500 epochs"]),
         ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient w.r.t. weights"]),
         ("loader", 24, ["JPEG files of 500 x 375", "the loader decodes"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
@@ -45,6 +46,21 @@ def test_the_paper_grids_hours_follow_from_its_steps(script, monkeypatch):
         "the grid takes 23.05 hours; a loop like the paper's code, without evaluation, logging and checkpoints, takes "
     )
     assert out.endswith(f"\n{total}11.03 hours: 0.5 x\n")
+
+
+def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
+    """A step of 36 ms: 500 epochs x 5 steps take 90 s; unfolding 3.6 s, 441 times, 26 minutes."""
+    monkeypatch.setattr(plane, "measure", lambda candidates, n, device: {k: [0.036] * 2 for k in candidates})
+    monkeypatch.setattr(plane, "each_cell", lambda *_: ([3.6] * 2, [7.2] * 2))
+    out = script(benchmark.main, "plane", *SMALL, "--images", "40", "--cells", "1", "--device", "cpu")[1]
+    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-5:]}
+    assert hours == {
+        "like the paper's code": ["1.23", "11.03"],
+        "own trainings": ["1.23", "11.03"],
+        "multi-rate training, 1 x 500 epochs": ["0.07", "0.47"],
+        "multi-rate training, 4 x 500 epochs": ["0.15", "0.54"],
+        "evaluating, step 1, of either": ["0.10", "0.88"],
+    }
 
 
 def test_im2col_is_the_convolution():

@@ -3,20 +3,17 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import eval_beta_grid
 import train
-from datasets.loading import load_data
 from models.conditioned import Conditioned
 from models.stack import Stack
 from tests.conftest import TINY, weights
 from utils.files import digest_of, write_json
 from utils.runs import Run, load_model
 
-CPU = torch.device("cpu")
 FLAGS = [*TINY, "--multi_rate", "--run_batch_name", "m"]
 GRID = ["--beta_y", "0.1:10:3", "--beta_z", "0.5", "2"]
 
@@ -133,45 +130,3 @@ def test_a_batch_of_unfolded_cells_is_evaluated_as_any_other(script):
     for run in cells.values():
         kl_z = json.loads((run.path / "metrics.json").read_text())["kl_z"]
         assert kl_z == pytest.approx(run.result["test"]["kl_z"], rel=0.2, abs=0.01)  # other noise
-
-
-def test_rates_that_are_asked_for_are_found_on_the_conditioned_model(script):
-    """Targets taken from the model itself at betas off the grid must lead back to those rates."""
-    from utils.training.targets import Search
-
-    flags = [
-        *FLAGS[:-2],
-        "--num_epochs",
-        "40",
-        "--batch_size",
-        "100",
-        "--learning_rate",
-        "2e-3",
-        "--conv_channels",
-        "4",
-    ]
-    flags += ["--z_dims", "6", "--run_batch_name", "m", "--force"]
-    assert script(train.main, *flags, *GRID)[0] == 0
-    _, (source,) = cells_of()
-    search = Search(load_model(source, CPU), load_data(source.config, "data", CPU), 100)
-    asked = search.rates(np.log10([0.4, 1.1]))
-    flags += ["--target_rate_y", f"{asked[0]:.6f}", "--target_rate_z", f"{asked[1]:.6f}"]
-    status, out, err = script(train.main, *flags, *GRID)
-    assert status == 0, err
-    (found,) = [r for r in cells_of()[0].values() if r.config.target_rate_z]
-    rates = search.rates(np.log10([found.config.beta_y, found.config.beta_z]))
-    np.testing.assert_allclose(rates, asked, rtol=0.03, atol=0.01)
-    status, _, err = script(train.main, *flags[:-4], "--target_rate_y", "5000", *GRID)
-    assert status == 2 and "--target_rate_z, --target_rate_y: not within the range" in err and err.count("\n") == 1
-
-
-def test_betas_are_steered_to_the_rates_asked_for(script):
-    flags = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "60", "--batch_size", "100", "--device", "cpu"]
-    flags += ["--learning_rate", "2e-3", "--lr_schedule", "tail", "--target_rate_y", "12", "--run_batch_name", "t"]
-    assert script(train.main, *flags)[0] == 0
-    (run,) = cells_of("t")[0].values()
-    assert run.config.target_rate_y == 12 and run.config.beta_y != 1 and run.config.beta_z == 1
-    assert run.result["train"]["kl_y"] == pytest.approx(12, rel=0.05)
-    test = run.result["test"]
-    assert test["loss"] == pytest.approx(-test["ll"] + run.config.beta_y * test["kl_y"] + test["kl_z"], rel=1e-4)
-    assert "already complete" in script(train.main, *flags)[1]

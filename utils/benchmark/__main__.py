@@ -1,6 +1,7 @@
 """Benchmarks of training and evaluation.
 
     python -m utils.benchmark grid        time for the paper's grid of 441 models, compared with a loop like the paper's
+    python -m utils.benchmark plane       the same for a map of the rate plane by one multi-rate training
     python -m utils.benchmark step        one training step: number of cells, convolution backend, eager or compiled
     python -m utils.benchmark layers      each convolution and its gradients with every convolution backend
     python -m utils.benchmark streams     single models on parallel CUDA streams, instead of stacked
@@ -27,7 +28,7 @@ from utils.errors import UserError, run_script
 from utils.training.engine import check_backend, use_precision
 
 BENCHMARKS = {  # name: module
-    **{name: name for name in ("grid", "step", "layers", "loader", "threads", "precision")},
+    **{name: name for name in ("grid", "plane", "step", "layers", "loader", "threads", "precision")},
     **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
 }
 
@@ -50,7 +51,9 @@ def main(argv=None) -> int:
     parser.add_argument("--z_dims", type=whole, default=32, help="dimensions of z (default: 32)")
     parser.add_argument("--batch_size", type=whole, default=256, help="images per batch (default: 256)")
     parser.add_argument(
-        "--images", type=whole, help="number of images (default: grid 50000, mi and inception 10000, others 2000)"
+        "--images",
+        type=whole,
+        help="number of images (default: grid, plane 50000, mi and inception 10000, others 2000)",
     )
     parser.add_argument(
         "--cells", type=whole, nargs="+", help="numbers of stacked cells (default: set by the benchmark)"

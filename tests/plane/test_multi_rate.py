@@ -1,0 +1,81 @@
+"""Batches with cells of a multi-rate model, cells trained on their own, and rates that were asked for."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval_beta_grid
+import plot_eval
+import train
+from tests.conftest import TINY
+from tests.plane.planes import AXIS, HEADER, plane_of, rows_of, write_csv
+from utils.cli import grid_configs
+from utils.plane import figures
+from utils.plane.advice import advice, own_training
+from utils.plane.cells import SHARED, read_plane
+from utils.runs import Run
+
+SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z"]
+
+
+def mixed(**more):
+    """A plane of own cells, of unfolded ones, and of two seeds of a target."""
+    unfolded = [row | {"multi_rate": "True", "source": "a", "seed": 2} for row in rows_of()]
+    asked = {"multi_rate": "True", "target_rate_y": 60.0, "target_rate_z": 8.0, "vae_type": "HVAE", "z_dims": 8}
+    asked |= {"status": "finished", "psnr": 21.0, "is_mean": 3.0, "lr_acc_mean": 0.6, "ll": -100.0, "kl_z": 8.2}
+    targets = [
+        asked | {"run": f"t{s}", "seed": s, "source": s, "beta_y": 0.2 + s, "beta_z": 0.3, "kl_y": 61 + s}
+        for s in (2, 3)
+    ]
+    return read_plane(write_csv([*rows_of(), *unfolded, *targets], header=HEADER + SETTINGS))
+
+
+def test_kinds_are_kept_apart():
+    plane = mixed()
+    assert len(plane.cells) == 51  # the target's seeds are one cell, although their betas differ
+    assert plane.unfolded.sum() == 26 and np.isfinite(plane.asked).all(1).sum() == 1
+    assert {kind: len(part.cells) for kind, part in plane.grids.items()} == {"": 25, "multi_rate": 25}
+    (cell,) = [c for c in plane.cells if len(c.runs) == 2]
+    assert cell.mean["beta_y"] == pytest.approx(2.7) and cell.mean["kl_y"] == 63.5
+    assert plane.differing == ["multi_rate"] and "source" not in SHARED
+
+
+def test_the_rate_plane_shows_both_kinds_and_the_targets():
+    plane = mixed()
+    (ax, *_) = figures.rate_planes(plane, ["psnr"]).axes
+    round_ones, squares = (c.get_offsets() for c in ax.collections if len(c.get_offsets()) >= 25)
+    assert len(round_ones) == 25 and len(squares) == 26
+    crosses = [line.get_xydata() for line in ax.lines if line.get_label() == "asked for"]
+    np.testing.assert_allclose(crosses, [[[8.0, 60.0]]])
+    assert [[8.0, 60.0], [8.2, 63.5]] in [line.get_xydata().tolist() for line in ax.lines]
+
+
+def test_a_real_batch_of_both_kinds(script):
+    """Their heat maps are two figures; the advice's command trains the very cell on its own."""
+    grid = ["--beta_y", "0.1:10:3", "--beta_z", "0.1:10:3", "--run_batch_name", "b"]
+    assert script(train.main, *TINY, *grid)[0] == 0
+    shared = [*TINY, *grid, "--multi_rate", "--learning_rate", "5e-4", "--force"]
+    assert script(train.main, *shared)[0] == 0
+    batch = ["--run_batch_name", "b", "--device", "cpu"]
+    assert script(eval_beta_grid.main, *batch, "--exclude_mi", "--exclude_fid")[0] == 0
+    status, out, err = script(plot_eval.main, *batch, "--format", "png")
+    assert status == 0, err
+    for name in ("heat_maps", "heat_maps_multi_rate", "rate_plane"):
+        assert Path(f"runs/b/figures/{name}.png").is_file()
+    found = [c for c in read_plane(Path("runs/b/eval_results.csv")).cells if c.settings["multi_rate"] == "True"]
+    for cell in found:
+        (config,) = grid_configs(train.parse_args(shlex.split(own_training(cell))[2:]))
+        (run,) = [Run.open(Path("runs/b", name)) for name in cell.runs]
+        kept = {k: v for k, v in vars(config).items() if k not in ("multi_rate", "source", "run_batch_name")}
+        assert kept == {k: v for k, v in vars(run.config).items() if k in kept}
+    command = own_training(found[0])
+    assert "--multi_rate" not in command and "--learning_rate 0.0005" in command and "--vae_type" not in command
+    advised = [line for line in out.splitlines() if line.startswith("python train.py")]
+    assert set(advised) <= {own_training(c) for c in found}
+    assert all(line in Path("runs/b/figures/report.html").read_text() for line in advised)
+
+
+def test_cells_trained_on_their_own_need_no_command():
+    assert all(row["command"] == "" for row in advice(plane_of(rows_of(AXIS))))
