@@ -18,6 +18,7 @@ from utils.evaluation.information import accuracy_bound, entropy
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of
 from utils.plane.cells import PROBES, Plane, labels_of, read_plane
+from utils.plane.excess import pairs, print_excess
 from utils.plane.report import write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
@@ -90,6 +91,8 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         there = [s for s in found if any(s.cell is cell for cell in cells.cells)]
         if any(math.isfinite(r) for s in there for r in (s.ratio_y, s.ratio_z)):
             drawn[f"slopes{of_kind}"] = figures.slope_maps(there)
+    if compared := pairs(plane):
+        drawn["excess"] = figures.excess_maps(compared)
     if not any(name.startswith("slopes") for name in drawn):
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
     return drawn | sheets(plane, folder, args)
@@ -116,6 +119,7 @@ def main(argv=None) -> int:
     for row in commands(advised):
         print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
     print_far_off(slope_rows(found))
+    print_excess(pairs(plane))
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

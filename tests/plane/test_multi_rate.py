@@ -1,5 +1,6 @@
 """Batches with cells of a multi-rate model, cells trained on their own, and rates that were asked for."""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import advice, own_training
 from utils.plane.cells import SHARED, read_plane
+from utils.plane.excess import pairs
 from utils.runs import Run
 
 SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z"]
@@ -75,6 +77,28 @@ def test_a_real_batch_of_both_kinds(script):
     advised = [line for line in out.splitlines() if line.startswith("python train.py")]
     assert set(advised) <= {own_training(c) for c in found}
     assert all(line in Path("runs/b/figures/report.html").read_text() for line in advised)
+
+
+def test_the_excess_is_the_difference_of_the_losses(script):
+    """Known losses: own cells 100 and 102 in two seeds, unfolded 105 and 109 at (1, 1), none elsewhere."""
+    row = {"status": "finished", "vae_type": "HVAE", "z_dims": 8, "ll": -90.0, "kl_y": 5.0, "kl_z": 5.0, "psnr": 20.0}
+    row |= {"beta_y": 1, "num_epochs": 4}
+    own = [row | {"run": f"o{s}", "seed": s, "loss": 98 + 2 * s, "beta_z": 1} for s in (1, 2)]
+    one = [
+        row | {"run": f"m{s}", "seed": s, "loss": 101 + 4 * s, "multi_rate": "True", "source": s, "beta_z": 1}
+        for s in (1, 2)
+    ]
+    other = [row | {"run": "m3", "seed": 1, "loss": 7, "multi_rate": "True", "source": 1, "beta_z": 10}]
+    header = [*HEADER, *SETTINGS, "num_epochs", "loss"]
+    plane = read_plane(write_csv([*own, *one, *other], header=header))
+    (pair,) = pairs(plane)
+    assert pair.excess == pytest.approx(6) and pair.epochs == ("4", "4")
+    assert pair.se == pytest.approx(math.sqrt((2 + 8) / 2))
+    status, out, err = script(plot_eval.main, "--run_batch_name", "b", "--format", "png")
+    assert status == 0 and "loss +6.00 nats on average, +6.00 to +6.00; lower in 0 of 1 cells" in out, err
+    assert Path("runs/b/figures/excess.png").is_file()
+    line = Path("runs/b/figures/excess.csv").read_text().splitlines()[1]
+    assert line.startswith("4,4,1.0,1.0,107.0,101.0,6.0")
 
 
 def test_cells_trained_on_their_own_need_no_command():

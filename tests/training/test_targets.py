@@ -13,6 +13,7 @@ from datasets.loading import load_data
 from models.stack import Stack
 from tests.conftest import TINY
 from tests.training.test_unfold import cells_of
+from utils.files import write_json
 from utils.runs import load_model
 from utils.training.betas import Betas
 from utils.training.targets import Search
@@ -51,9 +52,11 @@ def test_rates_that_are_asked_for_are_found_on_the_conditioned_model(script, sea
 def test_one_rate_leaves_the_other_beta(script, searched):
     asked = searched.rates(np.log10([0.7, 0.5]))[0]
     assert script(train.main, *LONGER, "--multi_rate", "--force", *GRID, "--target_rate_y", f"{asked:.6f}")[0] == 0
-    (found,) = [r for r in cells_of()[0].values() if r.config.target_rate_y]
-    assert found.config.beta_z == 0.5 and "Rate_y_" in found.path.name and "Beta_z_0.5" in found.path.name
-    assert searched.rates(np.log10([found.config.beta_y, 0.5]))[0] == pytest.approx(asked, rel=0.01)
+    found = {r.config.beta_z: r for r in cells_of()[0].values() if r.config.target_rate_y}
+    assert set(found) == {0.5, 2}
+    for beta_z, run in found.items():
+        assert "Rate_y_" in run.path.name and f"Beta_z_{beta_z}" in run.path.name
+        assert searched.rates(np.log10([run.config.beta_y, beta_z]))[0] == pytest.approx(asked, rel=0.01)
 
 
 def test_rates_out_of_reach_are_refused_with_the_nearest(script, searched):
@@ -110,6 +113,8 @@ def test_steering_is_the_dual_ascent_of_its_docstring():
 
 
 def test_steering_starts_at_the_betas_of_a_multi_rate_model(script, searched, monkeypatch):
+    _, (source,) = cells_of()
+    write_json(source.path / "training.json", source.result | {"collapsed": False})  # one this small does collapse
     asked = searched.rates(np.log10([0.4, 1.1]))
     seen = []
     monkeypatch.setattr(

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from utils.plane.cells import BITS, PROBES, Plane, frontier, metric
+from utils.plane.excess import Pair
 from utils.plane.slopes import FAR_OFF, Slope
 
 matplotlib.rcParams.update(
@@ -316,6 +317,21 @@ def slope_maps(found: Sequence[Slope]) -> Figure:
         label = rf"$-$dD/d{rate} over $\beta_{layer}$"
         colours = {"cmap": "PuOr", "norm": LogNorm(1 / FAR_OFF**2, FAR_OFF**2)}
         heat_map(figure, ax, grid, np.where(ratios > 0, ratios, math.nan), label, room=8, **colours)
+    return figure
+
+
+def excess_maps(found: Sequence[Pair]) -> Figure:
+    """The excess loss of multi-rate cells over the grid of betas, a panel for each pair of lengths of training."""
+    lengths = list(dict.fromkeys(pair.epochs for pair in found))
+    figure, axes = panels(len(lengths), columns=2, height=0.75)
+    largest = max((abs(pair.excess) for pair in found if math.isfinite(pair.excess)), default=1.0) or 1.0
+    for ax, epochs in zip(axes, lengths, strict=True):
+        these = [pair for pair in found if pair.epochs == epochs]
+        grid = Grid(*(np.array([pair.unfolded.mean[n] for pair in these]) for n in ("beta_y", "beta_z")))
+        colours = {"cmap": "PuOr_r", "norm": Normalize(-largest, largest)}
+        excess = np.array([pair.excess for pair in these])
+        heat_map(figure, ax, grid, excess, "excess loss (nats)", room=8, **colours)
+        ax.set_title(f"one for all, {epochs[0]} epochs, against own, {epochs[1]}")
     return figure
 
 

@@ -10,6 +10,7 @@ from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
 from utils.plane.advice import commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
+from utils.plane.excess import EXCESS, excess_rows, pairs
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
@@ -26,6 +27,8 @@ CAPTIONS = {
     "in log space, the saturation their distance.",
     "slopes": "Slopes of the distortion relative to the betas, -dD/dR / beta, estimated from neighbouring cells: 1 at "
     "an optimum. Cells far from 1 are under-trained; grey cells have no estimate, or D does not fall with the rate.",
+    "excess": "The loss of cells of a multi-rate model less that of cells trained on their own at the same betas: "
+    "above 0, the price of one training for all.",
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
@@ -119,6 +122,9 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
     write_text(out / "advice.csv", to_csv(advised, headings | {"command": "command"}))
     write_text(out / "advice.md", to_markdown(advised, headings))
     write_text(out / "slopes.csv", to_csv(checked, SLOPES))
+    compared = excess_rows(pairs(plane))
+    if compared:
+        write_text(out / "excess.csv", to_csv(compared, EXCESS))
     cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
     columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
     to_train = commands(advised)
@@ -127,6 +133,7 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
         "Cells": to_html(cells, columns),
         "Slopes": to_html(checked, SLOPES),
+        **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),
     }
     report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
     write_text(out / "report.html", report)

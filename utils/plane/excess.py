@@ -1,0 +1,91 @@
+"""Cells of a multi-rate model against cells trained on their own at the same betas."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
+
+OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "warmup_epochs", "no_warmup", "lr_schedule", "multi_rate")
+MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values(), "init_from", "precision")]
+EXCESS = {
+    "num_epochs": "epochs, multi-rate",
+    "own_epochs": "epochs, own",
+    "beta_y": "beta_y",
+    "beta_z": "beta_z",
+    "loss": "loss, multi-rate",
+    "own_loss": "own",
+    "excess": "excess",
+    "se": "+-",
+    **{f"{whose}{n}": f"{label}, {who}" for n, label in (("kl_y", "R(y|z)"), ("kl_z", "R(z)"), ("psnr", "PSNR"))
+       for whose, who in (("", "multi-rate"), ("own_", "own"))},
+    "n": "seeds",
+    "own_n": "seeds, own",
+}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """A cell of a multi-rate model, and one that was trained on its own at the same betas."""
+
+    unfolded: Cell
+    own: Cell
+
+    @property
+    def excess(self) -> float:
+        """Nats by which the loss of the unfolded cell is larger; means over seeds, test images."""
+        return self.unfolded.mean.get("loss", math.nan) - self.own.mean.get("loss", math.nan)
+
+    @property
+    def se(self) -> float:
+        """Its standard error over the seeds of both; NaN unless both have several."""
+        spreads = [cell.std.get("loss", math.nan) / math.sqrt(len(cell.runs)) for cell in self]
+        return math.hypot(*spreads)
+
+    @property
+    def epochs(self) -> tuple[str, str]:
+        """Epochs of the two trainings."""
+        return tuple(cell.settings.get("num_epochs") or "" for cell in self)
+
+
+def pairs(plane: Plane) -> list[Pair]:
+    """Every unfolded cell with every own cell of the same model and betas, however long either was trained."""
+    known = {}
+    for cell in (grids := plane.grids).get("", Plane([])).cells:
+        known.setdefault(_key(cell), []).append(cell)
+    return [
+        Pair(cell, own)
+        for cell in grids.get("multi_rate", Plane([])).cells
+        for own in known.get(_key(cell), ())
+        if cell.settings.get("precision") == own.settings.get("precision")
+    ]
+
+
+def _key(cell: Cell) -> tuple:
+    return (*(cell.settings.get(n) for n in MODEL), *(float(f"{cell.mean[n]:.6g}") for n in BETAS))
+
+
+def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
+    """The rows of excess.csv."""
+    rows = []
+    for pair in found:
+        row = dict(zip(("num_epochs", "own_epochs"), pair.epochs, strict=True))
+        row |= {n: pair.unfolded.mean[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
+        for whose, cell in (("", pair.unfolded), ("own_", pair.own)):
+            row |= {whose + n: cell.mean.get(n) for n in ("loss", "kl_y", "kl_z", "psnr")}
+            row[f"{whose}n"] = len(cell.runs)
+        rows.append(row)
+    return rows
+
+
+def print_excess(found: list[Pair]) -> None:
+    """Prints, for each pair of lengths, by how much the multi-rate cells are behind or ahead."""
+    for epochs in dict.fromkeys(pair.epochs for pair in found):
+        these = np.array([pair.excess for pair in found if pair.epochs == epochs])
+        these = these[np.isfinite(these)]
+        if len(these):
+            print(
+                f"\nmulti-rate cells ({epochs[0]} epochs) against their own trainings ({epochs[1]} epochs): loss "
+                f"{these.mean():+.2f} nats on average, {these.min():+.2f} to {these.max():+.2f}; lower in "
+                f"{(these < 0).sum()} of {len(these)} cells"
+            )
