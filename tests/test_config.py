@@ -25,13 +25,13 @@ def test_names_tell_all_that_changes_the_model():
     lvae = Config(vae_type="LVAE", dataset="SVHN", use_conv_z=True, no_warmup=True, run_name="mine", seed=3)
     assert lvae.folder_name.startswith("mine-Epochs_200-")
     assert lvae.folder_name.endswith("-Beta_y_1.0-Beta_z_1.0-use_conv_z-no_warmup-seed_3")
-    assert Config(linear_y_with_dims=64).folder_name.endswith("-z_dim_10-linear_y_dims_64")
-    assert Config(warmup_epochs=7).folder_name.endswith("-z_dim_10-warmup_epochs_7")
+    assert Config(linear_y_with_dims=64).folder_name.endswith("-z_dim_8-linear_y_dims_64")
+    assert Config(warmup_epochs=7).folder_name.endswith("-z_dim_8-warmup_epochs_7")
     assert "sigma" not in Config(sigma=0.5).folder_name
 
 
 def test_warmup_defaults():
-    assert Config(vae_type="LVAE").warmup_epochs == 40
+    assert Config(vae_type="LVAE").warmup_epochs == 12
     assert Config(vae_type="LVAE", no_warmup=True).warmup_epochs == 0
     assert Config().warmup_epochs == 0
 
@@ -69,3 +69,11 @@ def test_every_flipped_bit_of_a_config_is_seen_or_harmless():
 def test_equal_settings_make_equal_configs():
     assert replace(Config(), beta_y=2) == Config(beta_y=2.0)
     assert len({Config(), Config(beta_y=1)}) == 1
+
+
+def test_the_digits_have_defaults_of_their_own():
+    """What trains well within a minute; the paper's elsewhere, and whatever is given."""
+    digits, paper = Config(), Config(dataset="CIFAR10")
+    assert (digits.num_epochs, digits.batch_size, digits.learning_rate, digits.z_dims) == (60, 128, 9e-4, 8)
+    assert (paper.num_epochs, paper.batch_size, paper.learning_rate, paper.z_dims) == (200, 256, 3e-4, 10)
+    assert Config(num_epochs=7).num_epochs == 7 and Config(num_epochs=7).batch_size == 128

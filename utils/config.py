@@ -21,10 +21,17 @@ LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
 OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "data_digest")
 OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z", "init_from")
+USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10}  # the paper's
 
 
 def _flag(default, help, group, **kwargs):
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
+
+
+def _usual(name: str, help: str, group: str):
+    """A flag whose default depends on the data set."""
+    others = "".join(f"; {of} {s.settings[name]:g}" for of, s in DATASETS.items() if name in s.settings)
+    return _flag(None, f"{help} (default: {USUAL[name]:g}{others})", group)
 
 
 def _kept(kind: type):
@@ -51,10 +58,10 @@ class Config:
     use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
     linear_y_with_dims: int = _flag(-1, "make y a vector with this many dimensions (-1: convolutional y)", "model")
     conv_channels: int = _flag(16, "channels of the conv layers", "model")
-    z_dims: int = _flag(10, "dimensions (or categories) of a vector z", "model")
-    num_epochs: int = _flag(200, "epochs to train", "training")
-    batch_size: int = _flag(256, "images per batch", "training")
-    learning_rate: float = _flag(3e-4, "Adam's learning rate", "training")
+    z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model")
+    num_epochs: int = _usual("num_epochs", "epochs to train", "training")
+    batch_size: int = _usual("batch_size", "images per batch", "training")
+    learning_rate: float = _usual("learning_rate", "Adam's learning rate", "training")
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates rises from 0 to 1 (default: LVAE num_epochs // 5, others 0)",
         "training", type=int,
@@ -85,6 +92,9 @@ class Config:
     source: str | None = _kept(str)  # of a cell unfolded from one: the digest of the conditioned model's weights
 
     def __post_init__(self):
+        usual = USUAL | (DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {})
+        for name in [n for n in USUAL if getattr(self, n) is None]:
+            object.__setattr__(self, name, usual[name])
         for field in dataclasses.fields(self):
             self._check(field.name, kind_of(field), getattr(self, field.name), field.metadata.get("choices"))
         self._check_data()

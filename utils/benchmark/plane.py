@@ -72,7 +72,7 @@ def each_cell(config: Config, n: int, data: Data, device) -> tuple[list[float], 
             ends = {"beta_y": 0.1 + 9.9 * i / n, "beta_max_y": None, "beta_max_z": None, "source": "0" * 64}
             run, start = Run.of(dataclasses.replace(config, **ends), folder), time.monotonic()
             run.create()
-            run.finish(*folded(model, run.config, data, device))
+            run.finish(*folded(model, run, data, device))
             unfolded = time.monotonic()
             run_step(Subject(run, bench), "rates", force=True)
             unfolding.append(unfolded - start)

@@ -21,10 +21,10 @@ from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
 from utils.training.chunk import COLLAPSED, Chunk
+from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
 N_CURVES = 1000  # test images of a conditioned model's curves at single betas
-N_PICTURES = 16  # reconstructions logged; as many samples, or four times as many up to 32 pixels
 
 
 class Interrupted(Exception):
@@ -159,9 +159,8 @@ class Log:
         first_epoch = chunk.epoch + 1
         self.writers = {m: SummaryWriter(run.path, purge_step=first_epoch) for m, run in chunk.written.items()}
         self.pictures_every = max(1, chunk.config.num_epochs // 10)
-        self.images = next(iter(data.test.batches(N_PICTURES)))[0]
+        self.images = next(iter(data.test.batches(N)))[0]
         self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
-        self.n_samples = N_PICTURES if self.images.shape[-1] > 32 else 4 * N_PICTURES
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
                 betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
@@ -192,18 +191,16 @@ class Log:
             raise UserError(f"{run.path}: events cannot be written ({e.strerror or e}; {free:,} bytes are free)") from e
 
     def _write(self, m: int, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
-        from torchvision.utils import make_grid
-
         epoch, config = self.chunk.epoch, self.chunk.config
         for split, means in (("train", train_means), ("test", test_means)):
             for name, value in zip(TERMS, means[m].tolist(), strict=True):
                 self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
         if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
-            model = self.chunk.stack.plain(m)
-            pairs = torch.cat([self.images, model.reconstruct(self.images)])
-            samples = model.sample(self.n_samples, generator=generator(self.chunk.device, config.seed, "samples"))
-            self.writers[m].add_image("reconstructions", make_grid(pairs, nrow=N_PICTURES), epoch)
-            self.writers[m].add_image("samples", make_grid(samples, nrow=N_PICTURES), epoch)
+            drawn = pictures(self.chunk.stack.plain(m), self.images, config.seed)
+            for name, picture in drawn.items():
+                self.writers[m].add_image(name, picture, epoch)
+            if epoch == config.num_epochs:
+                write_pictures(self.chunk.runs[m].path, drawn)
         if config.is_conditioned:
             self.points(m)
         self.writers[m].flush()

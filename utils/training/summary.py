@@ -43,10 +43,10 @@ def summarise(runs: list[Run], args) -> None:
     print("(test images; nats per image, psnr in dB)")
     if any(run.config.has_target for run in runs):
         targets(runs, args.rate_unit)
-    if len(runs) == 1:
-        print(f"\nThe run is in {runs[0].path}")
-    else:
-        print(f"\nThe runs are in {runs[0].path.parent}")
+    place = f"The run is in {runs[0].path}" if len(runs) == 1 else f"The runs are in {runs[0].path.parent}"
+    print(f"\n{place}")
+    if all((run.path / "samples.png").is_file() for run in runs):
+        print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
     print(f"To inspect: tensorboard --logdir {shlex.quote(args.runs_dir)}")
     print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
 

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.files import digest_of
 from utils.runs import Run, load_model
 from utils.seeds import generator
+from utils.training.pictures import N, pictures, write_pictures
 from utils.training.targets import reach
 
 TRAIN_IMAGES = 2000  # on which a cell's figures of the training images are taken, at most
@@ -94,7 +95,7 @@ def unfold(source: Run, cells: list[Config], data: Data, args) -> tuple[list[Run
                 if args.overwrite:
                     run.restart()
                 if run.status != "finished":
-                    run.finish(*folded(model, run.config, data, args.device))
+                    run.finish(*folded(model, run, data, args.device))
         except UserError as e:
             problems.append((run, e))
     return runs, problems
@@ -106,9 +107,9 @@ def unfold_all(plan: dict[Run, list[Config]], data: Data, args) -> tuple[list[Ru
     return [run for runs, _ in done for run in runs], [problem for _, problems in done for problem in problems]
 
 
-def folded(model: Conditioned, config: Config, data: Data, device: torch.device) -> tuple[dict, dict]:
-    """The ordinary model's weights at a cell's betas, and what training.json says of it."""
-    start = time.monotonic()
+def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tuple[dict, dict]:
+    """The ordinary model's weights at a cell's betas, and what training.json says of it; draws its pictures."""
+    start, config = time.monotonic(), run.config
     with torch.no_grad():
         at = torch.tensor([config.beta_y, config.beta_z], device=device).log10()
         weights = {name: p.detach().cpu().clone() for name, p in model.at(at).items()}
@@ -122,6 +123,7 @@ def folded(model: Conditioned, config: Config, data: Data, device: torch.device)
         figures[name] = dict(zip(TERMS, values, strict=True))
     quality = plain.psnr(data.test.batches(config.batch_size))
     figures["test"]["psnr"] = quality if math.isfinite(quality) else None
+    write_pictures(run.path, pictures(plain, next(iter(data.test.batches(N)))[0], config.seed))
     settings = {"epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2), "device": str(device)}
     parameters = sum(p.numel() for p in plain.parameters())
     return weights, {"status": "finished", **settings, "torch": torch.__version__, "parameters": parameters, **figures}
