@@ -134,6 +134,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     for module in PRELOADED:
         __import__(module)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has set to be ignored
     gc.freeze()  # no collection need look at what was imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait are not waited for
     found = serve(socket.socket(fileno=int(sys.argv[1])))
