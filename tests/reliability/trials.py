@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, popen
+from tests import zygote
+from tests.conftest import ROOT, STARTED, popen, start
 
 CELL = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "6", "--batch_size", "100", "--device", "cpu"]
 CELL += ["--save_every", "1"]
@@ -25,10 +26,15 @@ def times(n: int, few: int = 2) -> pytest.MarkDecorator:
 
 def launch(name, *argv, before="", prefix=(), **where):
     """Starts a script in a process of its own, after Python statements that change its surroundings."""
+    if not before and not prefix:
+        return start(name, *argv, **where)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {[name, *map(str, argv)]!r}\n{before}\n"
         f"import {name.removesuffix('.py')} as script\nfrom utils.errors import run_script\nrun_script(script.main)"
     )
+    if not prefix and not where and zygote.can_fork():
+        STARTED.append(zygote.fork(name, list(map(str, argv)), code))
+        return STARTED[-1]
     command = [*prefix, sys.executable, *(["-c", code] if before else [ROOT / name, *map(str, argv)])]
     return popen(command, **{"OMP_NUM_THREADS": "1", **where})
 
