@@ -17,7 +17,7 @@ from utils.seeds import generator
 from utils.training.start import runs_in, settings
 
 IMAGES = 1024  # of the training set, on which rates are matched
-COARSE = 5  # points along each axis of the table that the search starts from
+COARSE = 4  # points along each axis of the table that the search starts from
 STEP = 0.02  # of the finite differences, in log10 of a beta
 CLOSE = 0.005  # relative difference of rates that counts as met
 FREE = ("beta_y", "beta_z", "beta_max_y", "beta_max_z", "target_rate_y", "target_rate_z", "multi_rate", "seed")
