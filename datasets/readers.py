@@ -5,6 +5,7 @@ UserError naming the first one that is missing if others are. Nothing here runs 
 pickles may hold arrays only. What the files hold is checked behind the readers, in loading.py.
 """
 
+import functools
 import gzip
 import io
 import math
@@ -115,8 +116,11 @@ def idx(
     return split(*arrays[:2]), split(*arrays[2:])
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Loads containers and numpy arrays; refuses everything else that a pickle could call."""
+class _ArraysOnly(pickle._Unpickler):
+    """Loads containers and numpy arrays; refuses everything else that a pickle could call.
+
+    Python's own, since the one in C makes room for as many entries as a damaged file numbers.
+    """
 
     allowed = {
         *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer"),
@@ -127,7 +131,14 @@ class _ArraysOnly(pickle.Unpickler):
         module = module.replace("numpy.core.", "numpy._core.")  # before numpy 2
         if f"{module}.{name}" not in self.allowed:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not data: refused")
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        return functools.partial(_empty, found) if name == "_reconstruct" else found
+
+
+def _empty(reconstruct, subtype, shape, dtype):
+    if shape != (0,):  # as numpy writes it; another one would ask for memory
+        raise pickle.UnpicklingError(f"an array begins with the shape {shape!r}, not (0,)")
+    return reconstruct(subtype, shape, dtype)
 
 
 def cifar(root: Path, folder: str, parts: tuple[list[str], list[str]], labels: str) -> tuple[Split, Split]:

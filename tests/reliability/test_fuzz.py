@@ -379,7 +379,10 @@ def test_idx(part, made, cases):
 
 
 def test_cifar10(made, cases):
-    fuzz_data(made, "CIFAR10", "cifar-10-batches-py/data_batch_2", cases)
+    batch = "cifar-10-batches-py/data_batch_2"
+    many = [("put", 0.0, b"b\x00\x00\x00A"), ("flip", 0.0, 5)]  # numbers an entry as the 1,090,519,040th
+    check_data(made, "CIFAR10", made / "data" / batch, many)
+    fuzz_data(made, "CIFAR10", batch, cases)
 
 
 def test_svhn(made, cases):
