@@ -103,7 +103,7 @@ def main(argv=None) -> int:
             print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
     status = report(problems, mine)
-    if args.multi_rate:
+    if args.multi_rate and (is_first() or not args.data_parallel):
         runs, problems = unfold_all({run: plan[run] for run in mine if run.status == "finished"}, data, args)
         status = max(status, report(problems, runs))
     wait_for_all()

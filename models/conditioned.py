@@ -112,7 +112,9 @@ class Conditioned(nn.Module):
     def _other(self, name: str, dims: int) -> Tensor:
         """A parameter outside layers, of each image; a scalar becomes (B, 1, 1, 1), to go with images."""
         scale, shift = self.now[name]
-        return (self.model.get_parameter(name) * scale + shift).view(-1, *[1] * (dims - 1))
+        where, _, last = name.rpartition(".")
+        parameter = getattr(self.model.get_submodule(where), last)  # in a stack it is a plain tensor
+        return (parameter * scale + shift).view(-1, *[1] * (dims - 1))
 
     def at(self, log_betas: Tensor) -> dict[str, Tensor]:
         """The ordinary model's parameters at one pair of log10 betas, (2,); differentiable."""

@@ -72,16 +72,17 @@ def test_a_killed_ranks_cells_are_completed_by_the_same_command(alone):
     assert all_weights("runs") == all_weights("whole") and len(all_weights("runs")) == 4
 
 
-def test_processes_share_every_batch_of_a_cell(script):
+@pytest.mark.parametrize("more", [[], ["--multi_rate", "--force"]])
+def test_processes_share_every_batch_of_a_cell(script, more):
     """360 test images leave a last batch of 110: each process has its part, the sum is that of one process."""
-    flags = [*TINY, "--beta_y", "0.5", "2", "--batch_size", "250", "--run_batch_name", "b"]
+    flags = [*TINY, "--beta_y", "0.5", "2", "--batch_size", "250", "--run_batch_name", "b", *more]
     finish(torchrun("train.py", *flags, "--data_parallel"))
     assert script(train.main, *flags, "--runs_dir", "alone")[0] == 0
     paths = list(Path("runs/b").iterdir())
     for path in paths:
         ours, theirs = load_tensors(path / "vae.pth"), load_tensors(Path("alone/b", path.name, "vae.pth"))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    assert len(paths) == 2
+    assert len(paths) == 2 + bool(more)  # and the multi-rate model
 
 
 def test_processes_that_share_batches_stop_and_continue_together():

@@ -130,3 +130,13 @@ def test_a_batch_of_unfolded_cells_is_evaluated_as_any_other(script):
     for run in cells.values():
         kl_z = json.loads((run.path / "metrics.json").read_text())["kl_z"]
         assert kl_z == pytest.approx(run.result["test"]["kl_z"], rel=0.2, abs=0.01)  # other noise
+
+
+@pytest.mark.parametrize("flags", [["--vae_type", "BVAE"], ["--qz_family", "GumbelSoftmax", "--force"]])
+def test_other_models_are_unfolded_too(script, flags):
+    """A BVAE has one beta and no z that could collapse; a Gumbel temperature is that of the epoch."""
+    status, _, err = script(train.main, *FLAGS, *flags, "--beta_y", "0.1", "10")
+    assert status == 0, err
+    cells, (source,) = cells_of()
+    assert set(cells) == {(0.1, 1), (10, 1)}
+    assert flags[1] != "BVAE" or source.result["collapsed"] is False

@@ -62,7 +62,8 @@ class Chunk:
     @property
     def collapsed(self) -> bool:
         """Whether a conditioned model's z is unused even at the smallest beta_z."""
-        return bool(self.at_points) and max(terms["kl_z"] for terms in self.at_points.values()) < COLLAPSED
+        there = bool(self.at_points) and math.prod(self.stack.model.z_shape) > 0  # a BVAE has no z
+        return there and max(terms["kl_z"] for terms in self.at_points.values()) < COLLAPSED
 
     def save(self) -> None:
         """Copies the checkpoints of all live cells to the CPU, and writes them in the background."""
