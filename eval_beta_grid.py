@@ -1,9 +1,10 @@
 """Evaluates every run of a batch; results that are up to date are not recomputed.
 
+    python eval_beta_grid.py --run_batch_name B --all --cpu_n 2                  all of it, or step by step:
     python eval_beta_grid.py --run_batch_name B --exclude_mi --with_classifier   step 1: rates, PSNR, IS, FID, latents
-    for run in runs/B/*/; do python eval_beta_single.py --run_path "$run"; done   step 2: mutual information
-    python eval_beta_grid.py --run_batch_name B --get_mi_cal_acc --cpu_n 2        step 3: simple classifiers on latents
-    python eval_beta_grid.py --run_batch_name B --recons_acc                      step 4: accuracy on reconstructions
+    python eval_beta_single.py --run_path runs/B/*/                              step 2: mutual information
+    python eval_beta_grid.py --run_batch_name B --get_mi_cal_acc --cpu_n 2       step 3: simple classifiers on latents
+    python eval_beta_grid.py --run_batch_name B --recons_acc                     step 4: accuracy on reconstructions
 
 All metrics are computed on the test images, stored in each run's metrics.json and collected in the batch's
 eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
@@ -11,6 +12,7 @@ eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
 
+import argparse
 from functools import partial
 
 from utils.cli import Parser, whole
@@ -34,6 +36,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     steps = parser.add_argument_group("steps (default: step 1)")
+    steps.add_argument("--all", action="store_true", help="steps 1 to 4, those included that need the classifier")
     steps.add_argument(
         "--get_mi_cal_acc", action="store_true", help="step 3: simple classifiers on the latents, accuracy bound"
     )
@@ -71,6 +74,11 @@ def parse_args(argv=None):
 
 def wanted_steps(args) -> list[str]:
     """Names of the steps that the flags select."""
+    if args.all:
+        args.with_classifier, args.all = True, False
+        later = argparse.Namespace(**vars(args) | {"get_mi_cal_acc": True, "recons_acc": True})
+        args.get_mi_cal_acc = args.recons_acc = args.pca = False
+        return wanted_steps(args) + wanted_steps(later)
     if args.get_mi_cal_acc or args.recons_acc or args.pca:
         probes = "probes_standardized" if args.standardize else "probes"
         asked = [(args.get_mi_cal_acc, probes), (args.recons_acc, "recons"), (args.pca, "pca")]
@@ -82,12 +90,8 @@ def wanted_steps(args) -> list[str]:
 def main(argv=None) -> int:
     """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
-    paths, steps, bench, problems = (
-        find_runs(args.runs_dir, args.run_batch_name),
-        wanted_steps(args),
-        Bench.of(args),
-        {},
-    )
+    paths, steps, problems = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args), {}
+    bench = Bench.of(args)
     if is_first():
         print(f"{len(paths)} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
     mine = share(paths)

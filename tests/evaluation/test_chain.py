@@ -191,3 +191,29 @@ class Wild:
 
 def test_is_of_the_chain_is_the_library_function():
     assert inception_score(torch.full((100, 2), math.log(0.5)))["is_mean"] == pytest.approx(1)
+
+
+def test_all_is_the_four_steps(batch, script):
+    for result in four_steps(script):
+        assert result[0] == 0, result
+    expected = batch()
+    for name in ("metrics.json", "latents.npz", "pca.npz"):
+        for path in Path("runs/b").glob(f"*/{name}"):
+            path.unlink()
+    flags = [f for f in STEP1 if f not in ("--exclude_mi", "--with_classifier")]
+    status, _, err = script(eval_beta_grid.main, *flags, "--all", "--pca", "--cpu_n", 2)
+    assert status == 0, err
+    assert batch() == expected
+
+
+def test_step_2_of_several_runs(batch, script):
+    """A shell's star also finds the folder of figures; a run that cannot be evaluated does not stop the others."""
+    assert script(eval_beta_grid.main, *STEP1)[0] == 0
+    Path("runs/b/figures").mkdir()
+    paths = sorted(p for p in Path("runs/b").iterdir() if p.is_dir())
+    runs = [p for p in paths if p.name != "figures"]
+    (runs[0] / "vae.pth").unlink()
+    status, out, err = script(eval_beta_single.main, "--run_path", *paths, "--device", "cpu")
+    assert status == 1 and err.count("\n") == 1 and f"failed: {runs[0]}: unfinished" in err
+    assert [bool(row["mi_q_mc"]) for row in sorted(batch(), key=lambda row: row["run"])] == [False, True, True, True]
+    assert all(run.name in out for run in runs[1:])

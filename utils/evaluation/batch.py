@@ -47,13 +47,18 @@ def find_runs(runs_dir: str, batch: str) -> list[Path]:
     """The run folders of a batch. Raises UserError, listing the existing batches, if it has none."""
     root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
     found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
-    found = [p for p in found if p.name != "figures" and not is_conditioned(p)]
+    found = [p for p in found if is_cell(p)]
     if not found:
         batches = (
             sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
         )
         raise UserError(f"--run_batch_name: no runs in {folder}{nearest(batch, batches) if batches else ''}")
     return found
+
+
+def is_cell(path: Path) -> bool:
+    """Whether a folder in a batch is a run to evaluate: neither figures, nor the model that cells are unfolded from."""
+    return path.name != "figures" and not is_conditioned(path)
 
 
 def open_run(path: Path) -> Run:
