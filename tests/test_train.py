@@ -52,7 +52,7 @@ def test_overwrite_trains_anew(trained, script):
     digest = weights(path)
     flags = [*TINY, "--learning_rate", "0.01"]
     status, _, err = script(train.main, *flags)
-    assert status == 2 and "--learning_rate 0.0003" in err and err.count("\n") == 1
+    assert status == 2 and "--learning_rate 0.0009" in err and err.count("\n") == 1
     status, _, err = script(train.main, *flags, "--overwrite")
     assert status == 0 and weights(path) != digest
     assert Run.open(path).config.learning_rate == 0.01

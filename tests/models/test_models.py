@@ -160,7 +160,7 @@ DISTINCT = [s for s in combinations() if allowed(s) and (s["use_conv_z"] or s["d
 
 @pytest.mark.parametrize("settings", DISTINCT, ids=label)
 def test_allowed_combinations_train_resume_stack_reload_and_sample(settings, monkeypatch):
-    monkeypatch.setattr("utils.training.loop.N_PICTURES", 1)
+    monkeypatch.setattr("utils.training.pictures.N", 1)
     config = Config(**settings)
     data = random_data(config, n=8 if config.image_shape[1] < 256 else 1)
     run = train_run(config, data, "whole")
