@@ -11,8 +11,10 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import os
 import secrets
+import shutil
 import socket
 import sys
 import threading
@@ -98,6 +100,23 @@ def _remove_unfinished(folder: Path) -> None:
     for stale in folder.glob(".*.tmp"):
         if not stale.is_dir():
             stale.unlink(missing_ok=True)
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where to make a folder that is to appear whole; `remove_abandoned` knows by the name whose it is."""
+    return folder.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{_mark()}.tmp")
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Removes what processes of this machine left that were killed while they made a folder there."""
+    for left in parent.glob(f".*-{_mark()}.tmp") if _machine() else ():
+        pid = left.name[1:].partition("-")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _mark() -> str:
+    return hashlib.sha256(_machine().encode()).hexdigest()[:8]
 
 
 @functools.cache

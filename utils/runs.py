@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import math
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
-from utils.locks import locked
+from utils.locks import locked, unfinished_folder
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Run:
         """Makes the folder with its config.json, both at once, where it is not there yet."""
         if self.path.is_dir() and any(self.path.iterdir()):
             return
-        unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        unfinished = unfinished_folder(self.path)
         unfinished.mkdir(parents=True)
         try:
             write_text(unfinished / "config.json", self.config.to_json())

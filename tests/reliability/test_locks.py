@@ -305,3 +305,15 @@ def test_paused_with_flock_it_keeps_its_lock():
         process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 143
+
+
+def test_a_folder_that_was_being_made_is_removed_once_its_maker_is_dead():
+    before = "import os, utils.runs\nutils.runs.write_text = lambda *_: os.kill(os.getpid(), 9)"
+    assert ended(launch("train.py", *CELL, before=before))[0] == -signal.SIGKILL
+    assert len(there("*.tmp")) == 1
+    mine = locks.unfinished_folder(Path("runs/singles/run"))
+    others = mine.with_name(".1234567-89abcdef-01234567.tmp")  # of another machine
+    mine.mkdir()
+    others.mkdir()
+    assert ended(launch("train.py", *CELL))[0] == 0
+    assert {p.name for p in there("*.tmp")} == {mine.name, others.name}

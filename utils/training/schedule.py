@@ -16,7 +16,7 @@ from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
-from utils.locks import Held
+from utils.locks import Held, remove_abandoned
 from utils.runs import Run
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
@@ -39,6 +39,8 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 
     Raises UserError if a folder cannot be written or holds another configuration, or if weights are damaged.
     """
+    for batch in {run.path.parent for run in runs}:
+        remove_abandoned(batch)
     for run in runs:
         run.check(overwrite)
     todo = [r for r in runs if overwrite or r.status not in ("finished", "failed")]
