@@ -85,7 +85,7 @@ def main(argv=None) -> int:
         describe([run.config for run in plan], args.device)
         note_shorter(plan, starts)
     if args.dry_run:
-        for run in plan:
+        for run in share([*plan]):
             print(run.path)
         return 0
     data = load_data(config, args.data_dir, args.device, args.download)

@@ -21,12 +21,11 @@ import train
 from datasets.batches import Resident
 from datasets.loading import Data
 from datasets.table import lookup
-from tests import zygote
 from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
 
 ROOT = Path(__file__).parent.parent
-STARTED: list[subprocess.Popen | zygote.Process] = []
+STARTED: list = []  # processes
 TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
 
 
@@ -74,9 +73,6 @@ def weights(path: Path) -> str:
 
 def start(name, *argv, **where):
     """Starts a script in a process of its own, which ends with the test at the latest."""
-    if set(where) <= {"cwd", "stdout", "stderr"} and zygote.can_fork():
-        STARTED.append(zygote.fork(name, list(map(str, argv)), **where))
-        return STARTED[-1]
     return python(ROOT / name, *argv, **where)
 
 

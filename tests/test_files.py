@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import train
 from tests.conftest import start
 from tests.reliability.trials import times
 from utils.errors import UserError
-from utils.files import load_tensors, save_tensors, write_atomic
+from utils.files import load_tensors, read_arrays, save_tensors, write_atomic
 from utils.runs import Run, load_model
 
 
@@ -141,3 +142,11 @@ def test_weights_of_torch_before_1_6_say_how_to_save_them_anew(trained):
     subprocess.run([sys.executable, *command], check=True)
     for name, p in load_model(Run.open(path), torch.device("cpu")).state_dict().items():
         assert torch.equal(p, state[name])
+
+
+@pytest.mark.parametrize("read", [load_tensors, read_arrays])
+def test_an_archive_that_would_fill_the_memory_is_refused(read):
+    with zipfile.ZipFile("bomb", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(2**27))
+    with pytest.raises(UserError, match="bomb: .*would inflate to 134,217,728 bytes"):
+        read(Path("bomb"))

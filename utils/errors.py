@@ -32,6 +32,11 @@ def _terminate(number, _):
     raise Terminated(number)
 
 
+def end_quietly(number, _) -> NoReturn:
+    """Handles signals that come while libraries are imported, when there is nothing to save."""
+    os._exit(128 + number)
+
+
 def heeded_signals() -> list[int]:
     """The signals that end this process; not SIGHUP where it was started by nohup."""
     return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
@@ -68,18 +73,25 @@ def command_line() -> str:
 
 
 class _Output(io.FileIO):
-    """Standard output or error. When its reader goes, the rest goes nowhere, and the process ends as of SIGHUP."""
+    """Standard output or error. When its reader goes, the rest goes nowhere, and the process ends as of SIGHUP.
+
+    Where it cannot be written for another reason, say a full disk, only the output ends.
+    """
+
+    reader_gone = False
 
     def write(self, data) -> int | None:
         try:
             return super().write(data)
+        except BlockingIOError:
+            raise
         except OSError as e:
-            if e.errno not in (errno.EPIPE, errno.EIO):
-                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            os.kill(os.getpid(), signal.SIGHUP)
+            if e.errno in (errno.EPIPE, errno.EIO):
+                _Output.reader_gone = True
+                os.kill(os.getpid(), signal.SIGHUP)
             return len(data)
 
 
@@ -87,7 +99,9 @@ def _guard_outputs() -> None:
     """Lets standard output and error survive the end of their reader, and take any character in any locale."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
+        if stream is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
             lines, at_once = stream.line_buffering, stream.write_through
             raw = _Output(stream.fileno(), "w", closefd=False)
             text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", None, lines, at_once)
@@ -100,6 +114,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues.
     """
     if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is end_quietly:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.getfilesystemencoding() == "ascii":  # in which other libraries cannot open what has other characters
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         _guard_outputs()
@@ -117,7 +133,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt as e:
         for number in ENDING_SIGNALS:  # one is enough
             signal.signal(number, signal.SIG_IGN)
-        print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
+        if not _Output.reader_gone:
+            print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
         sys.exit(128 + (e.signal if isinstance(e, Terminated) else signal.SIGINT))
     except OSError as e:
         message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"

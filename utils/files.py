@@ -127,6 +127,7 @@ def load_tensors(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as copy:
             if len(set(archive.namelist())) < len(archive.namelist()):
                 raise zipfile.BadZipFile("two entries of one name")
+            _check_size(archive)
             for name in archive.namelist():
                 copy.writestr(name, archive.read(name))
         clean.seek(0)
@@ -141,6 +142,13 @@ def load_tensors(path: Path) -> dict:
             raise UserError(f"{path}: in the format of torch before 1.6; {how}") from e
         refused = isinstance(e, pickle.UnpicklingError)
         raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e
+
+
+def _check_size(archive: zipfile.ZipFile) -> None:
+    """Raises BadZipFile if the contents say that they are far larger than the file, as no data are."""
+    size = sum(entry.file_size for entry in archive.infolist())
+    if size > 2**26 + 20 * sum(entry.compress_size for entry in archive.infolist()):
+        raise zipfile.BadZipFile(f"would inflate to {size:,} bytes")
 
 
 def _is_legacy(path: Path) -> bool:
@@ -164,6 +172,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:  # compares checksums before anything believes a header
+            _check_size(archive)
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in names}
         return {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}

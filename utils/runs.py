@@ -201,7 +201,7 @@ class Run:
         if adam is not None:
             save_tensors(self.path / "adam.pth", adam)
         save_tensors(self.path / "vae.pth", weights)
-        for name in ("resume.pth", "resume.prev.pth"):
+        for name in ("resume.prev.pth", "resume.pth"):  # in this order: it is unfinished as long as the latter is there
             (self.path / name).unlink(missing_ok=True)
 
 

@@ -8,11 +8,21 @@ the last digits: a training goes on with the number that it began with.
 """
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.errors import end_quietly, heeded_signals
+
+ROOT = Path(__file__).parent.parent
 SPINS = "5000"  # about 50 microseconds: enough where nobody else computes; OpenMP's own choice is 3 milliseconds
+
+if getattr(sys.modules["__main__"], "__file__", None) and Path(sys.modules["__main__"].__file__).parent == ROOT:
+    for number in heeded_signals():  # until run_script has its own
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end_quietly)
 
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -5,6 +5,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from datasets.batches import Streamed
+from tests.conftest import ROOT, popen
 from tests.reliability.trials import (
     CELL,
     are_gone,
@@ -22,6 +24,7 @@ from tests.reliability.trials import (
     launch,
     mounted,
     private_mounts,
+    quick,
     there,
     times,
     wait_until,
@@ -72,14 +75,14 @@ def test_training_ends_at_a_damaged_image(pets):
 @needs_proc
 @pytest.mark.parametrize("script", ["eval_beta_grid.py", "plot_eval.py"])
 def test_evaluating_and_plotting_end_at_a_damaged_image(script, pets):
-    status, _, err = ended(launch("train.py", *STREAMED, "--num_epochs", "1", "--batch_size", "8"))
+    status, _, err = ended(quick("train.py", *STREAMED, "--num_epochs", "1", "--batch_size", "8"))
     assert status == 0, err
     batch = ["--run_batch_name", "singles", "--device", "cpu"]
     if script == "plot_eval.py":
-        assert ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))[0] == 0
+        assert ended(quick("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))[0] == 0
     damage(pets)
     flags = ["--exclude_mi", "--exclude_fid", "--force"] if script == "eval_beta_grid.py" else []
-    status, out, err = ended(launch(script, *batch, *flags))
+    status, out, err = ended(quick(script, *batch, *flags))
     if script == "plot_eval.py":  # pictures are what it can do without
         assert status == 0 and "damaged image" in out
     else:
@@ -135,7 +138,7 @@ def test_workers_end_with_a_killed_training(trial, pets):
 def test_a_small_dev_shm_is_named(trial):
     folder_of_images(Path("pets"), 80)
     flags = [*STREAMED, "--num_epochs", "2", "--batch_size", "120"]  # of 24 MB
-    status, _, err = ended(launch("train.py", *flags, prefix=mounted("/dev/shm", "16m")), 120)
+    status, _, err = ended(quick("train.py", *flags, prefix=mounted("/dev/shm", "16m")), 120)
     assert status == 2 and err.splitlines()[-1].startswith("error: /dev/shm: too small (16 MB)")
     assert "--shm-size" in err
 
@@ -225,8 +228,8 @@ def test_slurms_warning_saves_and_the_same_command_continues(trial):
     status, _, err = ended(process)
     if status != 0:  # it may have been done
         assert status == 128 + signal.SIGUSR1 and "saved at epoch" in err
-    assert ended(launch("train.py", *CELL))[0] == 0
-    assert ended(launch("train.py", *CELL, "--runs_dir", "whole"))[0] == 0
+    assert ended(quick("train.py", *CELL))[0] == 0
+    assert ended(quick("train.py", *CELL, "--runs_dir", "whole"))[0] == 0
     assert there("vae.pth")[0].read_bytes() == there("vae.pth", "whole")[0].read_bytes()
 
 
@@ -246,44 +249,44 @@ def test_an_ascii_locale_takes_any_name(locale):
     Path("größe").mkdir()
     flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu"]
     named = ["--run_name", "β", "--run_batch_name", "b", "--runs_dir", "größe"]
-    status, _, err = ended(launch("train.py", *flags, *named))
+    status, _, err = ended(quick("train.py", *flags, *named))
     assert status == 0, err
     batch = ["--run_batch_name", "b", "--runs_dir", "größe", "--device", "cpu"]
-    status, out, err = ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid", **locale))
+    status, out, err = ended(quick("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid", **locale))
     assert status == 0 and "1 of 1 runs evaluated" in out, err
-    status, out, err = ended(launch("plot_eval.py", *batch, "--format", "png", **locale))
+    status, out, err = ended(quick("plot_eval.py", *batch, "--format", "png", **locale))
     assert status == 0, err
-    status, _, err = ended(launch("train.py", *flags, "--runs_dir", "größe", "--run_batch_name", "new", **locale))
+    status, _, err = ended(quick("train.py", *flags, "--runs_dir", "größe", "--run_batch_name", "new", **locale))
     assert status == 0, err
     folder_of_images(Path("ñandú"), 5)
     own = ["--dataset", "ñandú", "--image_size", "28", "--run_batch_name", "own", *flags]
-    status, _, err = ended(launch("train.py", *own, **locale))
+    status, _, err = ended(quick("train.py", *own, **locale))
     assert status == 0, err
     status, out, err = ended(
-        launch("eval_beta_grid.py", "--run_batch_name", "own", "--exclude_fid", "--device", "cpu", **locale)
+        quick("eval_beta_grid.py", "--run_batch_name", "own", "--exclude_fid", "--device", "cpu", **locale)
     )
     assert status == 0, err
-    status, _, err = ended(launch("eval_beta_grid.py", "--run_batch_name", "ñ", "--runs_dir", "größe", **locale))
+    status, _, err = ended(quick("eval_beta_grid.py", "--run_batch_name", "ñ", "--runs_dir", "größe", **locale))
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: --run_batch_name: no runs in gr")
 
 
 def test_names_that_are_no_text_are_read_and_written_as_they_are():
     """A folder of a batch may be named by any bytes."""
     flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu"]
-    assert ended(launch("train.py", *flags))[0] == 0
+    assert ended(quick("train.py", *flags))[0] == 0
     Path("runs/singles").rename("runs/b")
     next(Path("runs/b").iterdir()).rename(Path("runs/b", os.fsdecode(b"\xff\xfe")))
     batch = ["--run_batch_name", "b", "--device", "cpu"]
-    status, out, err = ended(launch("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))
+    status, out, err = ended(quick("eval_beta_grid.py", *batch, "--exclude_mi", "--exclude_fid"))
     assert status == 0 and "1 of 1 runs evaluated" in out, err
     assert Path("runs/b/eval_results.csv").read_bytes().splitlines()[1].startswith(b"\xff\xfe,finished,")
-    status, out, err = ended(launch("plot_eval.py", *batch, "--format", "png"))
+    status, out, err = ended(quick("plot_eval.py", *batch, "--format", "png"))
     assert status == 0 and "no pictures" not in out, err
 
 
 def test_an_error_of_the_system_that_names_no_file_is_one_line():
     before = "import train; train.load_data = lambda *a: (_ for _ in ()).throw(OSError(5, 'Input/output error'))"
-    status, _, err = ended(launch("train.py", *CELL, before=before))
+    status, _, err = ended(quick("train.py", *CELL, before=before))
     assert status == 2 and err == "error: the system: Input/output error\n"
 
 
@@ -291,7 +294,7 @@ def test_an_error_of_the_system_that_names_no_file_is_one_line():
 def test_a_write_that_fails_names_the_file(error):
     before = f"import os, utils.files\ndef fails(fd): raise {error}\nos.fsync = fails"
     before += "\nutils.files._try_to_write = print"  # else the folder is refused before anything is written
-    status, _, err = ended(launch("train.py", *CELL, before=before))
+    status, _, err = ended(quick("train.py", *CELL, before=before))
     assert status == 1 and err.count("\n") == 1 and "config.json: cannot be written" in err
     assert not there("*.tmp") and not there("config.json")
 
@@ -300,10 +303,40 @@ def test_a_write_that_fails_names_the_file(error):
 def test_variables_that_are_left_over_are_told(script):
     flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu", "--beta_y", "1:5:5"]
     if script != "train.py":
-        assert ended(launch("train.py", *flags))[0] == 0
+        assert ended(quick("train.py", *flags))[0] == 0
         flags = ["--run_batch_name", "singles", "--device", "cpu", "--exclude_mi", "--exclude_fid"]
-    status, out, err = ended(launch(script, *flags, WORLD_SIZE="3"))
+    status, out, err = ended(quick(script, *flags, WORLD_SIZE="3"))
     assert status == 0, err
     assert out.count("RANK 0 of WORLD_SIZE 3: takes 2 of 5 runs") == 1
-    status, out, _ = ended(launch(script, *flags, WORLD_SIZE="1"))
+    status, out, _ = ended(quick(script, *flags, WORLD_SIZE="1"))
     assert status == 0 and "WORLD_SIZE" not in out
+
+
+@pytest.mark.parametrize("where", [">&-", "2>&-", ">/dev/full", "2>/dev/full", ">&- 2>&-"])
+def test_outputs_that_are_closed_or_full_do_not_end_a_training(where):
+    command = ["sh", "-c", f'exec "$@" {where}', "sh", sys.executable, str(ROOT / "train.py"), *CELL]
+    process = popen(command, OMP_NUM_THREADS="1", TQDM_DISABLE=None)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in out + err and "rror" not in out + err
+    assert there("vae.pth")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("script", ["train.py", "plot_eval.py"])
+def test_a_signal_while_libraries_are_imported_ends_it_quietly(script, number):
+    """A torch that never comes."""
+    Path("torch.py").write_text("import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n")
+    process = launch(script, "--run_batch_name", "b", PYTHONPATH=os.getcwd())
+    if script == "plot_eval.py":  # it may need no torch before the flags are read
+        wait_until(lambda: there("importing", ".") or process.poll() is not None)
+    else:
+        wait_until(lambda: there("importing", "."))
+    process.send_signal(number)
+    status, out, err = ended(process, 20)
+    assert status == 128 + number and out == err == ""
+
+
+def test_the_share_of_a_process_is_told_by_a_dry_run_too():
+    flags = [*CELL, "--beta_y", "1:5:5", "--dry_run"]
+    status, out, err = ended(quick("train.py", *flags, WORLD_SIZE="3", RANK="1"))
+    assert status == 0 and "RANK 1 of WORLD_SIZE 3: takes 2 of 5 runs" in out and out.count("runs/singles/") == 2, err

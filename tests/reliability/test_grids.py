@@ -25,6 +25,7 @@ from tests.reliability.trials import (
     kill,
     launch,
     private_mounts,
+    quick,
     there,
     times,
     wait_until,
@@ -52,7 +53,7 @@ def all_weights(runs_dir="runs") -> dict[str, bytes]:
 def test_two_processes_on_a_grid_of_20_killed_at_random(kills, epochs):
     """The same command in two processes, of which one is killed whenever something has been saved; the bytes of one."""
     grid = [*CELL[:4], "--num_epochs", epochs, "--batch_size", "400", "--device", "cpu", "--save_every", "2", *AXES]
-    assert ended(launch("train.py", *grid, "--runs_dir", "whole"), 1800)[0] == 0
+    assert ended(quick("train.py", *grid, "--runs_dir", "whole"), 1800)[0] == 0
     expected = all_weights("whole")
     assert len(expected) == 20
     chance, done = random.Random(0), 0
@@ -73,7 +74,7 @@ def test_two_processes_on_a_grid_of_20_killed_at_random(kills, epochs):
     for process in pair:
         status, _, err = ended(process, 1800)
         assert status == 0, err
-    status, out, err = ended(launch("train.py", *grid), 1800)
+    status, out, err = ended(quick("train.py", *grid), 1800)
     assert status == 0 and "locked by" not in err
     assert all_weights() == expected
     assert not there("resume*") and not there("*.tmp")
@@ -82,13 +83,13 @@ def test_two_processes_on_a_grid_of_20_killed_at_random(kills, epochs):
 @times(50, few=1)
 def test_kill_9_of_a_training_by_two_threads(trial):
     threads = ["--threads", "2"]
-    assert ended(launch("train.py", *CELL, *threads, "--runs_dir", "whole"))[0] == 0
+    assert ended(quick("train.py", *CELL, *threads, "--runs_dir", "whole"))[0] == 0
     process = launch("train.py", *CELL, *threads)
     wait_until(lambda: there("resume.pth") or process.poll() is not None)
     time.sleep(random.Random(trial).uniform(0, 0.7))
     kill(process)
     unfinished = bool(there("resume.pth"))
-    status, out, err = ended(launch("train.py", *CELL, *threads))
+    status, out, err = ended(quick("train.py", *CELL, *threads))
     assert status == 0 and ("resuming at epoch" in out) == unfinished, err
     assert list(all_weights().values()) == list(all_weights("whole").values())
 
@@ -117,12 +118,12 @@ setattr(Where, name, watched)
 def test_signals_in_a_batch_in_a_save_and_twice(when, twice, number, trial):
     call = random.Random(trial).randrange(1, 5 if when == "mid-save" else 75)
     before = SIGNALLED.format(where=WHEN[when], call=call, times=twice, number=int(number))
-    status, _, err = ended(launch("train.py", *CELL, before=before))
+    status, _, err = ended(quick("train.py", *CELL, before=before))
     assert status == 128 + number, err
     assert "saved at epoch" in err and "rerun to continue: python" in err
-    status, out, err = ended(launch("train.py", *CELL))
+    status, out, err = ended(quick("train.py", *CELL))
     assert status == 0 and "resuming at epoch" in out, err
-    assert ended(launch("train.py", *CELL, "--runs_dir", "whole"))[0] == 0
+    assert ended(quick("train.py", *CELL, "--runs_dir", "whole"))[0] == 0
     assert list(all_weights().values()) == list(all_weights("whole").values())
 
 
@@ -131,8 +132,8 @@ def evaluated(tmp_path_factory):
     """A batch of three evaluated runs; read only."""
     root = tmp_path_factory.mktemp("evaluated")
     grid = [*CELL[:4], "--num_epochs", "2", "--batch_size", "500", "--device", "cpu", "--beta_y", "1", "2", "3"]
-    assert ended(launch("train.py", *grid, cwd=root))[0] == 0
-    assert ended(launch("eval_beta_grid.py", *EVALUATION, cwd=root))[0] == 0
+    assert ended(quick("train.py", *grid, cwd=root))[0] == 0
+    assert ended(quick("eval_beta_grid.py", *EVALUATION, cwd=root))[0] == 0
     return root
 
 
@@ -151,7 +152,7 @@ def test_kill_9_during_an_evaluation(trial, evaluated):
     time.sleep(random.Random(trial).uniform(0, 0.5))
     kill(process)
     done = {path: path.stat().st_mtime_ns for path in there("metrics.json") if "mi_y" in read_json(path)["steps"]}
-    assert ended(launch("eval_beta_grid.py", *EVALUATION))[0] == 0
+    assert ended(quick("eval_beta_grid.py", *EVALUATION))[0] == 0
     assert Path("runs/singles/eval_results.csv").read_bytes() == expected
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
@@ -184,7 +185,7 @@ def filler(left: int) -> str:
 def test_a_disk_that_fills_up_during_a_grid(left):
     """At the first config.json or at a later checkpoint: one line; what is there is whole, and it goes on with room."""
     grid = [*CELL, "--beta_y", "1", "2", "3"]
-    status, _, err = ended(launch("train.py", *grid, prefix=in_a_small_disk(filler(left))))
+    status, _, err = ended(quick("train.py", *grid, prefix=in_a_small_disk(filler(left))))
     assert status in (1, 2) and err.count("\n") == (1 if left else 3), (
         err
     )  # none of the three can begin, or one goes on
@@ -201,8 +202,8 @@ def test_a_disk_that_fills_up_during_a_grid(left):
             load_model(run, torch.device("cpu"))
     shutil.rmtree("runs")
     shutil.copytree("after", "runs")
-    assert ended(launch("train.py", *grid))[0] == 0
-    assert ended(launch("train.py", *grid, "--runs_dir", "whole"))[0] == 0
+    assert ended(quick("train.py", *grid))[0] == 0
+    assert ended(quick("train.py", *grid, "--runs_dir", "whole"))[0] == 0
     assert all_weights() == all_weights("whole") and len(all_weights()) == 3
 
 
@@ -223,7 +224,7 @@ def test_a_disk_that_is_full_when_results_are_written(evaluated):
 def test_a_file_that_may_grow_no_further():
     """As with a quota by file: a resume state of some 30 kB in files of at most 8 kB."""
     before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))"
-    status, _, err = ended(launch("train.py", *CELL, before=before))
+    status, _, err = ended(quick("train.py", *CELL, before=before))
     assert status == 2 and re.fullmatch(r"error: runs/singles/.* cannot be written \(File too large.*\)\n", err), err
     assert not there("resume.pth")
 
@@ -263,17 +264,17 @@ def test_no_permission_is_told_before_the_first_epoch(for_anyone, evaluated):
     folder = for_anyone
     (folder / "runs").mkdir()
     (folder / "runs").chmod(0o555)
-    status, out, err = ended(launch("train.py", *CELL, prefix=as_nobody(), cwd=folder))
-    assert status == 2 and err == "error: runs: cannot write there; choose another --runs_dir\n"
+    status, out, err = ended(quick("train.py", *CELL, prefix=as_nobody(), cwd=folder))
+    assert status == 2 and err == "error: runs: cannot write there (Permission denied); choose another --runs_dir\n"
     (folder / "runs").chmod(0o777)
     shutil.rmtree(folder / "runs")
     shutil.copytree(evaluated / "runs", folder / "runs")
     for path in (folder / "runs").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
-    status, out, err = ended(launch("eval_beta_grid.py", *EVALUATION, "--force", prefix=as_nobody(), cwd=folder))
+    status, out, err = ended(quick("eval_beta_grid.py", *EVALUATION, "--force", prefix=as_nobody(), cwd=folder))
     assert status in (1, 2) and "Permission denied" in err and "runs/singles" in err
     plotting = ["--run_batch_name", "singles", "--device", "cpu"]
-    status, out, err = ended(launch("plot_eval.py", *plotting, prefix=as_nobody(), cwd=folder, MPLCONFIGDIR=folder))
+    status, out, err = ended(quick("plot_eval.py", *plotting, prefix=as_nobody(), cwd=folder, MPLCONFIGDIR=folder))
     assert status == 2 and "cannot write there; choose another --out" in err and err.count("\n") == 1
 
 

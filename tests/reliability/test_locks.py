@@ -1,5 +1,6 @@
 """Locks, with flock and without: one holder at a time, the dead replaced, the paused told, the held told of."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.reliability.trials import CELL, ended, kill, launch, there, times, wait_until
+from tests.reliability.trials import CELL, ended, kill, launch, quick, there, times, wait_until
 from utils import locks
+from utils.cli import grid_configs
 from utils.config import Config
 from utils.files import write_atomic
 from utils.locks import Held, Lost, locked
@@ -243,10 +245,10 @@ def test_a_run_that_another_process_holds(before, trial):
     run = Run.of(Config(conv_channels=2, z_dims=3, num_epochs=1, batch_size=2000), "runs")
     run.create()
     holder = holding(run.path, before)
-    status, _, err = ended(launch("train.py", *flags, before=before))
+    status, _, err = ended(quick("train.py", *flags, before=before))
     assert status == 1 and f"locked by pid {holder.pid} on host {socket.gethostname()}" in err
     kill(holder)
-    status, _, err = ended(launch("train.py", *flags, before=before))
+    status, _, err = ended(quick("train.py", *flags, before=before))
     assert status == 0 and run.status == "finished", err
 
 
@@ -256,11 +258,11 @@ def test_in_a_grid_it_is_a_note(before):
     run = Run.of(Config(conv_channels=2, z_dims=3, num_epochs=1, batch_size=2000, beta_y=2.0), "runs")
     run.create()
     holder = holding(run.path, before)
-    status, _, err = ended(launch("train.py", *flags, before=before))
+    status, _, err = ended(quick("train.py", *flags, before=before))
     assert status == 0 and f"note: {run.path}: locked by pid {holder.pid} on host" in err
     assert len(there("vae.pth")) == 2 and run.status == "unfinished"
     kill(holder)
-    status, _, err = ended(launch("train.py", *flags, before=before))
+    status, _, err = ended(quick("train.py", *flags, before=before))
     assert status == 0 and len(there("vae.pth")) == 3 and "locked by" not in err
 
 
@@ -299,7 +301,7 @@ def test_paused_with_flock_it_keeps_its_lock():
     wait_until(lambda: there("resume.pth") or process.poll() is not None)
     process.send_signal(signal.SIGSTOP)
     try:
-        status, _, err = ended(launch("train.py", *CELL, "--num_epochs", "4000"))
+        status, _, err = ended(quick("train.py", *CELL, "--num_epochs", "4000"))
         assert status == 1 and f"locked by pid {process.pid}" in err
     finally:
         process.send_signal(signal.SIGCONT)
@@ -309,11 +311,24 @@ def test_paused_with_flock_it_keeps_its_lock():
 
 def test_a_folder_that_was_being_made_is_removed_once_its_maker_is_dead():
     before = "import os, utils.runs\nutils.runs.write_text = lambda *_: os.kill(os.getpid(), 9)"
-    assert ended(launch("train.py", *CELL, before=before))[0] == -signal.SIGKILL
+    assert ended(quick("train.py", *CELL, before=before))[0] == -signal.SIGKILL
     assert len(there("*.tmp")) == 1
     mine = locks.unfinished_folder(Path("runs/singles/run"))
     others = mine.with_name(".1234567-89abcdef-01234567.tmp")  # of another machine
     mine.mkdir()
     others.mkdir()
-    assert ended(launch("train.py", *CELL))[0] == 0
+    assert ended(quick("train.py", *CELL))[0] == 0
     assert {p.name for p in there("*.tmp")} == {mine.name, others.name}
+
+
+def test_cells_that_are_all_held_are_noted(script):
+    """Cells that train together may all be another process's."""
+    flags = [*CELL, "--beta_y", "1", "2", "3", "--cells_at_once", "3"]
+    runs = [Run.of(config, "runs") for config in grid_configs(train.parse_args(flags))]
+    with contextlib.ExitStack() as held:
+        for run in runs:
+            run.create()
+            held.enter_context(run.locked())
+        status, _, err = script(train.main, *flags)
+    assert status == 0 and err.count("note: ") == 3 and err.count("it trains that one") == 3
+    assert script(train.main, *flags)[0] == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.reliability.trials import CELL, ended, launch, there, times, wait_until
+from tests.reliability.trials import CELL, ended, launch, quick, there, times, wait_until
 from utils import threads
 from utils.files import load_tensors, read_json
 from utils.threads import Moment, free_cores
@@ -103,7 +103,7 @@ def test_a_training_goes_on_with_the_threads_it_began_with(trial):
     """Killed at any moment, its machine loaded now: two threads sum in another order than one, so bits would differ."""
     expected = {}
     for n in (1, 2):
-        assert ended(launch("train.py", *CELL, "--threads", n, "--runs_dir", f"whole{n}"))[0] == 0
+        assert ended(quick("train.py", *CELL, "--threads", n, "--runs_dir", f"whole{n}"))[0] == 0
         expected[n] = there("vae.pth", f"whole{n}")[0].read_bytes()
     assert expected[1] != expected[2]  # else this could not fail
     process = launch("train.py", *CELL, "--threads", 2)
@@ -112,7 +112,7 @@ def test_a_training_goes_on_with_the_threads_it_began_with(trial):
     process.send_signal(signal.SIGKILL if trial % 2 else signal.SIGTERM)
     process.communicate()
     assert there("vae.pth") or load_tensors(there("resume.pth")[0])["threads"] == 2
-    status, out, err = ended(launch("train.py", *CELL, OMP_NUM_THREADS="1"))
+    status, out, err = ended(quick("train.py", *CELL, OMP_NUM_THREADS="1"))
     assert status == 0, err
     assert there("vae.pth")[0].read_bytes() == expected[2]
 

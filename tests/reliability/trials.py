@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests import zygote
-from tests.conftest import ROOT, STARTED, popen, start
+from tests.conftest import ROOT, STARTED, popen
 
 CELL = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "6", "--batch_size", "100", "--device", "cpu"]
 CELL += ["--save_every", "1"]
@@ -25,18 +25,25 @@ def times(n: int, few: int = 2) -> pytest.MarkDecorator:
 
 
 def launch(name, *argv, before="", prefix=(), **where):
-    """Starts a script in a process of its own, after Python statements that change its surroundings."""
-    if not before and not prefix:
-        return start(name, *argv, **where)
-    code = (
+    """Starts a script in a new process, after Python statements that change its surroundings."""
+    command = [*prefix, sys.executable, *(["-c", code_of(name, argv, before)] if before else [ROOT / name, *argv])]
+    return popen(list(map(str, command)), **{"OMP_NUM_THREADS": "1", **where})
+
+
+def quick(name, *argv, before="", prefix=(), **where):
+    """`launch` for a process that is not killed: where it can, a fork of one that has imported everything."""
+    if prefix or where or not zygote.can_fork():
+        return launch(name, *argv, before=before, prefix=prefix, **where)
+    STARTED.append(zygote.fork(name, list(map(str, argv)), code_of(name, argv, before) if before else None))
+    return STARTED[-1]
+
+
+def code_of(name, argv, before: str) -> str:
+    """What runs a script after those statements."""
+    return (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {[name, *map(str, argv)]!r}\n{before}\n"
         f"import {name.removesuffix('.py')} as script\nfrom utils.errors import run_script\nrun_script(script.main)"
     )
-    if not prefix and not where and zygote.can_fork():
-        STARTED.append(zygote.fork(name, list(map(str, argv)), code))
-        return STARTED[-1]
-    command = [*prefix, sys.executable, *(["-c", code] if before else [ROOT / name, *map(str, argv)])]
-    return popen(command, **{"OMP_NUM_THREADS": "1", **where})
 
 
 def ended(process, seconds: float = 120) -> tuple[int, str, str]:

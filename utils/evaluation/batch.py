@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -120,6 +121,20 @@ def run_step(subject: Subject, name: str, force: bool) -> None:
         record(subject, step, step.compute(subject))
 
 
+@contextlib.contextmanager
+def inherited_as_ignored(*numbers: int) -> Iterator[None]:
+    """Lets processes that are started meanwhile ignore these signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
     """Fits the simple classifiers of all runs in worker processes; records failures in `problems`."""
     from joblib.externals.loky import get_reusable_executor
@@ -137,9 +152,11 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
                 jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
         subject.forget()
     left = {index: sum(i == index for i, _ in jobs) for index in results}
-    executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
+    with inherited_as_ignored(signal.SIGHUP, signal.SIGUSR1):  # this process ends them; loky's tracker would complain
+        executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
+        submitted = [executor.submit(probe, index, *job) for index, job in jobs]
     try:
-        done = as_completed([executor.submit(probe, index, *job) for index, job in jobs])
+        done = as_completed(submitted)
         for future in progress(done, total=len(jobs), unit="fit"):
             index, result = future.result()
             subject, left[index] = subjects[index], left[index] - 1

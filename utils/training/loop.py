@@ -90,7 +90,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
     done = chunk.epoch * steps + chunk.step
-    each = {} if sys.stderr.isatty() else {"miniters": steps}  # in a file, a line an epoch
+    each = {} if sys.stderr and sys.stderr.isatty() else {"miniters": steps}  # in a file, a line an epoch
     bar = progress(total=config.num_epochs * steps, initial=done, unit="step", dynamic_ncols=True, **each)
     saved_at = time.monotonic()
 

@@ -224,7 +224,7 @@ def report(problems: list[tuple[Run, UserError]], runs: list[Run]) -> int:
     """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
     problems = [e for run, e in problems if run.status != "finished"]  # another process may have finished it
     held = [e for e in problems if isinstance(e, Held)]
-    if len(held) < len(runs):  # otherwise this process had nothing to do, which its user should notice
+    if len(runs) > 1:  # a single run that is held leaves nothing to do, which its user should notice
         for e in held:
             print(f"note: {e}; it trains that one", file=sys.stderr)
         problems = [e for e in problems if e not in held]
