@@ -29,6 +29,7 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
     assert len(rows) == 4
     expected_empty = {
         "data_digest",
+        *("beta_max_y", "beta_max_z", "target_rate_y", "target_rate_z", "init_from", "source"),
         "bpd",
         "ll_iw",
         "iw_samples",
