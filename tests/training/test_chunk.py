@@ -55,7 +55,7 @@ def in_training(n_cells=2):
 
 def a_step(chunk):
     x = torch.rand(4, 1, 28, 28, generator=generator("cpu", 0))
-    chunk.engine.step(x, chunk.stack.model.noise(4, generator("cpu", 1)), chunk.beta_y, chunk.beta_z)
+    chunk.engine.step(x, chunk.stack.model.noise(4, generator("cpu", 1)), chunk.betas.y, chunk.betas.z)
 
 
 def test_a_state_is_of_the_moment_of_its_save_and_not_of_its_writing(monkeypatch):
