@@ -275,7 +275,9 @@ def test_no_permission_is_told_before_the_first_epoch(for_anyone, evaluated):
     assert status in (1, 2) and "Permission denied" in err and "runs/singles" in err
     plotting = ["--run_batch_name", "singles", "--device", "cpu"]
     status, out, err = ended(quick("plot_eval.py", *plotting, prefix=as_nobody(), cwd=folder, MPLCONFIGDIR=folder))
-    assert status == 2 and "cannot write there (Permission denied); choose another --out" in err and err.count("\n") == 1
+    assert (
+        status == 2 and "cannot write there (Permission denied); choose another --out" in err and err.count("\n") == 1
+    )
 
 
 @needs_nobody

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,19 @@ LONGER = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "40", "--batc
 LONGER += ["--learning_rate", "2e-3", "--run_batch_name", "m"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a multi-rate model of the digits, in runs/m."""
+    root = tmp_path_factory.mktemp("targets")
+    torch.set_num_threads(1)
+    assert train.main([*LONGER, "--multi_rate", "--force", *GRID, "--runs_dir", str(root / "runs")]) == 0
+    return root
+
+
 @pytest.fixture
-def searched(script):
-    """A multi-rate model of the digits, in runs/m, and the search on it."""
-    assert script(train.main, *LONGER, "--multi_rate", "--force", *GRID)[0] == 0
+def searched(made):
+    """A copy of that model, and the search on it."""
+    shutil.copytree(made / "runs", "runs")
     _, (source,) = cells_of()
     return Search(load_model(source, CPU), load_data(source.config, "data", CPU), 100)
 
