@@ -12,7 +12,6 @@ eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
 
-import argparse
 from functools import partial
 
 from utils.cli import Parser, whole
@@ -69,22 +68,20 @@ def parse_args(argv=None):
     group.add_argument(
         "--standardize", action="store_true", help="standardise the latents; results in columns *_standardized"
     )
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    args.with_classifier |= args.all
+    return args
 
 
 def wanted_steps(args) -> list[str]:
     """Names of the steps that the flags select."""
-    if args.all:
-        args.with_classifier, args.all = True, False
-        later = argparse.Namespace(**vars(args) | {"get_mi_cal_acc": True, "recons_acc": True})
-        args.get_mi_cal_acc = args.recons_acc = args.pca = False
-        return wanted_steps(args) + wanted_steps(later)
-    if args.get_mi_cal_acc or args.recons_acc or args.pca:
-        probes = "probes_standardized" if args.standardize else "probes"
-        asked = [(args.get_mi_cal_acc, probes), (args.recons_acc, "recons"), (args.pca, "pca")]
-        return [name for wanted, name in asked if wanted]
+    probes = "probes_standardized" if args.standardize else "probes"
+    asked = [(args.all or args.get_mi_cal_acc, probes), (args.all or args.recons_acc, "recons"), (args.pca, "pca")]
+    later = [name for wanted, name in asked if wanted]
+    if later and not args.all:
+        return later
     names = ["rates", *["iw"] * bool(args.iw_samples), *["is"] * args.with_classifier]
-    return names + ["frechet"] * (not args.exclude_fid) + ([] if args.exclude_mi else MI_STEPS)
+    return names + ["frechet"] * (not args.exclude_fid) + ([] if args.exclude_mi else MI_STEPS) + later
 
 
 def main(argv=None) -> int:

@@ -21,6 +21,7 @@ import train
 from datasets.batches import Resident
 from datasets.loading import Data
 from datasets.table import lookup
+from models.stack import Stack
 from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
 
@@ -62,6 +63,26 @@ def trained(script):
         status, _, err = script(train.main, *TINY, "--run_batch_name", batch, *flags)
         assert status == 0, err
         return sorted(p for p in Path("runs", batch).iterdir())
+
+    return run
+
+
+@pytest.fixture
+def interrupted(script, monkeypatch):
+    """Runs train.py, with Ctrl-C in its n-th step."""
+
+    def run(n, *flags):
+        real, calls = Stack.step, []
+
+        def stopping(self, *args):
+            calls.append(None)
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            return real(self, *args)
+
+        with monkeypatch.context() as m:
+            m.setattr(Stack, "step", stopping)
+            assert script(train.main, *flags)[0] == 130
 
     return run
 

@@ -1,7 +1,7 @@
 """Processes that start in milliseconds: forks of one in which the libraries are imported already.
 
-Most of what a trial of reliability costs is the import of torch in each of its processes. A fork is a process like any
-other: it can be killed, has children, and runs its script to the end of the interpreter.
+Most of what a trial of reliability costs is the import of torch in each of its processes. A fork
+runs its script to the end of the interpreter, as any other does; what is killed in a trial is started afresh.
 """
 
 import gc
@@ -26,13 +26,11 @@ PRELOADED += ("sklearn.svm", "sklearn.linear_model", "joblib", "utils.training.l
 class Process:
     """What subprocess.Popen tells of a process, for one that the zygote forks."""
 
-    def __init__(self, zygote: socket.socket, code: str | None, argv: list[str], cwd: str, stdout: int, stderr: int):
+    def __init__(self, zygote: socket.socket, code: str | None, argv: list[str]):
         pipes = [os.pipe() for _ in range(3)]  # stdout, stderr, status
         ours, theirs = zip(*pipes, strict=True)
-        out = theirs[0] if stdout == subprocess.PIPE else stdout
-        err = {subprocess.PIPE: theirs[1], subprocess.STDOUT: out}.get(stderr, stderr)
-        request = json.dumps({"code": code, "argv": argv, "cwd": cwd}).encode()
-        socket.send_fds(zygote, [len(request).to_bytes(4) + request], [out, err, theirs[2]])
+        request = json.dumps({"code": code, "argv": argv, "cwd": os.getcwd()}).encode()
+        socket.send_fds(zygote, [len(request).to_bytes(4) + request], theirs)
         for fd in theirs:
             os.close(fd)
         self.stdout, self.stderr = (os.fdopen(fd, "r", encoding="utf-8", errors="surrogateescape") for fd in ours[:2])
@@ -89,9 +87,7 @@ def _environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
 
 
-def fork(
-    name: str, argv: list[str], code: str | None = None, cwd=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-) -> Process:
+def fork(name: str, argv: list[str], code: str | None) -> Process:
     """Runs a script, or the code instead of it, with the arguments `argv` in a fork of the zygote."""
     global _zygote, _variables
     if _zygote is None:
@@ -99,7 +95,7 @@ def fork(
         _zygote, theirs = socket.socketpair()
         subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT)
         theirs.close()
-    return Process(_zygote, code, [str(ROOT / name), *argv], str(cwd or Path.cwd()), stdout, stderr)
+    return Process(_zygote, code, [str(ROOT / name), *argv])
 
 
 def serve(requests: socket.socket) -> None:

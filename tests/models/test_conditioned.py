@@ -40,13 +40,18 @@ def conditioned(**settings) -> Conditioned:
     return model
 
 
+def inputs(config: Config, model: Conditioned, n: int) -> tuple:
+    """Images and noise in float64."""
+    x = torch.rand(n, *config.image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = model.model.noise(n, generator("cpu", 2))
+    return x, noise._replace(z=noise.z.double(), y=noise.y.double())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_fixed_betas_it_is_the_ordinary_model(kind):
     model = conditioned(**KINDS[kind])
     config = Config(conv_channels=3, z_dims=4, **KINDS[kind])
-    x = torch.rand(5, *config.image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    noise = model.model.noise(5, generator("cpu", 2))
-    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
+    x, noise = inputs(config, model, 5)
     for log_betas in ((-1.0, -1.0), (0.0, 0.3), (1.0, -0.7)):
         log_betas = torch.tensor(log_betas, dtype=torch.float64)
         with torch.no_grad():
@@ -63,9 +68,7 @@ def test_each_image_has_betas_of_its_own(kind):
     """A batch of three pairs of betas is three models, each on its own image; and so are the gradients."""
     model = conditioned(**KINDS[kind])
     config = Config(conv_channels=3, z_dims=4, **KINDS[kind])
-    x = torch.rand(3, *config.image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    noise = model.model.noise(3, generator("cpu", 2))
-    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
+    x, noise = inputs(config, model, 3)
     log_betas = torch.tensor([[-1.0, 1.0], [0.2, 0.1], [0.9, -1.0]], dtype=torch.float64)
     together = model(x, noise._replace(log_betas=log_betas)).loss().sum()
     own = [noise._replace(z=noise.z[i : i + 1], y=noise.y[i : i + 1]) for i in range(3)]

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import train
-from models.stack import Stack
 from tests.conftest import TINY, weights
 from utils.files import digest_of, load_tensors
 from utils.runs import Run
@@ -53,22 +52,12 @@ def test_a_batch_is_continued_cell_by_cell(script):
     assert status == 2 and "no finished run of fewer epochs for beta_y 7, beta_z 1" in err and err.count("\n") == 1
 
 
-def test_a_continuation_that_is_killed_goes_on(script, monkeypatch):
+def test_a_continuation_that_is_killed_goes_on(script, interrupted):
     assert script(train.main, *TINY)[0] == 0
     (two,) = runs_of()
     more = [*TINY, "--num_epochs", "5", "--init_from", two.path]
     assert script(train.main, *more, "--runs_dir", "whole")[0] == 0
-    real, calls = Stack.step, []
-
-    def stopping(self, *args):
-        calls.append(None)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    with monkeypatch.context() as m:
-        m.setattr(Stack, "step", stopping)
-        assert script(train.main, *more)[0] == 130
+    interrupted(6, *more)
     status, out, err = script(train.main, *more)
     assert status == 0 and "resuming at epoch" in out, err
     (five,) = [r for r in runs_of() if r.config.num_epochs == 5]

@@ -88,20 +88,10 @@ def test_ranges_that_cannot_be(flags, script):
     assert status == 2 and err.count("\n") == 1 and not Path("runs").exists()
 
 
-def test_it_is_resumed_bit_for_bit(script, monkeypatch):
+def test_it_is_resumed_bit_for_bit(script, interrupted):
     flags = [*FLAGS, *GRID, "--num_epochs", "4", "--batch_size", "300", "--save_every", "1"]
     assert script(train.main, *flags, "--runs_dir", "whole")[0] == 0
-    real, calls = Stack.step, []
-
-    def stopping(self, *args):
-        calls.append(None)
-        if len(calls) == 13:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    with monkeypatch.context() as m:
-        m.setattr(Stack, "step", stopping)
-        assert script(train.main, *flags)[0] == 130
+    interrupted(13, *flags)
     status, out, err = script(train.main, *flags)
     assert status == 0 and "resuming at epoch" in out, err
     for path in Path("whole/m").iterdir():

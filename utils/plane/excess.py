@@ -8,7 +8,7 @@ import numpy as np
 from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
 
 OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "warmup_epochs", "no_warmup", "lr_schedule", "multi_rate")
-MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values(), "init_from", "precision")]
+MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values(), "init_from")]
 EXCESS = {
     "num_epochs": "epochs, multi-rate",
     "own_epochs": "epochs, own",
@@ -53,12 +53,7 @@ def pairs(plane: Plane) -> list[Pair]:
     known = {}
     for cell in (grids := plane.grids).get("", Plane([])).cells:
         known.setdefault(_key(cell), []).append(cell)
-    return [
-        Pair(cell, own)
-        for cell in grids.get("multi_rate", Plane([])).cells
-        for own in known.get(_key(cell), ())
-        if cell.settings.get("precision") == own.settings.get("precision")
-    ]
+    return [Pair(cell, own) for cell in grids.get("multi_rate", Plane([])).cells for own in known.get(_key(cell), ())]
 
 
 def _key(cell: Cell) -> tuple:
