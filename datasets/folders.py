@@ -320,8 +320,10 @@ def notes_of(opened: Iterable[tuple[str, dict]]) -> list[str]:
 
 
 def threads() -> int:
-    """How many images to decode at a time."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    """How many images to decode at a time: 16 at most, and no more than there are cores for this process."""
+    from joblib import cpu_count  # those of its affinity, within a container's quota
+
+    return min(16, cpu_count())
 
 
 def decode(samples: list[Sample], channels: int, size: int) -> tuple[Tensor, list[tuple[str, dict]], list[str]]:
