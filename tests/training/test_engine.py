@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.build import build_model
+from models.hvae import Terms
 from models.stack import BACKENDS, Stack
 from utils.config import Config
 from utils.errors import is_out_of_memory
@@ -76,7 +77,7 @@ def test_smaller_batches_are_neither_captured_nor_compiled(monkeypatch):
     x, noise = batch(engine.stack)
     few = x[:3], noise._replace(z=noise.z[:3], y=noise.y[:3]), ones, ones
     engine.step(*few)
-    assert engine.replay is None and engine.to_capture
+    assert engine.replay is None and engine.to_prepare
     engine.step(x, noise, ones, ones)
     assert engine.replay is not None
     monkeypatch.setattr(engine, "replay", lambda: pytest.fail("replayed for a batch of another size"))
@@ -161,6 +162,15 @@ def test_what_cannot_be_compiled_runs_eagerly(monkeypatch, capsys):
     assert torch.equal(ten_steps(compile=True)[0], ten_steps()[0])
     out = capsys.readouterr().out
     assert out == "note: the step cannot be compiled, continuing without: no compiler found\n"
+
+
+def test_a_compiled_step_that_differs_is_not_used(monkeypatch, capsys):
+    def wrongly(f, fullgraph):
+        return lambda *inputs: Terms(*(1.1 * t for t in f(*inputs)))
+
+    monkeypatch.setattr(torch, "compile", wrongly)
+    assert torch.equal(ten_steps(compile=True)[0], ten_steps()[0])
+    assert capsys.readouterr().out.startswith("note: the step cannot be compiled, continuing without: its result diff")
 
 
 def test_a_restarted_engine_is_a_new_one():

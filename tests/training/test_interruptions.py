@@ -40,6 +40,17 @@ def uninterrupted(script) -> str:
     return weights(next(Path("whole/singles").iterdir()))
 
 
+def test_a_compiled_training_continues_bit_for_bit(script, interrupted):
+    compiled = [*LONGER, "--compile", "on"]
+    assert script(train.main, *compiled, "--runs_dir", "whole")[0] == 0
+    assert script(train.main, *LONGER, "--runs_dir", "eager")[0] == 0
+    interrupted(50, *compiled)
+    status, out, err = script(train.main, *compiled)
+    assert status == 0 and "resuming at epoch" in out, err
+    ours, whole, eager = (weights(next(Path(d, "singles").iterdir())) for d in ("runs", "whole", "eager"))
+    assert ours == whole != eager
+
+
 @times(50)
 def test_kill_9_at_a_random_moment_then_the_same_command(trial, script):
     expected = uninterrupted(script)

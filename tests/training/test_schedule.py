@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from datasets.loading import Data
+from models.build import build_model
 from models.stack import Stack
 from tests.conftest import TINY
 from utils.config import Config
@@ -14,7 +16,7 @@ from utils.files import load_tensors
 from utils.runs import Run
 from utils.training import schedule
 from utils.training.engine import Engine
-from utils.training.schedule import AT_ONCE, Trainer
+from utils.training.schedule import AT_ONCE, Trainer, operations
 
 
 def test_out_of_memory_halves_the_chunk(script, monkeypatch):
@@ -87,8 +89,8 @@ def test_sizes_of_chunks(n, size, chunks):
     assert taken == chunks
 
 
-def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
-    """Decided from the number of steps; `on`, `off` and a named convolution backend override it."""
+def test_only_long_trainings_are_compiled_and_on_a_gpu_measured(monkeypatch):
+    """Decided from the number of steps, on a CPU from one training's operations; what is asked for overrides it."""
 
     def trainer(n_cells, *flags, device="cuda", **settings):
         args = train.parse_args(["--device", "cpu", *flags])
@@ -100,7 +102,9 @@ def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
 
     assert how(trainer(441)) == (True, True, None, None)
     assert how(trainer(1, num_epochs=2)) == (False, True, AT_ONCE, "plain")
-    assert how(trainer(441, device="cpu")) == (False, False, 1, "plain")
+    assert how(trainer(441, device="cpu", num_epochs=20)) == (False, False, 1, "plain")
+    assert how(trainer(1, device="cpu")) == (True, False, 1, "plain")
+    assert how(trainer(1, "--compile", "off", device="cpu"))[0] is False
     data, args = Data(range(9), range(9), 10), train.parse_args(["--device", "cpu"])
     assert Trainer(data, args, None, 1, Config(dataset="ImageNet")).backend == "channels_last"
     assert how(trainer(441, "--compile", "off", "--cells_at_once", "7")) == (False, False, 7, None)
@@ -111,6 +115,22 @@ def test_only_long_trainings_on_a_gpu_are_measured_and_compiled(monkeypatch):
     measured = trainer(441)
     assert measured.size_for(Config(), 441) == 49 and measured.size_for(Config(), 392) == 49
     assert measured.backend == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
+
+
+def test_operations_of_a_step():
+    """Counted by hand: 2 a product; a convolution has 16 products per output, input and output channel."""
+    c = Config(dataset="CIFAR10", conv_channels=16, z_dims=8)
+    model, layers = build_model(c), []
+
+    def count(layer, inputs, out):
+        smaller = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else out
+        layers.append(2 * layer.weight.numel() * smaller[0, 0].numel())  # every weight is used once a pixel
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    model(torch.rand(1, *c.image_shape), model.noise(1, torch.Generator()))
+    assert operations(c) == 3 * sum(layers)
 
 
 def test_kernels_are_refused_without_a_gpu(script):

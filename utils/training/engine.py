@@ -30,8 +30,9 @@ class Differs(Exception):
 class Engine:
     """M stacked models and their optimiser; reused for all chunks of a grid, so that it compiles and captures once.
 
-    `compile` runs the step through torch.compile. `capture` records it as a CUDA graph for all full-size batches,
-    after comparing it with the eager step. `backend` is a convolution backend, one of models.stack.BACKENDS.
+    `compile` runs the step through torch.compile, `capture` records it as a CUDA graph for all full-size batches; both
+    are compared with the eager step before they are used. `backend` is a convolution backend, one of
+    models.stack.BACKENDS.
     With `data_parallel`, each torchrun process takes its part of every batch.
     """
 
@@ -47,17 +48,18 @@ class Engine:
     ):
         on_gpu = device.type == "cuda"
         self.config, self.device, self.data_parallel = config, device, data_parallel
-        self.compile, self.to_capture, self.replay = compile, capture and not data_parallel, None
+        self.compile, self.capture, self.replay = compile, capture and not data_parallel, None
+        self.to_prepare = self.capture or compile and not data_parallel
         self.stack = Stack(build_model(config).to(device), m, config.precision, backend)
         parameters = self.stack.parameters.values()
-        adam = {"fused": True, "capturable": on_gpu and self.to_capture}
+        adam = {"fused": True, "capturable": on_gpu and self.capture}
         lr = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
         self.optimizer = torch.optim.Adam(parameters, lr=lr, **adam)
         for p in parameters:  # now, so that all later changes are in place, where a captured graph sees them
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
         rank, world = place() if data_parallel else (0, 1)
-        if compile and not self.to_capture:
+        if compile and data_parallel:
             self.stack.compile(len(range(config.batch_size)[rank::world]))
         if data_parallel:
             self.stack.distribute(rank, world)
@@ -114,9 +116,9 @@ class Engine:
         Returns the sums over the batch of loss, ll, kl_y, kl_z: (M, 4).
         """
         inputs = (x, noise, beta_y, beta_z)
-        if self.to_capture and len(x) == self.config.batch_size:
-            self.to_capture = False
-            self._capture(inputs)
+        if self.to_prepare and len(x) == self.config.batch_size:
+            self.to_prepare = False
+            self._prepare(inputs)
         if self.replay is None or any(a.shape != b.shape for a, b in zip(flat(inputs), self.inputs, strict=True)):
             return self.stack.step(self.optimizer, *inputs)  # also for an epoch's last batch, if it is smaller
         for there, new in zip(self.inputs, flat(inputs), strict=True):
@@ -133,8 +135,8 @@ class Engine:
         """Copies of a step's sums and gradients, by which two implementations of a step are compared."""
         return [sums.clone(), *(p.grad.clone() for p in self.stack.parameters.values())]
 
-    def _capture(self, inputs: tuple) -> None:
-        """Captures the step for batches of this size, after comparing it with the eager step.
+    def _prepare(self, inputs: tuple) -> None:
+        """Compiles the step for batches of this size, and captures it, after comparing it with the eager step.
 
         Falls back, with a note, if compiling or capturing fails or changes the result.
         """
@@ -146,17 +148,21 @@ class Engine:
         there = iter(rest)
         noise = Noise(*(None if t is None else next(there) for t in inputs[1]))
         fixed = (x, noise, beta_y, beta_z)
-        for compile in (True, False) if self.compile else (False,):
+        for compile in [True] * self.compile + [False] * self.capture:
             try:
                 if compile:
                     self.stack.compile(len(x))
                     with torch.no_grad():
                         hard = noise._replace(temperature=None)
                         self.stack.fast_terms(x, hard)  # as in an evaluation, to compile that here as well
-                self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
-                self._set(before)
-                self.replay()
-                check_same(self.results(self.sums), expected, self.stack.low)
+                if self.capture:
+                    self.replay, self.sums = record(lambda: self.stack.step(self.optimizer, *fixed), self.device)
+                    self._set(before)
+                    self.replay()
+                    results = self.results(self.sums)
+                else:
+                    results = self.results(self.stack.step(self.optimizer, *fixed))
+                check_same(results, expected, self.stack.low)
                 return self._set(before)
             except Exception as e:
                 self.replay = self.stack.compiled = None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from models.build import build_model
 from models.stack import BACKENDS
 from utils import threads
 from utils.config import Config
@@ -23,7 +24,8 @@ from utils.training.engine import Engine, check_backend, doublings, fastest, fre
 from utils.training.loop import Interrupted, Signals, train
 from utils.training.start import begin
 
-LONG = 20_000  # model steps that take about as long as measuring and compiling
+LONG = 20_000  # model steps that take about as long as measuring and compiling, on a GPU
+LONG_ON_CPU = 3e13  # operations of one training, which take ten minutes at 50 GFLOP/s
 AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
 
 
@@ -114,6 +116,17 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
     return [(run, back(run, state)) for run, state in cells]
 
 
+def operations(config: Config) -> int:
+    """Floating-point operations of a training step per image: three times those of the forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build_model(config)
+    noise = model.noise(1, torch.Generator().manual_seed(0))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *config.image_shape), noise)
+    return 3 * counter.get_total_flops()
+
+
 class Trainer:
     """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
 
@@ -124,7 +137,9 @@ class Trainer:
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
         steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
         long = on_gpu and steps >= LONG  # whether measuring and compiling pay off
-        self.compile = long if args.compile == "auto" else args.compile == "on"
+        # on a CPU it depends on one training alone, so that a grid that is interrupted continues as it began
+        pays = long or not on_gpu and len(data.train) * config.num_epochs * operations(config) >= LONG_ON_CPU
+        self.compile = pays if args.compile == "auto" else args.compile == "on"
         self.capture = on_gpu and args.compile != "off"
         self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
         usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
