@@ -10,6 +10,7 @@ import train
 from tests.conftest import TINY
 from utils.benchmark import __main__ as benchmark
 from utils.benchmark import grid, layers, plane
+from utils.benchmark.profile import Operators
 from utils.runs import Run
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
@@ -22,6 +23,7 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
         ("grid", 40, ["like the paper's code", "2 cells stacked", "the grid in", "GB/s", "whole epochs", "grid takes"]),
         ("plane", 40, ["multi-rate training", "unfolding: ", "hours for a map", "multi-rate training, 4 x 500 epochs"]),
         ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient w.r.t. weights"]),
+        ("profile", 40, ["a step takes", "convolution_backward 8x4x14x14 8x1x28x28", "others"]),
         ("loader", 24, ["JPEG files of 500 x 375", "the loader decodes"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
@@ -33,6 +35,20 @@ def test_benchmarks_run(what, images, lines, script):
     status, out, err = script(benchmark.main, what, *SMALL, *flags)
     assert status == 0, err
     assert "threads, torch" in out.splitlines()[0] and all(line in out for line in lines), out
+
+
+def test_operators_are_counted_with_their_work():
+    """By hand: 2 operations a product, 4 bytes a number that is read or written."""
+    a, b, x, w = torch.ones(8, 16), torch.ones(16, 4), torch.ones(2, 3, 8, 8), torch.ones(5, 3, 4, 4)
+    with Operators(torch.device("cpu")) as operators:
+        a @ b
+        torch.nn.functional.conv2d(x, w, stride=2, padding=1)
+        torch.exp(a)
+        torch.exp(a)
+    work = {key: [call[1:] for call in calls] for key, calls in operators.calls.items()}
+    assert work["mm", "8x16 16x4"] == [(2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4))]
+    assert work["convolution", "2x3x8x8 5x3x4x4"][0][0] == 2 * (2 * 4 * 4) * w.numel()
+    assert work["exp", "8x16"] == [(0, 4 * 2 * 8 * 16)] * 2
 
 
 def test_the_paper_grids_hours_follow_from_its_steps(script, monkeypatch):

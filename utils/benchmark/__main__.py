@@ -3,6 +3,7 @@
     python -m utils.benchmark grid        time for the paper's grid of 441 models, compared with a loop like the paper's
     python -m utils.benchmark plane       the same for a map of the rate plane by one multi-rate training
     python -m utils.benchmark step        one training step: number of cells, convolution backend, eager or compiled
+    python -m utils.benchmark profile     where the time of a step goes: its operators, and their share of the peaks
     python -m utils.benchmark layers      each convolution and its gradients with every convolution backend
     python -m utils.benchmark streams     single models on parallel CUDA streams, instead of stacked
     python -m utils.benchmark loader      throughput of ImageNet's data loader, compared with the training step
@@ -28,7 +29,7 @@ from utils.errors import UserError, run_script
 from utils.training.engine import check_backend, use_precision
 
 BENCHMARKS = {  # name: module
-    **{name: name for name in ("grid", "plane", "step", "layers", "loader", "threads", "precision")},
+    **{name: name for name in ("grid", "plane", "step", "profile", "layers", "loader", "threads", "precision")},
     **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
 }
 
