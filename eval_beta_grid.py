@@ -14,20 +14,9 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 from functools import partial
 
-from utils.cli import Parser, whole
+from utils.cli import Parser, add_bench_flags, whole
 from utils.distributed import is_first, share, wait_for_all
 from utils.errors import run_script
-from utils.evaluation.batch import (
-    add_bench_flags,
-    find_runs,
-    finish,
-    gather,
-    open_subjects,
-    require_classifiers,
-    run_steps,
-)
-from utils.evaluation.steps import MI_STEPS, choose
-from utils.evaluation.subject import Bench
 
 
 def parse_args(argv=None):
@@ -75,6 +64,8 @@ def parse_args(argv=None):
 
 def wanted_steps(args) -> list[str]:
     """Names of the steps that the flags select."""
+    from utils.evaluation.steps import MI_STEPS
+
     probes = "probes_standardized" if args.standardize else "probes"
     asked = [(args.all or args.get_mi_cal_acc, probes), (args.all or args.recons_acc, "recons"), (args.pca, "pca")]
     later = [name for wanted, name in asked if wanted]
@@ -87,6 +78,10 @@ def wanted_steps(args) -> list[str]:
 def main(argv=None) -> int:
     """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
+    from utils.evaluation.batch import find_runs, finish, gather, open_subjects, require_classifiers, run_steps
+    from utils.evaluation.steps import choose
+    from utils.evaluation.subject import Bench  # these import torch, which takes seconds: only for flags that are right
+
     paths, steps, problems = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args), {}
     bench = Bench.of(args)
     if is_first():

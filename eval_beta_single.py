@@ -11,12 +11,9 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 import sys
 from pathlib import Path
 
-from utils.cli import Parser
+from utils.cli import Parser, add_bench_flags
 from utils.distributed import progress
 from utils.errors import run_script
-from utils.evaluation.batch import add_bench_flags, gather, is_cell, listed, open_run, run_step
-from utils.evaluation.steps import MI_STEPS, choose
-from utils.evaluation.subject import Bench, Subject, metrics_of
 
 
 def parse_args(argv=None):
@@ -31,6 +28,9 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
+    from utils.evaluation.batch import gather, is_cell, listed
+    from utils.evaluation.subject import Bench  # imports torch, which takes seconds: only for flags that are right
+
     bench, problems = Bench.of(args), {}
     if len(args.run_path) == 1:
         step_2(args.run_path[0], bench, args.force)
@@ -45,8 +45,12 @@ def main(argv=None) -> int:
     return 1 if problems else 0
 
 
-def step_2(path: Path, bench: Bench, force: bool) -> None:
-    """Estimates and prints the mutual information of one run."""
+def step_2(path: Path, bench, force: bool) -> None:
+    """Estimates and prints the mutual information of one run, on a Bench."""
+    from utils.evaluation.batch import open_run, run_step
+    from utils.evaluation.steps import MI_STEPS, choose
+    from utils.evaluation.subject import Subject, metrics_of
+
     run = open_run(path)
     subject = Subject(run, bench)
     for name in MI_STEPS:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
-from utils.evaluation.information import accuracy_bound, entropy
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of
 from utils.plane.cells import PROBES, Plane, labels_of, read_plane
@@ -67,6 +66,7 @@ def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
     """Draws all figures for which the batch has data; returns them by name."""
+    from utils.evaluation.information import accuracy_bound, entropy
     from utils.plane import figures
     from utils.plane.pictures import sheets
 

@@ -10,18 +10,10 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 import sys
 
-from datasets.loading import load_data
-from models.stack import BACKENDS
+from models.tables import BACKENDS
 from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
-from utils.runs import Run
-from utils.training.loop import Interrupted
-from utils.training.schedule import check_data_parallel, check_flags, report, train_all, unfinished
-from utils.training.start import note_shorter, with_start
-from utils.training.summary import describe, summarise
-from utils.training.targets import near
-from utils.training.unfold import sources, unfold_all
 
 
 def parse_args(argv=None):
@@ -76,6 +68,15 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
+    from datasets.loading import load_data  # imports torch, which takes seconds: only for flags that are right
+    from utils.runs import Run
+    from utils.training.loop import Interrupted
+    from utils.training.schedule import check_data_parallel, check_flags, report, train_all, unfinished
+    from utils.training.start import note_shorter, with_start
+    from utils.training.summary import describe, summarise
+    from utils.training.targets import near
+    from utils.training.unfold import sources, unfold_all
+
     cells = with_start(grid_configs(args), args.init_from)
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}

@@ -11,18 +11,11 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
-from datasets.loading import load_data
-from models.classifiers import OPTIMIZERS, Classifier, augmented, build_classifier, load_classifier, scheduler
 from utils.cli import Parser, add_config_flags, whole
 from utils.config import Config
-from utils.distributed import progress
 from utils.errors import UserError, run_script
-from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json
-from utils.runs import locked
-from utils.seeds import generator
+from utils.files import check_writable, read_json, save_tensors, write_json
+from utils.locks import locked
 
 
 def parse_args(argv=None):
@@ -46,60 +39,13 @@ def parse_args(argv=None):
     return args
 
 
-@torch.no_grad()
-def accuracy(model: Classifier, split) -> float:
-    """Accuracy on all images of a split."""
-    model.eval()
-    return sum((model(x).argmax(1) == label).sum().item() for x, label in split.batches(500)) / len(split)
-
-
-def train(args, data, folder: Path) -> Classifier:
-    """Trains from the checkpoint, if there is one. Raises UserError if it is damaged or the loss is not finite."""
-    recipe, cuda = args.config.recipe, args.device.type == "cuda"
-    layout = torch.channels_last if cuda else torch.contiguous_format
-    torch.manual_seed(args.seed)
-    model = build_classifier(args.config, data.n_classes).to(args.device, memory_format=layout)
-    optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=args.learning_rate)
-    rates = scheduler(optimizer, recipe, args.num_epochs)
-    parts, start = {"model": model, "optimizer": optimizer, "scheduler": rates}, 0
-    if (folder / "resume.pth").exists():
-        try:
-            state = load_tensors(folder / "resume.pth")
-            start = int(state["epoch"])
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except (UserError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
-            raise UserError(f"{folder / 'resume.pth'}: damaged; --overwrite starts from scratch ({e})") from e
-        print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
-    bar = progress(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
-    for epoch in bar:
-        torch.manual_seed(args.seed + 1000 * epoch)  # for dropout
-        g = generator(args.device, args.seed, epoch, "augmentation")
-        model.train()
-        total = torch.zeros((), device=args.device)
-        for x, label in data.train.batches(args.batch_size, (args.seed, epoch)):
-            x = augmented(x, recipe.crop, recipe.flip, g) if recipe.crop or recipe.flip else x
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=cuda):
-                loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), label)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(x)
-        rates.step()
-        if not total.isfinite():
-            raise UserError(
-                f"--learning_rate: the loss is not finite in epoch {epoch + 1}; try a value below {args.learning_rate}"
-            )
-        values = {"loss": total.item() / len(data.train), "test_accuracy": accuracy(model, data.test)}
-        bar.set_postfix({name: f"{v:.4f}" for name, v in values.items()}, refresh=False)
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save_tensors(folder / "resume.pth", {"epoch": epoch + 1, **state})
-    return model
-
-
 def main(argv=None) -> int:
     """Trains and saves the classifier of a data set; returns the exit status."""
     args = parse_args(argv)
+    from datasets.loading import load_data  # imports torch, which takes seconds: only for flags that are right
+    from models.classifiers import load_classifier
+    from utils.training.classifier import accuracy, train
+
     config = args.config
     settings = {k: getattr(args, k) for k in ("num_epochs", "batch_size", "learning_rate", "seed")}
     settings = {"dataset": config.data_name, **settings}

@@ -13,14 +13,16 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from utils.errors import UserError, one_line
 from utils.files import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Sample = tuple[str, int]  # an image's path and label
 
@@ -326,8 +328,9 @@ def threads() -> int:
     return min(16, cpu_count())
 
 
-def decode(samples: list[Sample], channels: int, size: int) -> tuple[Tensor, list[tuple[str, dict]], list[str]]:
+def decode(samples: list[Sample], channels: int, size: int) -> tuple["Tensor", list[tuple[str, dict]], list[str]]:
     """Images (N, C, H, W) uint8, resized and cropped in the centre to size x size; their `info`; and what is wrong."""
+    import torch
     from torchvision.transforms import v2
 
     fit = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])

@@ -16,15 +16,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy import ndarray
-from torch import Tensor
 
 from utils.errors import UserError
 
 from .folders import TEST, TRAIN, Folder, scan, stratified_split
 
-Split = tuple[ndarray | Tensor, ndarray | Tensor]
+Split = tuple[ndarray, ndarray]
 
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 DEFLATE = 1032  # to one, at most
@@ -50,6 +48,7 @@ def locate(folders: list[Path], names: list[tuple[str, ...]]) -> list[Path]:
 
 def digits(root: Path) -> tuple[Split, Split]:
     """scikit-learn's bundled 8x8 handwritten digits, enlarged bilinearly to 28x28."""
+    import torch
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -57,7 +56,7 @@ def digits(root: Path) -> tuple[Split, Split]:
     def split(index):
         images = torch.tensor(data.images[index], dtype=torch.float32).unsqueeze(1) * (255 / 16)
         images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").round().to(torch.uint8)
-        return images, torch.tensor(data.target[index])
+        return images.numpy(), data.target[index]
 
     train, test, _ = stratified_split(data.target)
     return split(train), split(test)

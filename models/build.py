@@ -1,14 +1,10 @@
-"""The table of models, and the function that builds them for training and evaluation alike."""
+"""The function that builds the models, for training and evaluation alike."""
 
 import torch
 from torch import nn
 
-from .bvae import BVAE
 from .conditioned import Conditioned
-from .hvae import HVAE
-from .lvae import LVAE
-
-MODELS = {c.__name__: c for c in (HVAE, LVAE, BVAE)}
+from .tables import MODELS
 
 
 def build_model(config) -> nn.Module:

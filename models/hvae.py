@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 from . import networks
-from .latents import LATENTS, Gaussian
-from .likelihoods import LIKELIHOODS
+from .latents import Gaussian
+from .tables import LATENTS, LIKELIHOODS
 
 
 class Terms(NamedTuple):

@@ -147,6 +147,3 @@ class RelaxedOneHot(NamedTuple):
 def one_hot_argmax(t: Tensor) -> Tensor:
     """One-hot of the largest entry along the last dimension (written to run under vmap)."""
     return (torch.arange(t.shape[-1], device=t.device) == t.argmax(-1, keepdim=True)).to(t.dtype)
-
-
-LATENTS = {"DiagonalGaussian": Gaussian, "GumbelSoftmax": RelaxedOneHot}

@@ -200,6 +200,3 @@ class MoL(nn.Module):
         slots = outputs[:, k:].reshape(b, self.colours, self.per_colour, k, h, w)
         coefficients = torch.tanh(slots[:, :, 2]) if self.colours == 3 else None
         return MixtureOfLogistics(log_weights, slots[:, :, 0], slots[:, :, 1].clamp_min(-7), coefficients)
-
-
-LIKELIHOODS = {c.__name__: c for c in (Bernoulli, GaussianFixedSigma, GaussianLearnedSigma, MoL)}

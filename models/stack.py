@@ -12,9 +12,8 @@ from .hvae import Noise, Terms
 
 TERMS = ("loss", *Terms._fields)  # what training and evaluation report of a model, in this order
 
-# Convolution backends: "plain" and "channels_last" are grouped convolutions, which vmap makes of stacked ones, in
+# BACKENDS of convolutions: "plain" and "channels_last" are grouped convolutions, which vmap makes of stacked ones, in
 # either memory format; "kernels" are the Triton kernels of models/kernels.py.
-BACKENDS = ("plain", "channels_last", "kernels")
 
 
 class Stack:

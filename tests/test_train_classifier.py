@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train_classifier
+from models.classifiers import augmented, load_classifier
 from tests.conftest import start
 from tests.datasets.files import write_cifar10, write_svhn
 from utils.config import Config
@@ -41,9 +42,7 @@ def test_colour_classifiers_train(dataset, script):
     {"SVHN": write_svhn, "CIFAR10": write_cifar10}[dataset](Path("data"), n=2)
     status, out, err = script(train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
     assert status == 0, err
-    model, _ = train_classifier.load_classifier(
-        Path("runs/classifiers", dataset), Config(dataset=dataset), torch.device("cpu")
-    )
+    model, _ = load_classifier(Path("runs/classifiers", dataset), Config(dataset=dataset), torch.device("cpu"))
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
@@ -66,10 +65,10 @@ def test_augmentation_moves_and_mirrors_each_image_on_its_own():
     x = torch.zeros(64, 1, 8, 8)
     x[:, :, 3, 2] = 1
     g = torch.Generator().manual_seed(0)
-    places = train_classifier.augmented(x, 2, False, g).flatten(1).argmax(1)
+    places = augmented(x, 2, False, g).flatten(1).argmax(1)
     rows, columns = places // 8, places % 8
     assert set(rows.tolist()) == {1, 2, 3, 4, 5} and set(columns.tolist()) == {0, 1, 2, 3, 4}
-    both = train_classifier.augmented(x, 0, True, g).flatten(1).argmax(1) % 8
+    both = augmented(x, 0, True, g).flatten(1).argmax(1) % 8
     assert set(both.tolist()) == {2, 5}
-    untouched = train_classifier.augmented(x, 0, False, g)
+    untouched = augmented(x, 0, False, g)
     assert torch.equal(untouched, x)

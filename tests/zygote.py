@@ -20,7 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PRELOADED = ("train", "train_classifier", "eval_beta_grid", "eval_beta_single", "plot_eval")
 PRELOADED += ("torch.utils.tensorboard", "torchvision.utils", "torchvision.transforms.v2", "sklearn.datasets")
-PRELOADED += ("sklearn.svm", "sklearn.linear_model", "joblib", "utils.training.loop", "utils.plane.figures")
+PRELOADED += ("sklearn.svm", "sklearn.linear_model", "joblib", "utils.plane.figures")
+PRELOADED += ("utils.training.unfold", "utils.training.schedule", "utils.training.classifier", "utils.evaluation.batch")
 
 
 class Process:

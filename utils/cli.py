@@ -9,12 +9,14 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from utils import threads
 from utils.config import FLAGS, Config, kind_of
-from utils.errors import UserError, nearest, one_line
+from utils.errors import UserError, end_quietly, handled_by, heeded_signals, nearest, one_line
+
+if TYPE_CHECKING:
+    import torch
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
 NO_VALUE = "takes no value; give the flag to turn it on, leave it out otherwise"
@@ -52,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def _add_machine_flags(self):
         common = self.add_argument_group("machine")
-        common.add_argument("--device", type=device, help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
+        common.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
         common.add_argument(
             "--threads",
             type=partial(whole, most=1024),
@@ -77,7 +79,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
-        args.device = args.device or default_device()
+        with handled_by(end_quietly, *heeded_signals()):  # an exception could leave it half imported
+            import torch  # takes seconds: only for flags that are right
+        args.device = device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.set_num_threads(args.threads or threads.choose())
         return args
 
@@ -85,6 +89,22 @@ class Parser(argparse.ArgumentParser):
 def add_moved_flag(parser) -> None:
     """For scripts that read runs: where a folder of images is now."""
     parser.add_argument("--dataset", metavar="FOLDER", help="where the runs' folder of images is now, if it has moved")
+
+
+def add_bench_flags(parser: Parser) -> None:
+    """Adds the flags that the evaluation scripts share."""
+    group = parser.add_argument_group("evaluation")
+    add_moved_flag(group)
+    group.add_argument(
+        "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
+    )
+    group.add_argument(
+        "--y_samples",
+        type=partial(whole, most=1000),
+        default=4,
+        help="samples of z that approximate q(y|x), for the mutual information of y (default: 4)",
+    )
+    group.add_argument("--force", action="store_true", help="recompute results that are up to date")
 
 
 def next_command(args, *words: str) -> str:
@@ -131,8 +151,10 @@ def batch_folder(runs_dir: str, batch: str) -> Path:
     return Path(runs_dir) / batch
 
 
-def device(name: str) -> torch.device:
+def device(name: str) -> "torch.device":
     """The device of that name, if it is there; `cuda` is the GPU that torchrun means for this process."""
+    import torch
+
     try:
         found = torch.device(name)
         if found.type not in ("cpu", "cuda"):
@@ -145,11 +167,6 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
     return found
-
-
-def default_device() -> torch.device:
-    """The GPU, or the CPU if there is none."""
-    return device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:

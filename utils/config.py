@@ -10,9 +10,7 @@ from pathlib import Path
 
 from datasets.folders import SIZES, listed, nearest_size
 from datasets.table import DATASETS, Recipe, lookup
-from models.build import MODELS
-from models.latents import LATENTS
-from models.likelihoods import LIKELIHOODS
+from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
 
 # Beyond these something overflows: float32, a 64-bit seed, any machine's memory.

@@ -7,12 +7,14 @@ processes share nothing but the run folders, as the tasks of a SLURM array do.
 import os
 import sys
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 LONG = timedelta(days=30)  # a process may wait as long as another one trains
 
@@ -40,13 +42,18 @@ def share(items: list) -> list:
     return items[rank::world]
 
 
-def join(device: torch.device) -> None:
+def join(device: "torch.device") -> None:
     """Lets the processes of torchrun talk to each other, through the GPUs if that is where they train."""
+    import torch.distributed as dist
+
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG)
 
 
 def wait_for_all() -> None:
     """Returns once every process of torchrun is here; it would end the others as soon as one fails."""
+    import torch
+    import torch.distributed as dist
+
     if dist.is_torchelastic_launched() and place()[1] > 1:
         if not dist.is_initialized():
             join(torch.device("cpu"))
@@ -54,8 +61,11 @@ def wait_for_all() -> None:
         dist.destroy_process_group()
 
 
-def largest_of_all(value: int, device: torch.device) -> int:
+def largest_of_all(value: int, device: "torch.device") -> int:
     """The largest of the processes' values."""
+    import torch
+    import torch.distributed as dist
+
     value = torch.tensor(value, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)
@@ -63,6 +73,8 @@ def largest_of_all(value: int, device: torch.device) -> int:
 
 def from_first(value):
     """The first process's value."""
+    import torch.distributed as dist
+
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one line on stderr, exit status 2, no traceback."""
 
+import contextlib
 import difflib
 import errno
 import io
@@ -8,7 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -40,6 +41,20 @@ def end_quietly(number, _) -> NoReturn:
 def heeded_signals() -> list[int]:
     """The signals that end this process; not SIGHUP where it was started by nohup."""
     return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def handled_by(handler, *numbers: int) -> Iterator[None]:
+    """Has these signals handled so meanwhile, which only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

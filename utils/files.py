@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from utils import locks
 from utils.errors import UserError, one_line
@@ -107,6 +106,8 @@ def read_json(path: Path) -> dict:
 
 
 def _tensor_bytes(tensors: dict) -> bytes:
+    import torch
+
     buffer = io.BytesIO()  # not a path: torch would write the file's name into it, and bytes would differ
     torch.save(tensors, buffer)
     return buffer.getvalue()
@@ -121,6 +122,8 @@ def load_tensors(path: Path) -> dict:
 
     Raises UserError naming the file if it is damaged or holds anything else.
     """
+    import torch
+
     clean = io.BytesIO()
     try:
         # torch compares no checksums and trusts the archive's headers: give it what Python's reader has checked
@@ -153,6 +156,8 @@ def _check_size(archive: zipfile.ZipFile) -> None:
 
 def _is_legacy(path: Path) -> bool:
     """Whether a file begins with the number that torch.save wrote first before version 1.6, pickled."""
+    import torch
+
     try:
         with open(path, "rb") as file:
             return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from models.likelihoods import LIKELIHOODS, MixtureOfLogistics
+from models.likelihoods import MixtureOfLogistics
+from models.tables import LIKELIHOODS
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 

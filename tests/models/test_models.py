@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.build import MODELS, build_model
+from models.build import build_model
 from models.hvae import Terms
-from models.latents import LATENTS
-from models.likelihoods import LIKELIHOODS
 from models.stack import Stack
+from models.tables import LATENTS, LIKELIHOODS, MODELS
 from tests.conftest import ROOT, random_data
 from utils.config import Config
 from utils.errors import UserError

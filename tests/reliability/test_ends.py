@@ -288,7 +288,8 @@ def test_names_that_are_no_text_are_read_and_written_as_they_are():
 
 
 def test_an_error_of_the_system_that_names_no_file_is_one_line():
-    before = "import train; train.load_data = lambda *a: (_ for _ in ()).throw(OSError(5, 'Input/output error'))"
+    before = "import datasets.loading as loading\ndef fails(*_): raise OSError(5, 'Input/output error')\n"
+    before += "loading.load_data = fails"
     status, _, err = ended(quick("train.py", *CELL, before=before))
     assert status == 2 and err == "error: the system: Input/output error\n"
 

@@ -5,7 +5,8 @@ import torch
 
 from models.build import build_model
 from models.hvae import Terms
-from models.stack import BACKENDS, Stack
+from models.stack import Stack
+from models.tables import BACKENDS
 from utils.config import Config
 from utils.errors import is_out_of_memory
 from utils.seeds import generator

@@ -8,7 +8,8 @@ import torch
 
 import train
 from models.build import build_model
-from models.stack import BACKENDS, Stack
+from models.stack import Stack
+from models.tables import BACKENDS
 from tests.conftest import TINY
 from utils.config import Config
 from utils.seeds import generator

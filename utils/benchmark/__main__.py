@@ -19,14 +19,10 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 import argparse
 import importlib
 
-import torch
-
 from datasets.table import DATASETS
-from models.stack import BACKENDS
-from utils.benchmark.measuring import machine
+from models.tables import BACKENDS
 from utils.cli import Parser, whole
 from utils.errors import UserError, run_script
-from utils.training.engine import check_backend, use_precision
 
 BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "plane", "step", "profile", "layers", "loader", "threads", "precision")},
@@ -73,6 +69,11 @@ def main(argv=None) -> int:
     parser.add_argument("--epochs", type=whole, help="grid: whole epochs to time (default: 20 on a GPU, else 1)")
     parser.add_argument("--n", type=at_least_two, default=20, help="repetitions of each measurement (default: 20)")
     args = parser.parse(argv)
+    import torch
+
+    from utils.benchmark.measuring import machine
+    from utils.training.engine import check_backend, use_precision
+
     if args.runs and args.what != "precision":
         raise UserError(f"{args.runs}: only `precision` takes a folder of runs")
     for backend in args.convolutions or ():

@@ -8,14 +8,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 from models.stack import TERMS
-from utils.cli import Parser, add_moved_flag, batch_folder, whole
+from utils.cli import batch_folder
 from utils.config import Config
 from utils.distributed import is_first, progress
-from utils.errors import UserError, nearest
+from utils.errors import UserError, handled_by, nearest
 from utils.evaluation.probes import PROBES, probe
 from utils.evaluation.steps import STEPS, bound
 from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
@@ -26,22 +25,6 @@ CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # set to 1 in the workers
 TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
-
-
-def add_bench_flags(parser: Parser) -> None:
-    """Adds the flags that the evaluation scripts share."""
-    group = parser.add_argument_group("evaluation")
-    add_moved_flag(group)
-    group.add_argument(
-        "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
-    )
-    group.add_argument(
-        "--y_samples",
-        type=partial(whole, most=1000),
-        default=4,
-        help="samples of z that approximate q(y|x), for the mutual information of y (default: 4)",
-    )
-    group.add_argument("--force", action="store_true", help="recompute results that are up to date")
 
 
 def find_runs(runs_dir: str, batch: str) -> list[Path]:
@@ -121,20 +104,6 @@ def run_step(subject: Subject, name: str, force: bool) -> None:
         record(subject, step, step.compute(subject))
 
 
-@contextlib.contextmanager
-def inherited_as_ignored(*numbers: int) -> Iterator[None]:
-    """Lets processes that are started meanwhile ignore these signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
     """Fits the simple classifiers of all runs in worker processes; records failures in `problems`."""
     from joblib.externals.loky import get_reusable_executor
@@ -152,7 +121,8 @@ def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, st
                 jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
         subject.forget()
     left = {index: sum(i == index for i, _ in jobs) for index in results}
-    with inherited_as_ignored(signal.SIGHUP, signal.SIGUSR1):  # this process ends them; loky's tracker would complain
+    # its processes inherit what is ignored: this one ends them, and loky's tracker would complain
+    with handled_by(signal.SIG_IGN, signal.SIGHUP, signal.SIGUSR1):
         executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
         submitted = [executor.submit(probe, index, *job) for index, job in jobs]
     try:

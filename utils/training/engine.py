@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models.build import build_model
 from models.hvae import Noise
-from models.stack import BACKENDS, Stack
+from models.stack import Stack
+from models.tables import BACKENDS
 from utils.config import Config
 from utils.distributed import place
 from utils.errors import UserError, is_out_of_memory, one_line
@@ -31,9 +32,8 @@ class Engine:
     """M stacked models and their optimiser; reused for all chunks of a grid, so that it compiles and captures once.
 
     `compile` runs the step through torch.compile, `capture` records it as a CUDA graph for all full-size batches; both
-    are compared with the eager step before they are used. `backend` is a convolution backend, one of
-    models.stack.BACKENDS.
-    With `data_parallel`, each torchrun process takes its part of every batch.
+    are compared with the eager step before they are used. `backend` is one of BACKENDS. With `data_parallel`, each
+    torchrun process takes its part of every batch.
     """
 
     def __init__(

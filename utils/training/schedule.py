@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from models.build import build_model
-from models.stack import BACKENDS
+from models.tables import BACKENDS
 from utils import threads
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
