@@ -15,7 +15,7 @@ from torch.func import functional_call
 from .hvae import HVAE, Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-SPREAD = 0.5  # of the training, over which the betas that are drawn spread from one point over the range
+SPREAD = 0.3  # of the training, over which the betas that are drawn spread from one point over the range
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
 
 
