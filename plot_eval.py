@@ -16,8 +16,9 @@ from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of
-from utils.plane.cells import PROBES, Plane, labels_of, read_plane
+from utils.plane.cells import Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
+from utils.plane.metrics import PROBES
 from utils.plane.report import write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown

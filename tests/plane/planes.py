@@ -13,8 +13,8 @@ def plane_of(rows):
     """A Plane of rows of figures, one cell each."""
     cells = []
     for row in rows:
-        row = {"rate": row["kl_y"] + row["kl_z"], **row}
-        cells.append(Cell({"vae_type": "HVAE"}, (f"{row['beta_y']}-{row['beta_z']}",), row, {}))
+        row = {"rate": row["kl_y"] + row["kl_z"], **{k: v for k, v in row.items() if not isinstance(v, str)}}
+        cells.append(Cell({"vae_type": "HVAE"}, (f"{row['beta_y']}-{row['beta_z']}",), (row,)))
     return Plane(cells)
 
 

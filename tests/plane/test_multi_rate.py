@@ -40,7 +40,7 @@ def test_kinds_are_kept_apart():
     assert plane.unfolded.sum() == 26 and np.isfinite(plane.asked).all(1).sum() == 1
     assert {kind: len(part.cells) for kind, part in plane.grids.items()} == {"": 25, "multi_rate": 25}
     (cell,) = [c for c in plane.cells if len(c.runs) == 2]
-    assert cell.mean["beta_y"] == pytest.approx(2.7) and cell.mean["kl_y"] == 63.5
+    assert cell.median["beta_y"] == pytest.approx(2.7) and cell.median["kl_y"] == 63.5
     assert plane.differing == ["multi_rate"] and "source" not in SHARED
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.plane.planes import AXIS, exponential, plane_of
+from utils.plane.cells import Cell, Plane
 from utils.plane.slopes import slopes
 
 
@@ -63,3 +64,66 @@ def test_slopes_use_the_training_images_where_there_are_any():
     rows = [{f"train_{k}" if k in ("ll", "kl_y", "kl_z") else k: v for k, v in row.items()} for row in rows]
     rows = [row | {"kl_y": 1.0, "kl_z": 1.0, "ll": math.nan} for row in rows]
     assert all(s.ratio_y == pytest.approx(1, abs=1e-9) for s in slopes(plane_of(rows)))
+
+
+def noisy(noise, seeds, grid, rng, of_rates=0.0, **surface):
+    """Cells of optima whose D is off by `noise` nats, and whose rates move along the surface by `of_rates`."""
+    cells = []
+    for by in grid:
+        for bz in grid:
+            repeats = []
+            for _ in range(seeds):
+                row, (e, y, z) = exponential(by, bz, **surface), rng.normal(size=3)
+                row["ll"] += noise * e + of_rates * (by * y + bz * z)
+                row["kl_y"], row["kl_z"] = row["kl_y"] + of_rates * y, row["kl_z"] + of_rates * z
+                repeats.append(row)
+            of_seed = tuple(map(str, range(seeds)))
+            cells.append(Cell({"vae_type": "HVAE"}, of_seed, tuple(repeats), of_seed))
+    return Plane(cells)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("noise, of_rates", [(0.5, 0.3), (2, 0), (10, 0), (40, 0)])
+def test_of_exact_optima_with_noise_at_most_5_percent_are_far_off(noise, of_rates, seeds):
+    """Two standard errors for Student's quantiles and no noise in the excess gave up to 50 %."""
+    rng = np.random.default_rng(1)
+    for grid, times in (([0.1, 1, 10], 60), (AXIS, 20)):
+        found = [s.far_off for _ in range(times) for s in slopes(noisy(noise, seeds, grid, rng, of_rates))]
+        assert np.mean(found) <= 0.05
+
+
+def test_wrong_slopes_and_under_trained_cells_are_found_through_noise():
+    rng, found = np.random.default_rng(1), []
+    for _ in range(10):
+        of_slope = slopes(noisy(1.0, 3, AXIS, rng, slope=3.0))
+        found += [s.far_off for s in of_slope if min(s.cell.median[n] for n in ("beta_y", "beta_z")) > 0.5]
+        plane = noisy(1.0, 1, AXIS, rng)
+        plane.cells[12].repeats[0]["ll"] -= 60
+        assert slopes(plane)[12].under_trained
+    assert np.mean(found) > 0.9
+
+
+def test_an_offset_of_a_seed_is_no_noise():
+    """Seeds whose losses differ by 100 nats in all cells alike: differences within a seed are exact."""
+    plane = noisy(0, 2, AXIS, np.random.default_rng(1))
+    for cell in plane.cells:
+        cell.repeats[1]["ll"] -= 100
+    for s in slopes(plane):
+        assert (s.ratio_y, s.ratio_z) == pytest.approx((1, 1), abs=1e-9) and s.se_y < 1e-6 and not s.far_off
+    (cell,) = [c for c in plane.cells if c.median["beta_y"] == c.median["beta_z"] == 1]
+    plane.cells[plane.cells.index(cell)] = Cell(cell.settings, cell.runs[:1], cell.repeats[:1], cell.seeds[:1])
+    assert all(s.ratio_z == pytest.approx(1, abs=1e-9) for s in slopes(plane))
+
+
+def test_standard_errors_are_those_of_a_regression_with_an_intercept():
+    """Against scipy's, in a grid of one axis."""
+    from scipy.stats import linregress
+
+    rows = [exponential(by, 1.0) for by in AXIS[:3]]
+    for row, e in zip(rows, (0.4, -0.3, 0.1), strict=True):
+        row["ll"] += e
+    s = slopes(plane_of(rows))[1]
+    m = [(AXIS[1] - by) / math.log(AXIS[1] / by) if by != AXIS[1] else 0.0 for by in AXIS[:3]]
+    x = [mean * (row["kl_y"] - rows[1]["kl_y"]) for mean, row in zip(m, rows, strict=True)]
+    told = linregress(x, [row["ll"] for row in rows])
+    assert (s.ratio_y, s.se_y, s.freedom) == pytest.approx((told.slope, told.stderr, 1))

@@ -7,14 +7,14 @@ import numpy as np
 
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
-from utils.plane.cells import BITS, PROBES, Cell, Plane, metric
+from utils.plane.cells import BITS, Cell, Plane
+from utils.plane.metrics import PROBES, metric
 
 ADVICE = {  # columns of the advice and their headings
     "task": "task",
     "budget": "budget",
     "metric": "metric",
     "value": "best",
-    "std": "std",
     "beta_y": "beta_y",
     "beta_z": "beta_z",
     "kl_y": "R(y|z)",
@@ -53,13 +53,13 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[st
             if best is None:
                 continue
             cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
-            row |= {"value": cell.mean[name], "std": cell.std.get(name)}
-            row |= {column: cell.mean[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
+            row["value"] = cell.median[name]
+            row |= {column: cell.median[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
             row |= {name: cell.settings.get(name) for name in plane.differing} | {"command": own_training(cell)}
             if ordinary is not None:
-                there = plane.cells[ordinary].mean
+                there = plane.cells[ordinary].median
                 row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}
-                row["gain"] = metric(name).better * (cell.mean[name] - there[name]) + 0.0  # never -0
+                row["gain"] = metric(name).better * (cell.median[name] - there[name]) + 0.0  # never -0
             rows.append(row)
     return rows
 
@@ -71,7 +71,7 @@ def own_training(cell: Cell) -> str:
     kinds = {f.name: kind_of(f) for f in dataclasses.fields(Config) if f.name in FLAGS}
     texts = {name: cell.settings.get(name) or "" for name in kinds if name not in ("no_warmup", "multi_rate")}
     given = {k: text == "True" if kinds[k] is bool else kinds[k](text) for k, text in texts.items() if text}
-    given |= {name: float(f"{cell.mean[name]:.6g}") for name in ("beta_y", "beta_z")}
+    given |= {name: float(f"{cell.median[name]:.6g}") for name in ("beta_y", "beta_z")}
     try:
         config = Config(**given)
         for name in list(given):  # only what is not the default

@@ -9,14 +9,15 @@ import io
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_arrays
+from utils.plane.metrics import METRICS, metric
 
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
@@ -27,80 +28,21 @@ SHARED = [n for n in SAME_CELL if n not in (*BETAS, *ASKED.values())]  # equal f
 BITS = 1 / math.log(2)  # bits per nat
 
 
-class Metric(NamedTuple):
-    """Label and unit of a column, and whether higher (+1) or lower (-1) values are better (0: neither)."""
-
-    label: str
-    unit: str = ""
-    better: int = 1
-
-
-METRICS = {
-    "ll": Metric("log-likelihood", "nats"),
-    "loss": Metric("loss at the cell's own betas", "nats", 0),
-    "psnr": Metric("PSNR", "dB"),
-    "D": Metric("distortion D", "nats", -1),
-    "nelbo": Metric("loss at betas 1, D + R", "nats", -1),
-    "ll_iw": Metric("importance-weighted ll", "nats"),
-    "bpd": Metric("bits per dimension", "bits", -1),
-    "is_mean": Metric("inception score"),
-    "is_div": Metric("diversity of samples"),
-    "is_sharp": Metric("sharpness of samples"),
-    "fid": Metric("FID", better=-1),
-    "fid_classifier": Metric("Frechet distance (classifier)", better=-1),
-    "recons_acc": Metric("accuracy on reconstructions"),
-    "mi_q_mc": Metric("I(z; label)", "nats"),
-    "mi_q": Metric("I(z; label)", "nats"),
-    "mi_p": Metric("I(z; generated label)", "nats"),
-    "mi_q_mc_y": Metric("I(y; label)", "nats"),
-    "mi_q_mc_se": Metric("standard error of I(z; label)", "nats", 0),
-    "mi_q_mc_y_se": Metric("standard error of I(y; label)", "nats", 0),
-    "mi_q_mc_null": Metric("I(z; shuffled label)", "nats", 0),
-    "mi_q_mc_y_null": Metric("I(y; shuffled label)", "nats", 0),
-    "recons_pred_entropy": Metric("entropy of the prediction", "nats", 0),
-    "mi_lr_lb": Metric("lower bound on I(z; label)", "nats"),
-    "acc_bound": Metric("bound on accuracy from z"),
-    "lr_acc_mean": Metric("logistic regression on z"),
-    "svm_rbf_acc": Metric("SVM (rbf) on z"),
-    "svm_linear_acc": Metric("SVM (linear) on z"),
-    "kNN_acc": Metric("5-NN on z"),
-    "lr_ece": Metric("calibration error on z", better=-1),
-    "lr_nll": Metric("log loss on z", "nats", -1),
-    "clsfr_ece": Metric("classifier's calibration error", better=-1),
-    "active_z": Metric("active units of z", better=0),
-    "active_y": Metric("active units of y", better=0),
-    "kl_z": Metric("R(z)", "nats", 0),
-    "kl_y": Metric("R(y|z)", "nats", 0),
-    "rate": Metric("R = R(z) + R(y|z)", "nats", 0),
-}
-PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
-
-
-def metric(name: str) -> Metric:
-    """The Metric of a column; variants (`train_`, `_y`, `_standardized`) derive theirs from the metric's own."""
-    if name in METRICS:
-        return METRICS[name]
-    if name.startswith("train_"):
-        label, unit, better = metric(name.removeprefix("train_"))
-        return Metric(f"{label}, training images", unit, better)
-    plain = name.removesuffix("_standardized")
-    base = plain.removesuffix("_y")
-    if base not in METRICS:
-        return Metric(name.replace("_", " "), better=0)
-    label, unit, better = METRICS[base]
-    if base != plain:
-        label = label.replace(" z", " y").replace("(z", "(y")
-    return Metric(label + ", standardised" * (plain != name), unit, better)
-
-
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the grid: its settings, and mean and standard deviation of every metric over its repeats."""
+    """A cell of the grid: its settings, and the metrics of its runs, which differ in nothing but their seed."""
 
     settings: dict[str, str]
     runs: tuple[str, ...]
-    mean: dict[str, float]
-    std: dict[str, float]  # only of metrics that several repeats have
+    repeats: tuple[dict[str, float], ...]  # the metrics of each run
+    seeds: tuple[str, ...] = ("",)
+
+    @cached_property
+    def median(self) -> dict[str, float]:
+        """The median of every metric over the runs that have it."""
+        names = dict.fromkeys(name for row in self.repeats for name in row)
+        there = {name: [row[name] for row in self.repeats if not math.isnan(row.get(name, math.nan))] for name in names}
+        return {name: float(np.median(values)) for name, values in there.items() if values}
 
 
 @dataclass
@@ -111,12 +53,8 @@ class Plane:
     notes: list[str] = field(default_factory=list)
 
     def values(self, name: str) -> np.ndarray:
-        """A metric of every cell, (N,); NaN where it is missing."""
-        return np.array([cell.mean.get(name, math.nan) for cell in self.cells])
-
-    def stds(self, name: str) -> np.ndarray:
-        """The standard deviation of a metric over each cell's repeats, (N,); NaN where there are none."""
-        return np.array([cell.std.get(name, math.nan) for cell in self.cells])
+        """The median of a metric over the runs of every cell, (N,); NaN where it is missing."""
+        return np.array([cell.median.get(name, math.nan) for cell in self.cells])
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -152,7 +90,7 @@ class Plane:
     @property
     def names(self) -> list[str]:
         """The metrics that at least one cell has."""
-        known = {name for cell in self.cells for name in cell.mean if name not in SETTINGS}
+        known = {name for cell in self.cells for name in cell.median if name not in SETTINGS}
         return [*(n for n in METRICS if n in known), *sorted(known - set(METRICS))]
 
     def best(self, name: str, among: np.ndarray | None = None) -> int | None:
@@ -208,7 +146,7 @@ def read_plane(path: Path) -> Plane:
         plane.notes.append(f"{len(runs)} run(s) left out, without rates ({status}): {listed}")
     repeated = sum(len(cell.runs) > 1 for cell in plane.cells)
     if repeated:
-        plane.notes.append(f"{repeated} cell(s) were trained more than once: means, with standard deviations")
+        plane.notes.append(f"{repeated} cell(s) were trained more than once: medians over their runs")
     if plane.differing:
         listed = "; ".join(
             f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
@@ -229,15 +167,8 @@ def merge(repeats: list[dict[str, str]]) -> Cell:
     for row in metrics:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
-    mean, std = {}, {}
-    for name in metrics[0]:
-        values = np.array([row[name] for row in metrics if not math.isnan(row[name])])
-        if len(values):
-            mean[name] = float(values.mean())
-        if len(values) > 1:
-            std[name] = float(values.std(ddof=1))
-    runs = tuple(row.get("run") or "?" for row in repeats)
-    return Cell({k: v for k, v in repeats[0].items() if k in SETTINGS}, runs, mean, std)
+    runs, seeds = (tuple(row.get(name) or "?" for row in repeats) for name in ("run", "seed"))
+    return Cell({k: v for k, v in repeats[0].items() if k in SETTINGS}, runs, tuple(metrics), seeds)
 
 
 def labels_of(plane: Plane, folder: Path) -> np.ndarray | None:

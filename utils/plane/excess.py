@@ -34,18 +34,23 @@ class Pair(NamedTuple):
     @property
     def excess(self) -> float:
         """Nats by which the loss of the unfolded cell is larger; means over seeds, test images."""
-        return self.unfolded.mean.get("loss", math.nan) - self.own.mean.get("loss", math.nan)
+        unfolded, own = (np.mean(_losses(cell)) for cell in self)
+        return float(unfolded - own)
 
     @property
     def se(self) -> float:
         """Its standard error over the seeds of both; NaN unless both have several."""
-        spreads = [cell.std.get("loss", math.nan) / math.sqrt(len(cell.runs)) for cell in self]
+        spreads = [np.std(_losses(c), ddof=1) / math.sqrt(len(c.runs)) if len(c.runs) > 1 else math.nan for c in self]
         return math.hypot(*spreads)
 
     @property
     def epochs(self) -> tuple[str, str]:
         """Epochs of the two trainings."""
         return tuple(cell.settings.get("num_epochs") or "" for cell in self)
+
+
+def _losses(cell: Cell) -> list[float]:
+    return [row.get("loss", math.nan) for row in cell.repeats]
 
 
 def pairs(plane: Plane) -> list[Pair]:
@@ -57,7 +62,7 @@ def pairs(plane: Plane) -> list[Pair]:
 
 
 def _key(cell: Cell) -> tuple:
-    return (*(cell.settings.get(n) for n in MODEL), *(float(f"{cell.mean[n]:.6g}") for n in BETAS))
+    return (*(cell.settings.get(n) for n in MODEL), *(float(f"{cell.median[n]:.6g}") for n in BETAS))
 
 
 def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
@@ -65,10 +70,10 @@ def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
     rows = []
     for pair in found:
         row = dict(zip(("num_epochs", "own_epochs"), pair.epochs, strict=True))
-        row |= {n: pair.unfolded.mean[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
+        row |= {n: pair.unfolded.median[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
         for whose, cell in (("", pair.unfolded), ("own_", pair.own)):
-            row |= {whose + n: cell.mean.get(n) for n in ("loss", "kl_y", "kl_z", "psnr")}
-            row[f"{whose}n"] = len(cell.runs)
+            row |= {whose + n: cell.median.get(n) for n in ("kl_y", "kl_z", "psnr")}
+            row |= {f"{whose}loss": float(np.mean(_losses(cell))), f"{whose}n": len(cell.runs)}
         rows.append(row)
     return rows
 

@@ -12,8 +12,9 @@ from matplotlib.colors import LogNorm, Normalize, hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from utils.plane.cells import BITS, PROBES, Plane, frontier, metric
+from utils.plane.cells import BITS, Plane, frontier
 from utils.plane.excess import Pair
+from utils.plane.metrics import PROBES, metric
 from utils.plane.slopes import FAR_OFF, Slope
 
 matplotlib.rcParams.update(
@@ -70,15 +71,13 @@ def rate_axes(axes: Sequence[Axes], which: str, name: str) -> None:
         second.tick_params(labelsize=5.5)
 
 
-def error_bars(ax: Axes, plane: Plane, x: str, y: str) -> None:
-    """Draws the standard deviations over repeats, where there are any."""
-    sx, sy = plane.stds(x), plane.stds(y)
-    some = np.isfinite(sx) | np.isfinite(sy)
-    if some.any():
-        ax.errorbar(
-            plane.values(x)[some], plane.values(y)[some],
-            xerr=np.nan_to_num(sx[some]), yerr=np.nan_to_num(sy[some]), fmt="none", ecolor=GREY, lw=0.5, zorder=1,
-        )  # fmt: skip
+def seeds(ax: Axes, plane: Plane, x: str, y: str) -> None:
+    """Draws every run of the cells that have several, as points with a line to the cell's median."""
+    for cell in plane.cells:
+        for row in cell.repeats if len(cell.repeats) > 1 else ():
+            (x0, x1), (y0, y1) = ((row.get(n, math.nan), cell.median.get(n, math.nan)) for n in (x, y))
+            ax.plot([x0, x1], [y0, y1], "-", c=GREY, lw=0.4, zorder=1)
+            ax.plot(x0, y0, ".", c=GREY, ms=3, mew=0, ls="none", zorder=1, label="single runs")
 
 
 def mark(ax: Axes, plane: Plane, x: str, y: str, name: str | None) -> None:
@@ -137,7 +136,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Figure:
     """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
     figure, axes = panels(len(names))
     for ax, name in zip(axes, names, strict=True):
-        error_bars(ax, plane, "kl_z", "kl_y")
+        seeds(ax, plane, "kl_z", "kl_y")
         points = scatter(ax, plane, "kl_z", "kl_y", name)
         draw_targets(ax, plane)
         mark(ax, plane, "kl_z", "kl_y", name)
@@ -156,17 +155,13 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Figure:
     for ax, name in zip(axes, names, strict=True):
         values, better = plane.values(name), metric(name).better
         there = np.isfinite(values)
-        error_bars(ax, plane, "rate", name)
+        seeds(ax, plane, "rate", name)
         points = dots(ax, plane, "rate", name, np.where(there, r_z, math.nan), norm=norm, s=12)
         if there.any() and better:
             ax.plot(*frontier(rate[there], values[there], better), "-", c=RED, label="hull of all cells")
         ordinary = np.flatnonzero(on & there)
         ordinary = ordinary[np.argsort(rate[ordinary])]
         ax.plot(rate[ordinary], values[ordinary], "k--", lw=0.8, zorder=1, label=f"{DIAGONAL}, by increasing rate")
-        spread = np.nan_to_num(plane.stds(name)[ordinary])
-        if spread.any():
-            low, high = values[ordinary] - spread, values[ordinary] + spread
-            ax.fill_between(rate[ordinary], low, high, color="k", alpha=0.12, lw=0)
         mark(ax, plane, "rate", name, name)
         ax.set_ylabel(title_of(name))
     rate_axes(axes, "x", "rate")
@@ -185,7 +180,7 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
     r_z = plane.values("kl_z")
     grid = np.linspace(0, max(r_z.max(), 1e-3), 200)
     for ax, name in zip(axes, names, strict=True):
-        error_bars(ax, plane, "kl_z", name)
+        seeds(ax, plane, "kl_z", name)
         colours = dots(ax, plane, "kl_z", name, plane.values("kl_y"), s=12)
         plain = name.removesuffix("_standardized")
         if plain in (*PROBES, "mi_q_mc", "mi_q", "mi_lr_lb") and math.isfinite(h):
@@ -310,7 +305,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Figure:
 def slope_maps(found: Sequence[Slope]) -> Figure:
     """The slopes of D over the grid of betas, relative to the betas: 1 everywhere if all cells are at their optimum."""
     figure, axes = panels(2, columns=2, height=0.75)
-    beta_y, beta_z = (np.array([s.cell.mean[name] for s in found]) for name in ("beta_y", "beta_z"))
+    beta_y, beta_z = (np.array([s.cell.median[name] for s in found]) for name in ("beta_y", "beta_z"))
     grid = Grid(beta_y, beta_z)
     for ax, layer, rate in zip(axes, ("z", "y"), ("R(z)", "R(y|z)"), strict=True):
         ratios = np.array([getattr(s, f"ratio_{layer}") for s in found])
@@ -327,7 +322,7 @@ def excess_maps(found: Sequence[Pair]) -> Figure:
     largest = max((abs(pair.excess) for pair in found if math.isfinite(pair.excess)), default=1.0) or 1.0
     for ax, epochs in zip(axes, lengths, strict=True):
         these = [pair for pair in found if pair.epochs == epochs]
-        grid = Grid(*(np.array([pair.unfolded.mean[n] for pair in these]) for n in ("beta_y", "beta_z")))
+        grid = Grid(*(np.array([pair.unfolded.median[n] for pair in these]) for n in ("beta_y", "beta_z")))
         colours = {"cmap": "PuOr_r", "norm": Normalize(-largest, largest)}
         excess = np.array([pair.excess for pair in these])
         heat_map(figure, ax, grid, excess, "excess loss (nats)", room=8, **colours)

@@ -39,7 +39,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
     samples, reconstructions, failures, x, tile = {}, {}, [], None, None
     for i in progress(np.flatnonzero(chosen), unit="cell", desc="pictures"):
         cell = plane.cells[i]
-        key = (cell.mean["beta_y"], cell.mean["beta_z"])
+        key = (cell.median["beta_y"], cell.median["beta_z"])
         try:
             run = Run.open(folder / cell.runs[0])
             if tile is None:

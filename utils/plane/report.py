@@ -125,7 +125,7 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
     compared = excess_rows(pairs(plane))
     if compared:
         write_text(out / "excess.csv", to_csv(compared, EXCESS))
-    cells = [{"runs": ", ".join(cell.runs), **cell.mean} for cell in plane.cells]
+    cells = [{"runs": ", ".join(cell.runs), **cell.median} for cell in plane.cells]
     columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
     to_train = commands(advised)
     tables = {

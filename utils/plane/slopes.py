@@ -11,6 +11,7 @@ from utils.plane.tables import to_markdown
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
 FAR_EXCESS = 0.1  # report an excess loss of more than this fraction of the typical difference in D of neighbours
 LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ for a slope to be estimated
+ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's three tests: two slopes and the excess
 
 
 class Slope(NamedTuple):
@@ -21,15 +22,18 @@ class Slope(NamedTuple):
     ratio_z: float
     se_y: float  # standard errors of the ratios, from the residuals of the fit
     se_z: float
+    freedom: int  # degrees of freedom of these errors
     excess: float  # nats by which the loss of the best cell is lower at this cell's betas; 0 if it is the best
-    under_trained: bool  # whether the excess is large compared with the neighbours' differences in D
+    under_trained: bool  # whether the excess is large compared with the neighbours' differences in D, and with noise
 
     @property
     def far_off(self) -> bool:
-        """Whether it is under-trained, or a slope differs from its beta by FAR_OFF and by two standard errors."""
-        pairs = (self.ratio_y, self.se_y), (self.ratio_z, self.se_z)
+        """Whether it is under-trained, or a slope differs from its beta by FAR_OFF, and by more than noise explains."""
+        from scipy.stats import t
+
+        pairs = [(r, se) for r, se in ((self.ratio_y, self.se_y), (self.ratio_z, self.se_z)) if math.isfinite(r)]
         return self.under_trained or any(
-            not 1 / FAR_OFF <= r <= FAR_OFF and abs(r - 1) > 2 * se for r, se in pairs if math.isfinite(r)
+            not 1 / FAR_OFF <= r <= FAR_OFF and abs(r - 1) > t.ppf(1 - ALARM / 2, self.freedom) * se for r, se in pairs
         )
 
 
@@ -43,52 +47,104 @@ def slopes(plane: Plane) -> list[Slope]:
 
     Least squares on the neighbours' differences, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j - R_y,i),
     where m is the logarithmic mean of the two betas. This is exact at an optimum (s = 1) if D falls exponentially
-    with the rates, as for Gaussians. Under-trained neighbours are left out. If available, metrics of the training
+    with the rates, as for Gaussians. Differences are taken within a seed, and all seeds are fitted together, so their
+    scatter is in the standard errors. Under-trained neighbours are left out. If available, metrics of the training
     images are used, since the loss on these was minimised.
     """
-    part = "train_" if all(f"train_{n}" in c.mean for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
+    part = "train_" if all(f"train_{n}" in c.median for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
     groups = {}
     for cell in plane.cells:
         groups.setdefault(tuple(cell.settings.get(n) for n in SHARED), []).append(cell)
+    return [slope for cells in groups.values() for slope in _slopes_of(cells, part)]
+
+
+def _slopes_of(cells: list[Cell], part: str) -> list[Slope]:
+    """The slopes of the cells of one grid; the metrics' names begin with `part`."""
+    seeds = list(dict.fromkeys(seed for c in cells for seed in c.seeds))
+    runs = [dict(zip(c.seeds, c.repeats, strict=True)) for c in cells]
+    d, r_y, r_z = (
+        np.array([[run[s].get(part + n, math.nan) if s in run else math.nan for run in runs] for s in seeds]) * sign
+        for n, sign in (("ll", -1), ("kl_y", 1), ("kl_z", 1))
+    )  # (seeds, cells)
+    b_y, b_z = (np.array([c.median[n] for c in cells]) for n in BETAS)
+    at_y, at_z = (np.unique(b, return_inverse=True)[1] for b in (b_y, b_z))
+    near = (abs(at_y[:, None] - at_y) <= 1) & (abs(at_z[:, None] - at_z) <= 1) & np.isfinite(d).any(0)
+    np.fill_diagonal(near, False)
+    losses = d[:, None] + b_y[:, None] * r_y[:, None] + b_z[:, None] * r_z[:, None]  # [s, i, j]: j at i's betas
+    worse = mean_of(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # means over the seeds that both have
+    excess = np.fmax.reduce(worse, axis=1)
+    between = abs(mean_of(d[:, :, None] - d[:, None]))
+    typical = np.array([np.nanmedian(between[i, near[i]]) if near[i].any() else math.inf for i in range(len(cells))])
+    candidates = excess > FAR_EXCESS * typical
+
+    def fitted(i: int, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, int]:
+        well = near[i] & ~left_out  # under-trained neighbours count only if hardly any others are left
+        js = np.r_[i, np.flatnonzero(well if well.sum() > 1 else near[i])]
+        columns, identified = [], []
+        for b, r in ((b_y, r_y), (b_z, r_z)):
+            means = np.array([log_mean(b[i], b[j]) for j in js])
+            columns.append(means * (r[:, js] - r[:, [i]]))
+            identified.append(b[i] > 0 and bool((abs(r[:, js] - r[:, [i]]) >= LEAST_RATE).any()))
+        return _least_squares(np.array(columns), -d[:, js], np.array(identified))
+
+    noise = _noise([fitted(i, candidates) for i in np.flatnonzero(~candidates)])
+    counts = np.array([len(c.runs) for c in cells])
+    under_trained = candidates & (excess > noise * math.sqrt(2) / np.sqrt(counts))
     result = []
-    for cells in groups.values():
-        d, r_y, r_z = (
-            np.array([c.mean.get(part + n, math.nan) for c in cells]) * s
-            for n, s in (("ll", -1), ("kl_y", 1), ("kl_z", 1))
+    for i, cell in enumerate(cells):
+        ratios, errors, _, freedom = fitted(i, under_trained)
+        result.append(
+            Slope(cell, *ratios.tolist(), *errors.tolist(), freedom, excess[i].item(), bool(under_trained[i]))
         )
-        b_y, b_z = (np.array([c.mean[n] for c in cells]) for n in BETAS)
-        at_y, at_z = (np.unique(b, return_inverse=True)[1] for b in (b_y, b_z))
-        near = (abs(at_y[:, None] - at_y) <= 1) & (abs(at_z[:, None] - at_z) <= 1) & np.isfinite(d)
-        np.fill_diagonal(near, False)
-        losses = d + b_y[:, None] * r_y + b_z[:, None] * r_z  # [i, j]: cell j at the betas of cell i
-        excess = losses.diagonal() - np.fmin.reduce(losses, axis=1)
-        typical = [np.median(abs(d[near[i]] - d[i])) if near[i].any() else math.inf for i in range(len(cells))]
-        under_trained = excess > FAR_EXCESS * np.array(typical)
-        for i, cell in enumerate(cells):
-            well = near[i] & ~under_trained  # under-trained neighbours count only if hardly any others are left
-            js = np.flatnonzero(well if well.sum() > 1 else near[i])
-            identified, columns = [], []
-            for b, r in ((b_y, r_y), (b_z, r_z)):
-                columns.append([log_mean(b[i], b[j]) * (r[j] - r[i]) for j in js])
-                identified.append(len(js) > 0 and b[i] > 0 and abs(r[js] - r[i]).max() >= LEAST_RATE)
-            ratios, errors = _least_squares(np.array(columns).T, d[i] - d[js], np.array(identified))
-            result.append(Slope(cell, *ratios, *errors, float(excess[i]), bool(under_trained[i])))
     return result
 
 
-def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray) -> tuple[list[float], list[float]]:
-    """Coefficients of the columns of `terms` (n, k) selected by `identified` (k,), and their standard errors.
+def mean_of(values: np.ndarray) -> np.ndarray:
+    """The mean over the first axis of the values that are not NaN; NaN where there are none."""
+    there = np.isfinite(values)
+    return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), math.nan)
 
-    NaN for the other columns; NaN for all if the columns are nearly collinear or no degree of freedom is left.
+
+def _noise(fits: list[tuple]) -> float:
+    """The difference that noise makes between the losses of two runs at most, over sqrt(2), nats.
+
+    From the residuals of all fits together. These overlap, so Student's quantile is that of one plane through all
+    cells. The excess is the largest of many differences, so the chance of an alarm is shared among them.
     """
-    result = np.full((2, len(identified)), math.nan)
-    a, target = terms[:, identified], target - terms[:, ~identified].sum(1)  # the small effect of the others, at s = 1
-    n, k = a.shape
-    if n > k > 0 and np.linalg.cond(a / np.linalg.norm(a, axis=0)) < 10:
-        coefficients = np.linalg.lstsq(a, target, rcond=None)[0]
-        scatter = ((target - a @ coefficients) ** 2).sum() / (n - k)
-        result[:, identified] = coefficients, np.sqrt(scatter * np.linalg.inv(a.T @ a).diagonal())
-    return result[0].tolist(), result[1].tolist()
+    from scipy.stats import t
+
+    squares, freedom = (sum(fit[k] for fit in fits if fit[3] > 0) for k in (2, 3))
+    if not freedom:
+        return 0.0
+    return math.sqrt(squares / freedom) * t.ppf(1 - ALARM / max(1, len(fits) - 1), max(1, len(fits) - 3))
+
+
+def _least_squares(
+    terms: np.ndarray, target: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Coefficients (k,) of `terms` (k, seeds, cells) selected by `known` (k,), standard errors, residual, freedom.
+
+    `target` is (seeds, cells); each seed has an intercept of its own, so only differences within a seed count. The
+    coefficients are NaN where not `known`, and all if the terms are nearly collinear or no degree of freedom is left.
+    """
+    result = np.full((2, len(known)), math.nan)
+    target = target - terms[~known].sum(0)  # the small effect of the others, at a ratio of 1
+    there = np.isfinite(target) & np.isfinite(terms).all(0)
+    there &= there.sum(1, keepdims=True) > 1
+    centred = [
+        np.where(there, v - mean_of(np.where(there, v, math.nan).T)[:, None], 0.0) for v in (*terms[known], target)
+    ]
+    *columns, y = (v[there] for v in centred)
+    a = np.array(columns).T
+    freedom = len(y) - int(there.any(1).sum()) - len(columns)
+    if not columns or freedom < 1 or not np.linalg.norm(a, axis=0).all():
+        return *result, 0.0, 0
+    if np.linalg.cond(a / np.linalg.norm(a, axis=0)) >= 10:
+        return *result, 0.0, 0
+    coefficients = np.linalg.lstsq(a, y, rcond=None)[0]
+    squares = float(((y - a @ coefficients) ** 2).sum())
+    result[:, known] = coefficients, np.sqrt(squares / freedom * np.linalg.inv(a.T @ a).diagonal())
+    return *result, squares, freedom
 
 
 SLOPES = {
@@ -96,7 +152,9 @@ SLOPES = {
     "beta_y": "beta_y",
     "beta_z": "beta_z",
     "slope_y": "-dD/dR(y|z)",
+    "se_y": "+- of y",
     "slope_z": "-dD/dR(z)",
+    "se_z": "+- of z",
     "excess": "excess loss",
     "far_off": "far off",
 }
@@ -106,8 +164,9 @@ def slope_rows(found: list[Slope]) -> list[dict]:
     """The rows of slopes.csv: the estimated slopes, which equal the betas at an optimum, and the excess loss."""
     rows = []
     for s in found:
-        b_y, b_z = s.cell.mean["beta_y"], s.cell.mean["beta_z"]
+        b_y, b_z = s.cell.median["beta_y"], s.cell.median["beta_z"]
         estimates = {"slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z, "excess": s.excess}
+        estimates |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
         row = {"run": s.cell.runs[0], "beta_y": b_y, "beta_z": b_z}
         rows.append(row | {k: v for k, v in estimates.items() if math.isfinite(v)} | {"far_off": "yes" * s.far_off})
     return rows
