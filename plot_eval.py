@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.files import check_writable
-from utils.plane.advice import advice, commands, headings_of
+from utils.plane.advice import advice, commands, headings_of, terms_for
 from utils.plane.cells import Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
 from utils.plane.metrics import PROBES
@@ -109,7 +109,8 @@ def main(argv=None) -> int:
     check_writable(out, "--out")
     budget = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: bits for name, bits in budget.items() if bits is not None}
-    advised = advice(plane) + (within := advice(plane, budget) if budget else [])
+    terms = terms_for(plane)
+    advised = advice(plane, terms=terms) + (within := advice(plane, budget, terms) if budget else [])
     if budget and not within:
         plane.notes.append("no evaluated cell is within the budget")
     found = slopes(plane)

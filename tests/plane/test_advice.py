@@ -1,10 +1,13 @@
 """Advice on surfaces where the best is known."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.plane.planes import AXIS, exponential, plane_of
+import plot_eval
+from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv
 from utils.plane.advice import ADVICE, advice
 from utils.plane.cells import BITS
 from utils.plane.report import to_markdown
@@ -39,3 +42,28 @@ def test_advice_without_ordinary_cells_leaves_them_empty():
     (row,) = advice(plane_of([exponential(1, 10) | {"psnr": 3.0}]))
     assert "gain" not in row and "diagonal_beta" not in row
     assert "gain" not in to_markdown([row], ADVICE)
+
+
+def test_the_advice_of_a_batch_with_terms_of_single_images(script):
+    """Cells of equal accuracy, whose squared error falls with beta_z: only one of the two is a difference."""
+    rng, rows = np.random.default_rng(0), rows_of()
+    of_image = rng.normal(size=300)
+    for row in rows:
+        mse = 0.01 * np.exp(of_image) / (1 + row["beta_z"])
+        correct = (rng.random(300) < 0.85).astype(np.float32)
+        row |= {"psnr": -10 * np.log10(mse.mean()), "lr_acc_mean": correct.mean()}
+        Path("runs/b", row["run"]).mkdir(parents=True)
+        terms = {"mse": mse.astype(np.float32), "lr_acc_mean": correct}
+        np.savez(Path("runs/b", row["run"], "per_image.npz"), **terms)
+    write_csv(rows)
+    flags = ["--run_batch_name", "b", "--format", "png", "--device", "cpu"]
+    status, out, err = script(plot_eval.main, *flags)
+    assert status == 0 and "untested" in out, err  # the inception score is
+    told = {line.split("|")[2].strip(): line for line in out.splitlines() if line.count("|") > 9}
+    assert "no difference that these images show" in told["lr_acc_mean"] and "| yes " in told["psnr"]
+    assert "no per_image.npz" not in out
+    Path("runs/b", rows[0]["run"], "per_image.npz").write_bytes(b"damaged")
+    status, out, err = script(plot_eval.main, *flags)
+    assert status == 0 and "note: no per_image.npz for 1 of 25 cells: the advice's differences are untested" in out, err
+    (line,) = [line for line in out.splitlines() if "| psnr" in line]
+    assert "untested" in line and f"{max(row['psnr'] for row in rows):.4g}" in line

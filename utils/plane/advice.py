@@ -1,4 +1,4 @@
-"""The advice: for each task the best cell, the best ordinary beta-VAE, and the gain of the former over the latter."""
+"""The advice: for each task the best cell, the best ordinary beta-VAE, and whether the former is really better."""
 
 import dataclasses
 import shlex
@@ -8,6 +8,7 @@ import numpy as np
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import BITS, Cell, Plane
+from utils.plane.gains import gain, terms_of
 from utils.plane.metrics import PROBES, metric
 
 ADVICE = {  # columns of the advice and their headings
@@ -24,7 +25,12 @@ ADVICE = {  # columns of the advice and their headings
     "diagonal_beta": "at beta",
     "diagonal_rate": "at R",
     "gain": "gain",
+    "low": "95 % from",
+    "high": "to",
+    "told": "is it better?",
+    "agreed": "same choice in each part",
 }
+UNTESTED, EQUAL = "untested", "no difference that these images show"
 
 
 TASKS = {
@@ -32,21 +38,25 @@ TASKS = {
     "representation, from z": PROBES,
     "representation, from y": tuple(f"{name}_y" for name in PROBES),
     "generation": ("is_mean", "fid", "fid_classifier"),
+    "information on the label, in z": ("mi_z_low",),
+    "information on the label, in y": ("mi_y_low",),
     "likelihood": ("nelbo",),
 }
 LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 
 
-def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[str, str | float]]:
+def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | None = None) -> list[dict]:
     """One row for each task and available metric: the best cell, the best ordinary beta-VAE, and the gain.
 
-    `budget` limits the rates of the cells considered, in bits per image: {"rate": 20.0, "kl_z": 5.0}.
+    `budget` limits the rates of the cells considered, in bits per image: {"rate": 20.0, "kl_z": 5.0}. The best cell is
+    that of all test images; where `terms` (see `terms_of`) allow it, the two figures are of images on which nothing
+    was chosen, and the gain has an interval.
     """
     within, limits = np.ones(len(plane.cells), bool), []
     for name, bits in (budget or {}).items():
         within &= plane.values(name) * BITS <= bits
         limits.append(f"{LIMITS[name]} <= {bits:g} bits")
-    rows = []
+    rows, seeds, terms = [], [cell.seeds for cell in plane.cells], terms or {}
     for task, names in TASKS.items():
         for name in names:
             best, ordinary = plane.best(name, within), plane.best(name, within & plane.diagonal)
@@ -60,8 +70,19 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict[st
                 there = plane.cells[ordinary].median
                 row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}
                 row["gain"] = metric(name).better * (cell.median[name] - there[name]) + 0.0  # never -0
+                among = within & np.isfinite(plane.values(name))
+                known = name in terms and gain(name, terms[name], seeds, among, plane.diagonal, plane.values("rate"))
+                row["told"] = UNTESTED if not known else "yes" if known.told else EQUAL
+                if known:
+                    row |= {"value": known.value, "diagonal_value": known.other, "gain": known.gain}
+                    row |= {"low": known.low, "high": known.high, "agreed": "yes" if known.agreed else "no"}
             rows.append(row)
     return rows
+
+
+def terms_for(plane: Plane) -> dict:
+    """The terms of single images of all metrics that the advice is about."""
+    return terms_of(plane, [name for names in TASKS.values() for name in names if name in plane.names])
 
 
 def own_training(cell: Cell) -> str:

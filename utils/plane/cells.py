@@ -51,6 +51,7 @@ class Plane:
 
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
+    folder: Path | None = None  # in which the runs are
 
     def values(self, name: str) -> np.ndarray:
         """The median of a metric over the runs of every cell, (N,); NaN where it is missing."""
@@ -73,7 +74,7 @@ class Plane:
 
     def where(self, mask: np.ndarray) -> "Plane":
         """The plane of the cells in a mask (N,)."""
-        return Plane([cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes)
+        return Plane([cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes, self.folder)
 
     @property
     def grids(self) -> dict[str, "Plane"]:
@@ -130,7 +131,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def read_plane(path: Path) -> Plane:
     """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or no run has rates."""
-    plane, groups, without = Plane([]), {}, []
+    plane, groups, without = Plane([], folder=path.parent), {}, []
     for row in read_rows(path):
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)

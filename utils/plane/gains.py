@@ -1,0 +1,124 @@
+"""Whether the best of many cells is better than the best of a few, or only looks so by the choice of test images."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.evaluation.per_image import per_image
+from utils.plane.cells import Plane
+from utils.plane.metrics import metric
+
+RESAMPLES = 1000
+LEAST_IMAGES = 20  # to compare cells by
+DECIBEL = -10 / math.log(10)
+
+
+class Gain(NamedTuple):
+    """What a choice among many cells gains over a choice among a few, on images that were not used to choose."""
+
+    value: float  # of the first choice
+    other: float  # of the second
+    gain: float  # positive if the first is better
+    low: float  # ends of the 95 % interval
+    high: float
+    agreed: bool  # whether every choice was of the same cell
+
+    @property
+    def told(self) -> bool:
+        """Whether these images show a gain."""
+        return self.low > 0
+
+
+def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | None]]:
+    """By metric, the terms of each cell, (seeds, images), whose mean is the metric (of PSNR: the squared error).
+
+    None for cells whose runs lack them, with a note.
+    """
+    found, without = {name: [] for name in names}, 0
+    for cell in plane.cells:
+        try:
+            runs = [per_image(plane.folder / run) for run in cell.runs] if plane.folder else []
+        except UserError:
+            runs, without = [], without + 1
+        for name in names:
+            rows = [_terms(run, name) for run in runs]
+            fit = rows and all(r is not None and r.shape == rows[0].shape for r in rows)
+            found[name].append(np.stack(rows) if fit else None)
+    if without:
+        plane.notes.append(
+            f"no per_image.npz for {without} of {len(plane.cells)} cells: the advice's differences are untested; "
+            "repeat eval_beta_grid.py (steps 1 and 3)"
+        )
+    return found
+
+
+def _terms(run: dict[str, np.ndarray], name: str) -> np.ndarray | None:
+    try:
+        terms = {"psnr": lambda: run["mse"], "nelbo": lambda: run["kl_y"] + run["kl_z"] - run["ll"]}
+        values = terms.get(name, lambda: run[name])()
+    except (KeyError, ValueError):
+        return None
+    return values.astype(np.float64) if values.ndim == 1 else None
+
+
+def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], among, few, rates) -> Gain | None:
+    """The best of the cells in the mask `among` (N,) against the best of those also in `few`; None if untestable.
+
+    Chosen on one half of the test images and reported on the other, both ways, and averaged (Cawley & Talbot 2010).
+    The interval is a paired bootstrap over images. If all cells share several seeds, the choice is made on all seeds
+    but one and reported on that one, in turn, and Student's interval over these seeds is added. `terms`, `seeds` and
+    `rates` are of each cell, see `terms_of`; ties go to the lowest rate.
+    """
+    mine, few = np.flatnonzero(among), np.asarray(few) & among
+    if not few.any() or any(terms[i] is None for i in mine) or len({terms[i].shape[1] for i in mine}) > 1:
+        return None
+    tested = np.flatnonzero(np.all([np.isfinite(terms[i]).all(0) for i in mine], axis=0))
+    if len(tested) < LEAST_IMAGES:
+        return None
+    order = np.random.default_rng(0).permutation(tested)
+    halves, better = np.array_split(order, 2), metric(name).better
+
+    def values(cell: int, images: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The metric of each seed, (seeds, resamples), signed so that more is better."""
+        means = terms[cell][:, images] @ counts.T / len(images)
+        return better * (DECIBEL * np.log(means.clip(1e-30)) if name == "psnr" else means)
+
+    shared = [s for s in seeds[mine[0]] if all(s in seeds[i] for i in mine)]
+    folds = [(s, [r for r in shared if r != s]) for s in shared] if len(shared) > 1 else [(None, None)]
+    groups, found, firsts = (mine, np.flatnonzero(few)), [], set()
+    for k, (here, there) in enumerate((halves, halves[::-1])):
+        of_cell = {i: values(i, here, np.ones((1, len(here))))[:, 0] for i in mine}
+        for seed, others in folds:
+            rows = {i: slice(None) if others is None else [seeds[i].index(s) for s in others] for i in mine}
+            score = {i: np.median(of_cell[i][rows[i]]) for i in mine}
+            pair = [max(group, key=lambda i: (score[i], -rates[i])) for group in groups]
+            told = [values(i, there, _resamples(len(there), k)) for i in pair]
+            kept = [v if seed is None else v[[seeds[i].index(seed)]] for i, v in zip(pair, told, strict=True)]
+            found.append([np.median(v, axis=0) for v in kept])
+            firsts.add(pair[0])
+    found = np.array(found).reshape(2, len(folds), 2, -1).mean(0)  # (seeds, pair, resamples)
+    gains = found[:, 0] - found[:, 1]
+    (value, other), mean = found[:, :, 0].mean(0), gains.mean(0)
+    low, high = np.quantile(mean[1:], (0.025, 0.975)) - mean[0]
+    extra = _of_seeds(gains[:, 0])
+    ends = mean[0] - math.hypot(low, extra), mean[0] + math.hypot(high, extra)
+    return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _resamples(n: int, key: int) -> np.ndarray:
+    """How often each of n images is drawn, (1 + RESAMPLES, n); once each in the first row."""
+    drawn = np.random.default_rng(key).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return np.concatenate([np.ones((1, n)), drawn])
+
+
+def _of_seeds(differences: np.ndarray) -> float:
+    """Half of Student's 95 % interval of the mean of n differences (n,); 0 for less than two."""
+    from scipy.stats import t
+
+    n = len(differences)
+    return float(t.ppf(0.975, n - 1) * np.std(differences, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
