@@ -1,7 +1,7 @@
 """Plots the rate plane of an evaluated batch, and finds the best cell for each task.
 
     python plot_eval.py --run_batch_name B                    figures, advice and report.html in runs/B/figures/
-    python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 bits per image
+    python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
 
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
 """
@@ -16,21 +16,24 @@ from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import UserError, nearest, run_script
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of, terms_for
-from utils.plane.cells import Plane, labels_of, read_plane
+from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
-from utils.plane.metrics import PROBES
+from utils.plane.metrics import METRICS, PROBES, metric, plain
 from utils.plane.report import write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
 
-SHOWN = [  # drawn by default, as far as the batch has them
-    *("psnr", "nelbo", "ll_iw", "bpd", "is_mean", "fid", "fid_classifier", "recons_acc", "mi_q_mc", "mi_q"),
-    *("mi_q_mc_y", "lr_acc_mean", "svm_rbf_acc", "lr_acc_mean_y", "svm_rbf_acc_y", "active_z"),
-]
-THREE = [  # one metric for each of reconstruction, generation, representation: the first that the batch has
+FOUR = [  # one metric for each of reconstruction, generation, representation by z and by y: the first that is there
     ("psnr", "recons_acc", "nelbo"),
     ("is_mean", "fid", "fid_classifier"),
-    ("lr_acc_mean", "svm_rbf_acc", "mi_q_mc", "lr_acc_mean_y"),
+    ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
+    ("svm_rbf_acc_y", "lr_acc_mean_y", "mi_y_low"),
+]
+INFORMATION = [  # on the label, against R(z)
+    ("mi_z_low", "mi_q_mc", "mi_q"),
+    ("mi_y_low", "mi_q_mc_y"),
+    ("svm_rbf_acc_sample", "lr_acc_mean_sample"),
+    ("svm_rbf_acc", "lr_acc_mean"),
 ]
 
 
@@ -38,7 +41,9 @@ def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
-    parser.add_argument("--metrics", nargs="+", help="columns of eval_results.csv to draw (default: the main ones)")
+    parser.add_argument(
+        "--metrics", nargs="+", help="columns of eval_results.csv to draw, or all (default: one for each task)"
+    )
     add_moved_flag(parser)
     parser.add_argument("--out", help="output folder (default: figures/ in the batch's folder)")
     parser.add_argument(
@@ -50,50 +55,61 @@ def parse_args(argv=None):
         default=4,
         help="samples and reconstructions shown per cell (default: 4)",
     )
-    group = parser.add_argument_group("rate budget of the advice, in bits per image")
-    group.add_argument("--max_rate", type=positive, metavar="BITS", help="upper limit on R(z) + R(y|z)")
-    group.add_argument("--max_rate_z", type=positive, metavar="BITS", help="upper limit on R(z)")
-    group.add_argument("--max_rate_y", type=positive, metavar="BITS", help="upper limit on R(y|z)")
+    parser.add_argument(
+        "--rate_unit", choices=UNITS, default="nats", help="unit of rates and information, everywhere (default: nats)"
+    )
+    group = parser.add_argument_group("rate budget of the advice, per image, in that unit")
+    group.add_argument("--max_rate", type=positive, metavar="RATE", help="upper limit on R(z) + R(y|z)")
+    group.add_argument("--max_rate_z", type=positive, metavar="RATE", help="upper limit on R(z)")
+    group.add_argument("--max_rate_y", type=positive, metavar="RATE", help="upper limit on R(y|z)")
     return parser.parse(argv)
+
+
+def first_of(plane: Plane, choices: list[tuple[str, ...]]) -> list[str]:
+    """Of each choice, the first metric that a cell of the batch has."""
+    found = [next((n for n in choice if n in plane.names), None) for choice in choices]
+    return [name for name in found if name is not None]
 
 
 def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
     """The metrics to draw. Raises UserError for a name that is not a column of the batch."""
+    if asked == ["all"]:
+        return [name for name in plane.names if name in METRICS and metric(name).better]
     for name in asked or []:
         if name not in plane.names:
             raise UserError(f"--metrics: no run has {name!r}{nearest(name, plane.names)}")
-    return list(dict.fromkeys(asked)) if asked else [name for name in SHOWN if name in plane.names]
+    return list(dict.fromkeys(asked)) if asked else first_of(plane, FOUR)
 
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
-    """Draws all figures for which the batch has data; returns them by name."""
+    """Draws all figures for which the batch has data; returns them, with their data, by name."""
     from utils.evaluation.information import accuracy_bound, entropy
-    from utils.plane import figures
+    from utils.plane import figures, maps
     from utils.plane.pictures import sheets
 
     drawn = {}
-    three = [next((n for n in choice if n in plane.names), None) for choice in THREE]
-    three = [name for name in three if name is not None]
     if names:
         drawn["rate_plane"] = figures.rate_planes(plane, names)
         drawn["total_rate"] = figures.total_rates(plane, names)
-    of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", *PROBES)
-    information = [n for n in names if n.removesuffix("_standardized").removesuffix("_y") in of_label]
+    of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *PROBES)
+    information = [n for n in names if plain(n) in of_label] if args.metrics else first_of(plane, INFORMATION)
     if information:
-        labels = labels_of(plane, folder)
+        labels = labels_of(plane)
+        if labels is None:
+            plane.notes.append("no latents.npz in any run: the bounds implied by R(z) are not drawn")
         bound = None if labels is None else partial(accuracy_bound, labels=labels)
         drawn["rate_z"] = figures.against_rate_z(
             plane, information, bound, math.nan if bound is None else entropy(labels)
         )
-    drawn["tasks"] = figures.tasks(plane, three)
+    drawn["tasks"] = figures.tasks(plane, first_of(plane, FOUR[:3]))
     for kind, cells in plane.grids.items():
-        of_kind = f"_{kind}" * (len(plane.grids) > 1 and kind != "")
-        drawn[f"heat_maps{of_kind}"] = figures.heat_maps(cells, names)
+        of_kind = f"_{kind}" * bool(kind)
+        drawn[f"heat_maps{of_kind}"] = maps.heat_maps(cells, names)
         there = [s for s in found if any(s.cell is cell for cell in cells.cells)]
         if any(math.isfinite(r) for s in there for r in (s.ratio_y, s.ratio_z)):
-            drawn[f"slopes{of_kind}"] = figures.slope_maps(there)
+            drawn[f"slopes{of_kind}"] = maps.slope_maps(cells, there)
     if compared := pairs(plane):
-        drawn["excess"] = figures.excess_maps(compared)
+        drawn["excess"] = maps.excess_maps(plane, compared)
     if not any(name.startswith("slopes") for name in drawn):
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
     return drawn | sheets(plane, folder, args)
@@ -104,11 +120,11 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     folder = batch_folder(args.runs_dir, args.run_batch_name)
     out = Path(args.out) if args.out else folder / "figures"
-    plane = read_plane(folder / "eval_results.csv")
+    plane = read_plane(folder / "eval_results.csv", args.rate_unit)
     names = wanted_metrics(plane, args.metrics)
     check_writable(out, "--out")
     budget = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
-    budget = {name: bits for name, bits in budget.items() if bits is not None}
+    budget = {name: most for name, most in budget.items() if most is not None}
     terms = terms_for(plane)
     advised = advice(plane, terms=terms) + (within := advice(plane, budget, terms) if budget else [])
     if budget and not within:

@@ -134,13 +134,13 @@ def whole_or_auto(text: str) -> int | None:
 
 
 def positive(text: str) -> float:
-    """A rate in bits, as a flag's value."""
+    """A number > 0, as a flag's value."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of bits > 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
     return value
 
 

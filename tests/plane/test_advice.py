@@ -8,8 +8,8 @@ import pytest
 
 import plot_eval
 from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv
-from utils.plane.advice import ADVICE, advice
-from utils.plane.cells import BITS
+from utils.plane.advice import ADVICE, advice, headings_of
+from utils.plane.cells import Plane
 from utils.plane.report import to_markdown
 
 
@@ -29,13 +29,26 @@ def test_advice_on_a_known_surface():
     assert (acc["beta_y"], acc["beta_z"], acc["kl_z"]) == (0.1, 1, 6)
     assert acc["diagonal_beta"] == 1 and acc["gain"] == pytest.approx(0.04)
     assert (fid["beta_y"], fid["beta_z"], fid["value"], fid["gain"]) == (0.1, 0.1, 75, 0)
-    budget = {"rate": 17 * BITS}
+    budget = {"rate": 17}
     within = {row["metric"]: row for row in advice(plane_of(rows), budget)}
     assert (within["psnr"]["beta_y"], within["psnr"]["beta_z"]) == (0.1, 10)
-    assert all(row["rate"] <= 17 + 1e-9 and row["budget"] == "R(z) + R(y|z) <= 24.5258 bits" for row in within.values())
+    assert all(row["rate"] <= 17 + 1e-9 and row["budget"] == "R(z) + R(y|z) <= 17 nats" for row in within.values())
     assert within["fid"]["value"] > 75 and within["fid"]["diagonal_beta"] == 1
     assert advice(plane_of(rows), {"kl_z": 0.5}) == []
-    assert all(row["kl_z"] <= 3.5 for row in advice(plane_of(rows), {"kl_z": 3.5 * BITS}))
+    assert all(row["kl_z"] <= 3.5 for row in advice(plane_of(rows), {"kl_z": 3.5}))
+
+
+def test_in_bits_everything_known_in_nats_is_bits():
+    rows = [exponential(by, bz) | {"psnr": 1.0 / by} for by in AXIS for bz in AXIS]
+    nats = plane_of([row | {"nelbo": row["kl_y"] + row["kl_z"] - row["ll"]} for row in rows])
+    bits = Plane(nats.cells, unit="bits")
+    for a, b in zip(advice(nats, {"rate": 60.0}), advice(bits, {"rate": 60.0 / math.log(2)}), strict=True):
+        for name in ("kl_y", "kl_z", "rate", "diagonal_rate"):
+            assert b[name] == pytest.approx(a[name] / math.log(2)) and headings_of(bits)[name].endswith("(bits)")
+        per = math.log(2) if a["metric"] == "nelbo" else 1
+        assert b["value"] == pytest.approx(a["value"] / per) and b["gain"] == pytest.approx(a["gain"] / per)
+        assert (a["unit"], b["unit"]) == (("nats", "bits") if a["metric"] == "nelbo" else ("dB", "dB"))
+        assert b["budget"].endswith("bits") and a["budget"] == "R(z) + R(y|z) <= 60 nats"
 
 
 def test_advice_without_ordinary_cells_leaves_them_empty():

@@ -46,7 +46,7 @@ def test_kinds_are_kept_apart():
 
 def test_the_rate_plane_shows_both_kinds_and_the_targets():
     plane = mixed()
-    (ax, *_) = figures.rate_planes(plane, ["psnr"]).axes
+    (ax, *_) = figures.rate_planes(plane, ["psnr"]).figure.axes
     round_ones, squares = (c.get_offsets() for c in ax.collections if len(c.get_offsets()) >= 25)
     assert len(round_ones) == 25 and len(squares) == 26
     crosses = [line.get_xydata() for line in ax.lines if line.get_label() == "asked for"]

@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
-from utils.plane.cells import BITS, Cell, Plane
+from utils.plane.cells import Cell, Plane
 from utils.plane.gains import gain, terms_of
 from utils.plane.metrics import PROBES, metric
 
@@ -15,6 +15,7 @@ ADVICE = {  # columns of the advice and their headings
     "task": "task",
     "budget": "budget",
     "metric": "metric",
+    "unit": "in",
     "value": "best",
     "beta_y": "beta_y",
     "beta_z": "beta_z",
@@ -48,14 +49,14 @@ LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | None = None) -> list[dict]:
     """One row for each task and available metric: the best cell, the best ordinary beta-VAE, and the gain.
 
-    `budget` limits the rates of the cells considered, in bits per image: {"rate": 20.0, "kl_z": 5.0}. The best cell is
-    that of all test images; where `terms` (see `terms_of`) allow it, the two figures are of images on which nothing
+    `budget` limits the rates of the cells considered, in the plane's unit: {"rate": 20.0, "kl_z": 5.0}. The best cell
+    is that of all test images; where `terms` (see `terms_of`) allow it, the two figures are of images on which nothing
     was chosen, and the gain has an interval.
     """
     within, limits = np.ones(len(plane.cells), bool), []
-    for name, bits in (budget or {}).items():
-        within &= plane.values(name) * BITS <= bits
-        limits.append(f"{LIMITS[name]} <= {bits:g} bits")
+    for name, most in (budget or {}).items():
+        within &= plane.values(name) <= most
+        limits.append(f"{LIMITS[name]} <= {most:g} {plane.unit}")
     rows, seeds, terms = [], [cell.seeds for cell in plane.cells], terms or {}
     for task, names in TASKS.items():
         for name in names:
@@ -63,19 +64,22 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
             if best is None:
                 continue
             cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
-            row["value"] = cell.median[name]
-            row |= {column: cell.median[column] for column in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
+            unit = plane.scale(name)
+            row |= {"unit": plane.unit_of(name), "value": unit * cell.median[name]}
+            row |= {n: plane.scale(n) * cell.median[n] for n in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
             row |= {name: cell.settings.get(name) for name in plane.differing} | {"command": own_training(cell)}
             if ordinary is not None:
                 there = plane.cells[ordinary].median
-                row |= {"diagonal_value": there[name], "diagonal_beta": there["beta_y"], "diagonal_rate": there["rate"]}
-                row["gain"] = metric(name).better * (cell.median[name] - there[name]) + 0.0  # never -0
+                row |= {"diagonal_value": unit * there[name], "diagonal_beta": there["beta_y"]}
+                row |= {"diagonal_rate": plane.scale("rate") * there["rate"]}
+                row["gain"] = metric(name).better * (row["value"] - row["diagonal_value"]) + 0.0  # never -0
                 among = within & np.isfinite(plane.values(name))
                 known = name in terms and gain(name, terms[name], seeds, among, plane.diagonal, plane.values("rate"))
                 row["told"] = UNTESTED if not known else "yes" if known.told else EQUAL
                 if known:
-                    row |= {"value": known.value, "diagonal_value": known.other, "gain": known.gain}
-                    row |= {"low": known.low, "high": known.high, "agreed": "yes" if known.agreed else "no"}
+                    row |= {"value": unit * known.value, "diagonal_value": unit * known.other}
+                    row |= {"gain": unit * known.gain, "low": unit * known.low, "high": unit * known.high}
+                    row["agreed"] = "yes" if known.agreed else "no"
             rows.append(row)
     return rows
 
@@ -116,4 +120,5 @@ def commands(advised: list[dict]) -> list[dict[str, str]]:
 
 def headings_of(plane: Plane) -> dict[str, str]:
     """Columns and headings of the advice, including the settings in which the plane's cells differ."""
-    return ADVICE | {name: name for name in plane.differing}
+    rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in ("kl_y", "kl_z", "rate", "diagonal_rate")}
+    return ADVICE | rates | {name: name for name in plane.differing}

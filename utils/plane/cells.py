@@ -25,7 +25,8 @@ ASKED = {"beta_y": "target_rate_y", "beta_z": "target_rate_z"}  # the rates for 
 OF_RUN = ("seed", "run_name", "run_batch_name", "source")  # may differ between the repeats of a cell
 SAME_CELL = [n for n in SETTINGS if n not in OF_RUN]
 SHARED = [n for n in SAME_CELL if n not in (*BETAS, *ASKED.values())]  # equal for the cells of one grid
-BITS = 1 / math.log(2)  # bits per nat
+UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}  # per nat
+COLLAPSED = 0.5  # nats: a latent of less rate carries hardly anything
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,56 @@ class Plane:
     cells: list[Cell]
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None  # in which the runs are
+    unit: str = "nats"  # in which `values` gives what is known in nats
 
     def values(self, name: str) -> np.ndarray:
-        """The median of a metric over the runs of every cell, (N,); NaN where it is missing."""
-        return np.array([cell.median.get(name, math.nan) for cell in self.cells])
+        """The median of a metric over the runs of every cell, (N,), in the plane's unit; NaN where it is missing."""
+        return self.scale(name) * np.array([cell.median.get(name, math.nan) for cell in self.cells])
+
+    def scale(self, name: str) -> float:
+        """What a metric as it is stored is multiplied by, to be in the plane's unit."""
+        return UNITS[self.unit] if metric(name).unit == "nats" else 1.0
+
+    def title(self, name: str) -> str:
+        """A metric's label with its unit, for an axis or a heading."""
+        unit = self.unit_of(name)
+        return f"{metric(name).label} ({unit})" if unit else metric(name).label
+
+    def unit_of(self, name: str) -> str:
+        """The unit in which `values` gives a metric; empty if it has none."""
+        unit = metric(name).unit
+        return self.unit if unit == "nats" else unit
+
+    @property
+    def seeds(self) -> list[str]:
+        """The seeds of all runs."""
+        return list(dict.fromkeys(seed for cell in self.cells for seed in cell.seeds))
+
+    @property
+    def collapsed(self) -> dict[str, tuple[int, int]]:
+        """For z and y, the number of runs whose rate is below COLLAPSED, and of cells where only some of them are."""
+        result = {}
+        for layer in "zy":
+            cells = [[row[f"kl_{layer}"] < COLLAPSED for row in cell.repeats] for cell in self.cells]
+            result[layer] = sum(map(sum, cells)), sum(any(c) and not all(c) for c in cells)
+        return result
+
+    @cached_property
+    def about(self) -> str:
+        """What the figures are of: data set, epochs, test images, cells, seeds, collapsed runs."""
+        data, epochs = (
+            ", ".join(sorted({c.settings.get(n) or "?" for c in self.cells})) for n in ("dataset", "num_epochs")
+        )
+        labels = labels_of(self)
+        n = "?" if labels is None else f"{len(labels):,}"
+        runs = sum(len(cell.runs) for cell in self.cells)
+        few = [
+            f"R({'y|' * (n == 'y')}z) < {COLLAPSED:g} nats in {k} of {runs} runs"
+            for n, (k, _) in self.collapsed.items()
+            if k
+        ]
+        one = f"{data}, {epochs} epochs, n = {n} test images; {len(self.cells)} cells, {len(self.seeds)} seed"
+        return "; ".join([one + "s" * (len(self.seeds) > 1), *few])
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -74,14 +121,17 @@ class Plane:
 
     def where(self, mask: np.ndarray) -> "Plane":
         """The plane of the cells in a mask (N,)."""
-        return Plane([cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes, self.folder)
+        return Plane(
+            [cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes, self.folder, self.unit
+        )
 
     @property
     def grids(self) -> dict[str, "Plane"]:
-        """The cells of the grid of betas, without those whose betas were found: "" own ones, "multi_rate" unfolded."""
+        """The cells of each grid of betas, by what tells its settings from others'; without betas that were found."""
         fixed = np.isnan(self.asked).all(1)
-        kinds = {"": self.where(fixed & ~self.unfolded), "multi_rate": self.where(fixed & self.unfolded)}
-        return {kind: plane for kind, plane in kinds.items() if plane.cells}
+        keys = [_slug({n: cell.settings.get(n) for n in self.differing}) for cell in self.cells]
+        found = {key: self.where(fixed & np.array([k == key for k in keys])) for key in dict.fromkeys(keys)}
+        return {key: plane for key, plane in found.items() if plane.cells}
 
     @property
     def differing(self) -> list[str]:
@@ -99,6 +149,12 @@ class Plane:
         values, rate = metric(name).better * self.values(name), self.values("rate")
         there = np.isfinite(values) & (True if among is None else among)
         return max(np.flatnonzero(there), key=lambda i: (values[i], -rate[i])) if there.any() else None
+
+
+def _slug(settings: dict[str, str | None]) -> str:
+    """Settings as a part of a file's name."""
+    words = [n if v == "True" else f"{n}_{v}" for n, v in settings.items() if v not in (None, "", "False")]
+    return re.sub(r"[^\w.-]+", "_", "-".join(words))[:120]
 
 
 def number(text: str | None) -> float:
@@ -129,9 +185,9 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return [{k: re.sub(r"^(-?\d*),(\d)", r"\1.\2", v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
 
 
-def read_plane(path: Path) -> Plane:
+def read_plane(path: Path, unit: str = "nats") -> Plane:
     """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or no run has rates."""
-    plane, groups, without = Plane([], folder=path.parent), {}, []
+    plane, groups, without = Plane([], folder=path.parent, unit=unit), {}, []
     for row in read_rows(path):
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
@@ -153,8 +209,18 @@ def read_plane(path: Path) -> Plane:
             f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
         )
         plane.notes.append(
-            f"the batch mixes settings, all drawn together (heat maps show means, image sheets the first run): {listed}"
+            f"the batch mixes settings, all drawn together (heat maps apart, image sheets the first run): {listed}"
         )
+    saturated = [name for name in ("mi_q_mc", "mi_q_mc_y") if (plane.values(f"{name}_saturated") > 0).any()]
+    for name in saturated:
+        where = int((plane.values(f"{name}_saturated") > 0).sum())
+        plane.notes.append(f"{name} is saturated in {where} of {len(plane.cells)} cells, and left out there")
+    for layer, (count, cells) in plane.collapsed.items():
+        if cells:
+            rate = "R(z)" if layer == "z" else "R(y|z)"
+            plane.notes.append(
+                f"in {cells} cell(s) some seeds collapse, others do not: {rate} < {COLLAPSED} nats in {count} run(s)"
+            )
     for name in plane.names:
         missing = int(np.isnan(plane.values(name)).sum())
         if missing and name in METRICS:
@@ -168,19 +234,43 @@ def merge(repeats: list[dict[str, str]]) -> Cell:
     for row in metrics:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
+        for name in ("mi_q_mc", "mi_q_mc_y"):
+            value, se, null = (row.get(n, math.nan) for n in (name, f"{name}_se", f"{name}_null"))
+            if math.isnan(row.get(f"{name}_saturated", math.nan)) and math.isfinite(null):  # of an older evaluation
+                row[f"{name}_saturated"] = float(null > max(value - 3 * se, 0.05))
+            if row.get(f"{name}_saturated", 0) > 0:
+                row[name] = math.nan
     runs, seeds = (tuple(row.get(name) or "?" for row in repeats) for name in ("run", "seed"))
     return Cell({k: v for k, v in repeats[0].items() if k in SETTINGS}, runs, tuple(metrics), seeds)
 
 
-def labels_of(plane: Plane, folder: Path) -> np.ndarray | None:
-    """The labels (N,) of the test images, from the first run with latents; None, with a note, if there is none."""
-    for name in (run for cell in plane.cells for run in cell.runs):
+def labels_of(plane: Plane) -> np.ndarray | None:
+    """The labels (N,) of the test images, from the first run with latents; None if there is none."""
+    for name in (run for cell in plane.cells for run in cell.runs if plane.folder):
         try:
-            return read_arrays(folder / name / "latents.npz")["labels"]
+            return read_arrays(plane.folder / name / "latents.npz")["labels"]
         except (UserError, KeyError):
             continue
-    plane.notes.append("no latents.npz in any run: the bounds implied by R(z) are not drawn")
     return None
+
+
+def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best that mixtures of the cells in a mask (N,) reach, as points along their rates; see `frontier`.
+
+    PSNR is mixed as squared errors. Empty for metrics that do not mix.
+    """
+    rate, value, known = plane.values("rate"), plane.values(name), metric(name)
+    there = among & np.isfinite(value)
+    if not there.any() or not known.mixes or not known.better:
+        return np.empty(0), np.empty(0)
+    squared = known.unit == "dB"
+    better = -1 if squared else known.better
+    if squared:
+        value = 10 ** (-value / 10)
+    xs, vs = frontier(rate[there], value[there], better)
+    at = np.unique(np.concatenate([np.linspace(xs[0], xs[-1], 300), xs]))  # straight in neither decibels nor log rates
+    vs = np.interp(at, xs, vs)
+    return at, -10 * np.log10(vs) if squared else vs
 
 
 def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,10 +55,10 @@ def _losses(cell: Cell) -> list[float]:
 
 def pairs(plane: Plane) -> list[Pair]:
     """Every unfolded cell with every own cell of the same model and betas, however long either was trained."""
-    known = {}
-    for cell in (grids := plane.grids).get("", Plane([])).cells:
+    known, fixed = {}, np.isnan(plane.asked).all(1)
+    for cell in plane.where(fixed & ~plane.unfolded).cells:
         known.setdefault(_key(cell), []).append(cell)
-    return [Pair(cell, own) for cell in grids.get("multi_rate", Plane([])).cells for own in known.get(_key(cell), ())]
+    return [Pair(cell, own) for cell in plane.where(fixed & plane.unfolded).cells for own in known.get(_key(cell), ())]
 
 
 def _key(cell: Cell) -> tuple:

@@ -4,27 +4,32 @@ from typing import NamedTuple
 
 
 class Metric(NamedTuple):
-    """Label and unit of a column, and whether higher (+1) or lower (-1) values are better (0: neither)."""
+    """Label and unit of a column, and whether higher (+1) or lower (-1) values are better (0: neither).
+
+    `mixes`: whether a mixture of two models, each used for a share of the images, has the mean of their values. PSNR
+    has not; it is the squared error that has.
+    """
 
     label: str
     unit: str = ""
     better: int = 1
+    mixes: bool = False
 
 
 METRICS = {
-    "ll": Metric("log-likelihood", "nats"),
-    "loss": Metric("loss at the cell's own betas", "nats", 0),
-    "psnr": Metric("PSNR", "dB"),
-    "D": Metric("distortion D", "nats", -1),
-    "nelbo": Metric("loss at betas 1, D + R", "nats", -1),
-    "ll_iw": Metric("importance-weighted ll", "nats"),
-    "bpd": Metric("bits per dimension", "bits", -1),
+    "ll": Metric("log-likelihood", "nats", mixes=True),
+    "loss": Metric("loss at the cell's own betas", "nats", 0, mixes=True),
+    "psnr": Metric("PSNR", "dB", mixes=True),
+    "D": Metric("distortion D", "nats", -1, mixes=True),
+    "nelbo": Metric("loss at betas 1, D + R", "nats", -1, mixes=True),
+    "ll_iw": Metric("importance-weighted ll", "nats", mixes=True),
+    "bpd": Metric("bits per dimension", "bits", -1, mixes=True),
     "is_mean": Metric("inception score"),
     "is_div": Metric("diversity of samples"),
     "is_sharp": Metric("sharpness of samples"),
     "fid": Metric("FID", better=-1),
     "fid_classifier": Metric("Frechet distance (classifier)", better=-1),
-    "recons_acc": Metric("accuracy on reconstructions"),
+    "recons_acc": Metric("accuracy on reconstructions", mixes=True),
     "mi_q_mc": Metric("I(z; label)", "nats"),
     "mi_q": Metric("I(z; label)", "nats"),
     "mi_p": Metric("I(z; generated label)", "nats"),
@@ -33,37 +38,54 @@ METRICS = {
     "mi_q_mc_y_se": Metric("standard error of I(y; label)", "nats", 0),
     "mi_q_mc_null": Metric("I(z; shuffled label)", "nats", 0),
     "mi_q_mc_y_null": Metric("I(y; shuffled label)", "nats", 0),
-    "recons_pred_entropy": Metric("entropy of the prediction", "nats", 0),
+    "recons_pred_entropy": Metric("entropy of the prediction", "nats", 0, mixes=True),
+    "mi_z_low": Metric("I(z; label), at least", "nats"),
+    "mi_z_high": Metric("I(z; label), at most", "nats"),
+    "mi_y_low": Metric("I(y; label), at least", "nats"),
+    "mi_y_high": Metric("I(y; label), at most", "nats"),
+    "D_floor": Metric("least possible D", "nats", 0),
     "mi_lr_lb": Metric("lower bound on I(z; label)", "nats"),
     "acc_bound": Metric("bound on accuracy from z"),
-    "lr_acc_mean": Metric("logistic regression on z"),
-    "svm_rbf_acc": Metric("SVM (rbf) on z"),
-    "svm_linear_acc": Metric("SVM (linear) on z"),
-    "kNN_acc": Metric("5-NN on z"),
+    "lr_acc_mean": Metric("logistic regression on z", mixes=True),
+    "svm_rbf_acc": Metric("SVM (rbf) on z", mixes=True),
+    "svm_linear_acc": Metric("SVM (linear) on z", mixes=True),
+    "kNN_acc": Metric("5-NN on z", mixes=True),
     "lr_ece": Metric("calibration error on z", better=-1),
-    "lr_nll": Metric("log loss on z", "nats", -1),
+    "lr_nll": Metric("log loss on z", "nats", -1, mixes=True),
     "clsfr_ece": Metric("classifier's calibration error", better=-1),
     "active_z": Metric("active units of z", better=0),
     "active_y": Metric("active units of y", better=0),
     "kl_z": Metric("R(z)", "nats", 0),
     "kl_y": Metric("R(y|z)", "nats", 0),
-    "rate": Metric("R = R(z) + R(y|z)", "nats", 0),
+    "rate": Metric("R(z) + R(y|z)", "nats", 0),
 }
 PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
 
 
+BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # lower and upper ends of what is only known between
+
+
 def metric(name: str) -> Metric:
-    """The Metric of a column; variants (`train_`, `_y`, `_standardized`) derive theirs from the metric's own."""
+    """The Metric of a column; those of variants (`train_`, `_se`, `_y`, `_sample`, `_standardized`) derive from it."""
     if name in METRICS:
         return METRICS[name]
     if name.startswith("train_"):
-        label, unit, better = metric(name.removeprefix("train_"))
-        return Metric(f"{label}, training images", unit, better)
-    plain = name.removesuffix("_standardized")
-    base = plain.removesuffix("_y")
+        known = metric(name.removeprefix("train_"))
+        return known._replace(label=f"{known.label}, training images")
+    if name.endswith("_se"):
+        known = metric(name.removesuffix("_se"))
+        return Metric(f"standard error of {known.label}", known.unit, 0)
+    base = plain(name)
     if base not in METRICS:
         return Metric(name.replace("_", " "), better=0)
-    label, unit, better = METRICS[base]
-    if base != plain:
+    known = METRICS[base]
+    label = known.label
+    if "_y" in name[len(base) :]:
         label = label.replace(" z", " y").replace("(z", "(y")
-    return Metric(label + ", standardised" * (plain != name), unit, better)
+    label += ", samples" * ("_sample" in name[len(base) :]) + ", standardised" * name.endswith("_standardized")
+    return known._replace(label=label)
+
+
+def plain(name: str) -> str:
+    """A column's name without what says of which latent and how."""
+    return name.removesuffix("_standardized").removesuffix("_y").removesuffix("_sample")

@@ -13,7 +13,8 @@ from datasets.loading import load_data
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.plane.cells import Plane
-from utils.plane.figures import TEXT, Grid
+from utils.plane.drawing import COLUMN, TEXT, Drawn, say
+from utils.plane.maps import Grid
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
@@ -32,11 +33,11 @@ def tiled(images: torch.Tensor, nrow: int) -> np.ndarray:
     return make_grid(images, nrow, padding=1, pad_value=0.5).permute(1, 2, 0).cpu().numpy()
 
 
-def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
+def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
     """Image sheets of samples and reconstructions, by name; cells that fail are noted in `plane.notes`."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
     chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
-    samples, reconstructions, failures, x, tile = {}, {}, [], None, None
+    samples, reconstructions, failures, rows, x, tile = {}, {}, [], [], None, None
     for i in progress(np.flatnonzero(chosen), unit="cell", desc="pictures"):
         cell = plane.cells[i]
         key = (cell.median["beta_y"], cell.median["beta_z"])
@@ -50,6 +51,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
             model = load_model(run, args.device)
             drawn = model.sample(args.images, generator=generator(args.device, run.config.seed, "sheet"))
             samples[key] = tile(drawn)
+            rows.append({"beta_y": key[0], "beta_z": key[1], "run": run.path.name})
             if x is not None:
                 reconstructions[key] = tile(model.reconstruct(x))
         except UserError as e:
@@ -59,7 +61,9 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Figure]:
     drawn = {"samples": sheet(samples, "samples")} if samples else {}
     if reconstructions:
         drawn["reconstructions"] = sheet(reconstructions, "reconstructions", originals=tile(x))
-    return drawn
+    for figure in drawn.values():
+        say(figure, plane)
+    return {name: Drawn(figure, rows) for name, figure in drawn.items()}
 
 
 def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
@@ -82,9 +86,10 @@ def sheet(pictures: dict[tuple[float, float], np.ndarray], title: str, originals
         top, left = (rows - 1 - row) * (h + gap), column * (w + gap)
         canvas[top : top + h, left : left + w] = picture
     beside = 0 if originals is None else 1
-    width = min(TEXT - beside, 0.8 * columns)
+    full = COLUMN if columns < 4 else TEXT
+    width = full - beside - 0.4
     height = width * canvas.shape[0] / canvas.shape[1]
-    figure = Figure((width + beside + 0.4, max(height, beside) + 0.5), layout="constrained")
+    figure = Figure((full, max(height, beside) + 0.7), layout="constrained")
     axes = figure.subplots(1, 1 + beside, width_ratios=[width, 1][: 1 + beside], squeeze=False)[0]
     x, y = w / (w + gap) / 2, h / (h + gap) / 2  # half a picture, in units of their spacing
     extent = (-x, columns - 1 + x, -y, rows - 1 + y)

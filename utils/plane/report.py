@@ -3,12 +3,13 @@
 import base64
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
-from utils.plane.advice import commands, headings_of
+from utils.plane.advice import ADVICE, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.excess import EXCESS, excess_rows, pairs
 from utils.plane.slopes import SLOPES, Slope, slope_rows
@@ -17,14 +18,17 @@ from utils.plane.tables import to_html, to_markdown
 CAPTIONS = {
     "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Dots are "
     "cells trained on their own, squares cells of a multi-rate model, crosses rates that were asked for. Circles "
-    "mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the best cell.",
-    "total_rate": "Each metric against the total rate. Where the convex hull of all cells is better than the dashed "
-    "line, separate betas improve on an ordinary beta-VAE of the same total rate.",
+    "mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the best cell. Cells with several seeds "
+    "are at their medians, the seeds are small points, and 1/4 says that one of four collapsed.",
+    "total_rate": "Each metric against the total rate. Mixtures, each model for a share of the images, reach the "
+    "hulls; where that of all cells is better than that of ordinary beta-VAEs, separate betas improve on equal ones "
+    "at the same total rate. PSNR is mixed as squared errors; metrics that do not mix have no hull. Information that "
+    "is only known between two ends is a bar.",
     "rate_z": "Information on the label against R(z). z carries at most R(z) nats on the label, and at most the "
-    "label's entropy; the line shows this bound. It holds for samples of z, whereas the probes use its posterior mean.",
-    "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed.",
-    "tasks": "The metrics of the tasks against each other. The hue shows the direction of a cell's betas from (1, 1) "
-    "in log space, the saturation their distance.",
+    "label's entropy; the line shows this bound. It holds for samples of z, not for probes on its posterior mean.",
+    "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed, and yellow is best.",
+    "tasks": "The metrics of the tasks against each other. Colours tell a cell's betas: beta_y from dark to light, "
+    "beta_z from blue to yellow.",
     "slopes": "Slopes of the distortion relative to the betas, -dD/dR / beta, estimated from neighbouring cells: 1 at "
     "an optimum. Cells far from 1 are under-trained; grey cells have no estimate, or D does not fall with the rate.",
     "excess": "The loss of cells of a multi-rate model less that of cells trained on their own at the same betas: "
@@ -32,7 +36,6 @@ CAPTIONS = {
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
-CAPTIONS |= {f"{n}_multi_rate": f"{CAPTIONS[n]} Cells of a multi-rate model." for n in ("heat_maps", "slopes")}
 TO_TRAIN = {"metrics": "best for", "command": "command"}
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
@@ -78,7 +81,8 @@ def page(
     parts += [f"<h2>{html.escape(first[0])}</h2>{first[1]}", "<h2>Figures</h2>"]
     for name, png in images.items():
         source = "data:image/png;base64," + base64.b64encode(png).decode()
-        caption = f"<figcaption>{CAPTIONS[name]}</figcaption>"
+        base = next(known for known in CAPTIONS if name.startswith(known))
+        caption = f"<figcaption>{CAPTIONS[base]}{html.escape(name[len(base) :].replace('_', ' '))}</figcaption>"
         parts.append(f'<figure id="{name}"><img alt="{name}" src="{source}">{caption}</figure>')
     parts += [f"<h2>{html.escape(heading)}</h2>{table}" for heading, table in others]
     parts.append("<h2>Settings</h2><dl>")
@@ -104,36 +108,42 @@ def settings(plane: Plane) -> dict[str, str]:
 
 
 def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict) -> None:
-    """Writes the figures in the requested formats, the tables and the page; removes stale figures."""
-    from utils.plane.figures import rendered
+    """Writes the figures in the requested formats, their data, the tables and the page; removes stale figures."""
+    from utils.plane.drawing import headings, rendered, table
 
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "report.html").is_file():  # from an earlier call, whose other figures are now stale
-        for stale in (out / f"{name}.{form}" for name in CAPTIONS for form in ("png", "pdf")):
-            if stale.stem not in drawn or stale.suffix[1:] not in args.format:
+    if (page_there := out / "report.html").is_file():  # from an earlier call, whose other figures are now stale
+        earlier = re.findall(r'<figure id="([\w.-]+)"', page_there.read_text(errors="replace"))
+        for stale in (out / f"{name}.{form}" for name in earlier for form in ("png", "pdf", "csv")):
+            if stale.stem not in drawn or stale.suffix[1:] not in (*args.format, "csv"):
                 stale.unlink(missing_ok=True)
     images = {}
-    for name, figure in progress(drawn.items(), unit="figure"):
+    for name, (figure, rows) in progress(drawn.items(), unit="figure"):
         files = rendered(figure, ("png", *args.format))
         images[name] = files["png"]
         for form in args.format:
             write_atomic(out / f"{name}.{form}", files[form])
-    headings, checked = headings_of(plane), slope_rows(found)
-    write_text(out / "advice.csv", to_csv(advised, headings | {"command": "command"}))
-    write_text(out / "advice.md", to_markdown(advised, headings))
+        write_text(out / f"{name}.csv", titled_csv(rows, headings(rows, plane)))
+    advice_headings, checked = headings_of(plane), slope_rows(found)
+    write_text(out / "advice.csv", to_csv(advised, {**ADVICE, **dict.fromkeys(plane.differing), "command": None}))
+    write_text(out / "advice.md", to_markdown(advised, advice_headings))
     write_text(out / "slopes.csv", to_csv(checked, SLOPES))
     compared = excess_rows(pairs(plane))
     if compared:
         write_text(out / "excess.csv", to_csv(compared, EXCESS))
-    cells = [{"runs": ", ".join(cell.runs), **cell.median} for cell in plane.cells]
-    columns = {name: name for name in ("beta_y", "beta_z", *plane.names, "runs")}
+    cells = [row for row in table(plane, plane.names) if row["what"] != "seed"]
     to_train = commands(advised)
     tables = {
-        "Advice": to_html(advised, headings),
+        "Advice": to_html(advised, advice_headings),
         **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
-        "Cells": to_html(cells, columns),
+        "Cells": to_html(cells, headings(cells, plane)),
         "Slopes": to_html(checked, SLOPES),
         **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),
     }
     report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
     write_text(out / "report.html", report)
+
+
+def titled_csv(rows: Sequence[Mapping], titles: Mapping[str, str]) -> str:
+    """Rows as CSV under headings that carry the units."""
+    return to_csv([{titles[k]: v for k, v in row.items()} for row in rows], titles.values())
