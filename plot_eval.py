@@ -2,6 +2,7 @@
 
     python plot_eval.py --run_batch_name B                    figures, advice and report.html in runs/B/figures/
     python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
+    python plot_eval.py --run_batch_name B C                  what B and C reach at equal rates, in runs/B/figures/
 
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
 """
@@ -18,29 +19,19 @@ from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
-from utils.plane.metrics import METRICS, PROBES, metric, plain
-from utils.plane.report import write_report
+from utils.plane.metrics import FOUR, INFORMATION, METRICS, PROBES, first_of, metric, plain
+from utils.plane.report import write_comparison, write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
-
-FOUR = [  # one metric for each of reconstruction, generation, representation by z and by y: the first that is there
-    ("psnr", "recons_acc", "nelbo"),
-    ("is_mean", "fid", "fid_classifier"),
-    ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
-    ("svm_rbf_acc_y", "lr_acc_mean_y", "mi_y_low"),
-]
-INFORMATION = [  # on the label, against R(z)
-    ("mi_z_low", "mi_q_mc", "mi_q"),
-    ("mi_y_low", "mi_q_mc_y"),
-    ("svm_rbf_acc_sample", "lr_acc_mean_sample"),
-    ("svm_rbf_acc", "lr_acc_mean"),
-]
 
 
 def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
-    parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
+    parser.add_argument(
+        "--run_batch_name", required=True, nargs="+",
+        help="the batch: a folder of runs under --runs_dir; several are compared at equal rates",
+    )  # fmt: skip
     parser.add_argument(
         "--metrics", nargs="+", help="columns of eval_results.csv to draw, or all (default: one for each task)"
     )
@@ -65,12 +56,6 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
-def first_of(plane: Plane, choices: list[tuple[str, ...]]) -> list[str]:
-    """Of each choice, the first metric that a cell of the batch has."""
-    found = [next((n for n in choice if n in plane.names), None) for choice in choices]
-    return [name for name in found if name is not None]
-
-
 def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
     """The metrics to draw. Raises UserError for a name that is not a column of the batch."""
     if asked == ["all"]:
@@ -78,7 +63,7 @@ def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
     for name in asked or []:
         if name not in plane.names:
             raise UserError(f"--metrics: no run has {name!r}{nearest(name, plane.names)}")
-    return list(dict.fromkeys(asked)) if asked else first_of(plane, FOUR)
+    return list(dict.fromkeys(asked)) if asked else first_of(plane.names, FOUR)
 
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
@@ -92,7 +77,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         drawn["rate_plane"] = figures.rate_planes(plane, names)
         drawn["total_rate"] = figures.total_rates(plane, names)
     of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *PROBES)
-    information = [n for n in names if plain(n) in of_label] if args.metrics else first_of(plane, INFORMATION)
+    information = [n for n in names if plain(n) in of_label] if args.metrics else first_of(plane.names, INFORMATION)
     if information:
         labels = labels_of(plane)
         if labels is None:
@@ -101,7 +86,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         drawn["rate_z"] = figures.against_rate_z(
             plane, information, bound, math.nan if bound is None else entropy(labels)
         )
-    drawn["tasks"] = figures.tasks(plane, first_of(plane, FOUR[:3]))
+    drawn["tasks"] = figures.tasks(plane, first_of(plane.names, FOUR[:3]))
     for kind, cells in plane.grids.items():
         of_kind = f"_{kind}" * bool(kind)
         drawn[f"heat_maps{of_kind}"] = maps.heat_maps(cells, names)
@@ -118,11 +103,16 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
 def main(argv=None) -> int:
     """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
-    folder = batch_folder(args.runs_dir, args.run_batch_name)
+    args.run_batch_name = list(dict.fromkeys(args.run_batch_name))
+    folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
+    planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}
+    (folder, *_), (plane, *_) = folders.values(), planes.values()
     out = Path(args.out) if args.out else folder / "figures"
-    plane = read_plane(folder / "eval_results.csv", args.rate_unit)
     names = wanted_metrics(plane, args.metrics)
     check_writable(out, "--out")
+    if len(planes) > 1:
+        print(write_comparison(out, args.format, planes, names or ["rate"]), end="")
+        return 0
     budget = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: most for name, most in budget.items() if most is not None}
     terms = terms_for(plane)

@@ -8,7 +8,7 @@ import numpy as np
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import Cell, Plane
-from utils.plane.gains import gain, terms_of
+from utils.plane.gains import EQUAL, UNTESTED, gain, terms_of
 from utils.plane.metrics import PROBES, metric
 
 ADVICE = {  # columns of the advice and their headings
@@ -31,7 +31,6 @@ ADVICE = {  # columns of the advice and their headings
     "told": "is it better?",
     "agreed": "same choice in each part",
 }
-UNTESTED, EQUAL = "untested", "no difference that these images show"
 
 
 TASKS = {

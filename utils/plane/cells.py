@@ -255,22 +255,22 @@ def labels_of(plane: Plane) -> np.ndarray | None:
 
 
 def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best that mixtures of the cells in a mask (N,) reach, as points along their rates; see `frontier`.
-
-    PSNR is mixed as squared errors. Empty for metrics that do not mix.
-    """
+    """What mixtures of the cells in a mask (N,) reach at best, along their rates; empty for metrics that do not mix."""
     rate, value, known = plane.values("rate"), plane.values(name), metric(name)
     there = among & np.isfinite(value)
     if not there.any() or not known.mixes or not known.better:
         return np.empty(0), np.empty(0)
-    squared = known.unit == "dB"
-    better = -1 if squared else known.better
-    if squared:
-        value = 10 ** (-value / 10)
-    xs, vs = frontier(rate[there], value[there], better)
-    at = np.unique(np.concatenate([np.linspace(xs[0], xs[-1], 300), xs]))  # straight in neither decibels nor log rates
+    ends = rate[there].min(), rate[there].max()
+    at = np.unique([*np.linspace(*ends, 300), *rate[there]])  # straight neither in decibels nor over log rates
+    return at, reach(name, rate[there], value[there], at)
+
+
+def reach(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The best value at given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
+    squared = metric(name).unit == "dB"
+    xs, vs = frontier(rate, 10 ** (-value / 10) if squared else value, -1 if squared else metric(name).better)
     vs = np.interp(at, xs, vs)
-    return at, -10 * np.log10(vs) if squared else vs
+    return -10 * np.log10(vs) if squared else vs
 
 
 def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:

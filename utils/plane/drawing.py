@@ -33,7 +33,9 @@ class Drawn(NamedTuple):
     rows: list[dict]
 
 
-def panels(plane: Plane, n: int, height: float = 0.8, columns: int | None = None) -> tuple[Figure, list[Axes]]:
+def panels(
+    plane: Plane, n: int, height: float = 0.8, columns: int | None = None, about: str = ""
+) -> tuple[Figure, list[Axes]]:
     """A figure with n panels that says what it is of; `height` is relative to a panel's width."""
     columns = min(n, columns or (2 if n <= 4 else 3))
     rows = math.ceil(n / columns)
@@ -42,14 +44,20 @@ def panels(plane: Plane, n: int, height: float = 0.8, columns: int | None = None
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for extra in grid[n:]:
         extra.remove()
-    say(figure, plane)
+    say(figure, about or plane.about)
     return figure, list(grid[:n])
 
 
-def say(figure: Figure, plane: Plane) -> None:
+def say(figure: Figure, about: str) -> None:
     """Writes above a figure what it is of."""
     wide = int(20 * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.wrap(plane.about, wide)), x=0.01, ha="left", fontsize=7, color="0.35")
+    figure.suptitle(
+        "\n".join(text for line in about.splitlines() for text in textwrap.wrap(line, wide)),
+        x=0.01,
+        ha="left",
+        fontsize=7,
+        color="0.35",
+    )
 
 
 def rate_axis(ax: Axes, which: str, plane: Plane, name: str) -> None:

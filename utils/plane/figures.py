@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize
 
 from utils.plane.cells import COLLAPSED, UNITS, Plane, hull
+from utils.plane.compare import Group
 from utils.plane.drawing import (
     BETA_Y,
     BETA_Z,
@@ -171,3 +173,31 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawn:
             ax.plot(*at, marker, ms=13 if marker == "*" else 9, mfc="none", mec="k", mew=0.9, ls="none", label=label)
     legend(figure, axes)
     return Drawn(figure, table(plane, names))
+
+
+MARKERS = (("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73"), ("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00"))
+
+
+def batches(groups: Sequence[Group], about: str) -> Drawn:
+    """Each metric against the total rate, with marker, colour and hull of each batch; apart what is not comparable."""
+    several = len({group.of for group in groups}) > 1
+    some = next(iter(groups[0].planes.values()))
+    figure, axes = panels(some, len(groups), about=about)
+    looks = dict(zip(dict.fromkeys(batch for group in groups for batch in group.planes), cycle(MARKERS), strict=False))
+    rows = []
+    for ax, (name, of, planes) in zip(axes, groups, strict=True):
+        for batch, plane in planes.items():
+            marker, colour = looks[batch]
+            seeds(ax, plane, "rate", name)
+            at = plane.values("rate"), plane.values(name)
+            ax.plot(*at, marker, c=colour, ms=3.5, mew=0, ls="none", label=batch)
+            xs, vs = hull(plane, name, at[0] == at[0])
+            ax.plot(xs, vs, c=colour, lw=1.2)
+            rows += [{"batch": batch, "of": of, **row} for row in table(plane, [name])]
+            rows += [
+                {"batch": batch, "of": of, "what": "hull", "rate": x, name: v} for x, v in zip(xs, vs, strict=True)
+            ]
+        ax.set_title(f"{some.title(name)}{f', {of}' * several}")
+        rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
+    legend(figure, axes)
+    return Drawn(figure, rows)

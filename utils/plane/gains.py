@@ -14,6 +14,7 @@ from utils.plane.metrics import metric
 
 RESAMPLES = 1000
 LEAST_IMAGES = 20  # to compare cells by
+UNTESTED, EQUAL = "untested", "no difference that these images show"
 DECIBEL = -10 / math.log(10)
 
 
@@ -85,7 +86,7 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     def values(cell: int, images: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """The metric of each seed, (seeds, resamples), signed so that more is better."""
         means = terms[cell][:, images] @ counts.T / len(images)
-        return better * (DECIBEL * np.log(means.clip(1e-30)) if name == "psnr" else means)
+        return better * value_of(name, means)
 
     shared = [s for s in seeds[mine[0]] if all(s in seeds[i] for i in mine)]
     folds = [(s, [r for r in shared if r != s]) for s in shared] if len(shared) > 1 else [(None, None)]
@@ -96,7 +97,7 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
             rows = {i: slice(None) if others is None else [seeds[i].index(s) for s in others] for i in mine}
             score = {i: np.median(of_cell[i][rows[i]]) for i in mine}
             pair = [max(group, key=lambda i: (score[i], -rates[i])) for group in groups]
-            told = [values(i, there, _resamples(len(there), k)) for i in pair]
+            told = [values(i, there, resamples(len(there), k)) for i in pair]
             kept = [v if seed is None else v[[seeds[i].index(seed)]] for i, v in zip(pair, told, strict=True)]
             found.append([np.median(v, axis=0) for v in kept])
             firsts.add(pair[0])
@@ -104,19 +105,24 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     gains = found[:, 0] - found[:, 1]
     (value, other), mean = found[:, :, 0].mean(0), gains.mean(0)
     low, high = np.quantile(mean[1:], (0.025, 0.975)) - mean[0]
-    extra = _of_seeds(gains[:, 0])
+    extra = of_seeds(gains[:, 0])
     ends = mean[0] - math.hypot(low, extra), mean[0] + math.hypot(high, extra)
     return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1)
 
 
+def value_of(name: str, means: np.ndarray) -> np.ndarray:
+    """A metric from the means of its terms."""
+    return DECIBEL * np.log(means.clip(1e-30)) if name == "psnr" else means
+
+
 @functools.lru_cache(maxsize=4)
-def _resamples(n: int, key: int) -> np.ndarray:
+def resamples(n: int, key: int) -> np.ndarray:
     """How often each of n images is drawn, (1 + RESAMPLES, n); once each in the first row."""
     drawn = np.random.default_rng(key).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     return np.concatenate([np.ones((1, n)), drawn])
 
 
-def _of_seeds(differences: np.ndarray) -> float:
+def of_seeds(differences: np.ndarray) -> float:
     """Half of Student's 95 % interval of the mean of n differences (n,); 0 for less than two."""
     from scipy.stats import t
 

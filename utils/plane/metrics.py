@@ -89,3 +89,23 @@ def metric(name: str) -> Metric:
 def plain(name: str) -> str:
     """A column's name without what says of which latent and how."""
     return name.removesuffix("_standardized").removesuffix("_y").removesuffix("_sample")
+
+
+FOUR = [  # one metric for each of reconstruction, generation, representation by z and by y: the first that is there
+    ("psnr", "recons_acc", "nelbo"),
+    ("is_mean", "fid", "fid_classifier"),
+    ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
+    ("svm_rbf_acc_y", "lr_acc_mean_y", "mi_y_low"),
+]
+INFORMATION = [  # on the label, against R(z)
+    ("mi_z_low", "mi_q_mc", "mi_q"),
+    ("mi_y_low", "mi_q_mc_y"),
+    ("svm_rbf_acc_sample", "lr_acc_mean_sample"),
+    ("svm_rbf_acc", "lr_acc_mean"),
+]
+
+
+def first_of(names: list[str], choices: list[tuple[str, ...]]) -> list[str]:
+    """Of each choice, the first metric that is among the names."""
+    found = [next((name for name in choice if name in names), None) for choice in choices]
+    return [name for name in found if name is not None]

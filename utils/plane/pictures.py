@@ -62,7 +62,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
     if reconstructions:
         drawn["reconstructions"] = sheet(reconstructions, "reconstructions", originals=tile(x))
     for figure in drawn.values():
-        say(figure, plane)
+        say(figure, plane.about)
     return {name: Drawn(figure, rows) for name, figure in drawn.items()}
 
 

@@ -11,7 +11,9 @@ from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
 from utils.plane.advice import ADVICE, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
+from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.excess import EXCESS, excess_rows, pairs
+from utils.plane.metrics import metric
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
@@ -109,7 +111,7 @@ def settings(plane: Plane) -> dict[str, str]:
 
 def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict) -> None:
     """Writes the figures in the requested formats, their data, the tables and the page; removes stale figures."""
-    from utils.plane.drawing import headings, rendered, table
+    from utils.plane.drawing import headings, table
 
     out.mkdir(parents=True, exist_ok=True)
     if (page_there := out / "report.html").is_file():  # from an earlier call, whose other figures are now stale
@@ -117,13 +119,7 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         for stale in (out / f"{name}.{form}" for name in earlier for form in ("png", "pdf", "csv")):
             if stale.stem not in drawn or stale.suffix[1:] not in (*args.format, "csv"):
                 stale.unlink(missing_ok=True)
-    images = {}
-    for name, (figure, rows) in progress(drawn.items(), unit="figure"):
-        files = rendered(figure, ("png", *args.format))
-        images[name] = files["png"]
-        for form in args.format:
-            write_atomic(out / f"{name}.{form}", files[form])
-        write_text(out / f"{name}.csv", titled_csv(rows, headings(rows, plane)))
+    images = write_figures(out, args.format, plane, drawn)
     advice_headings, checked = headings_of(plane), slope_rows(found)
     write_text(out / "advice.csv", to_csv(advised, {**ADVICE, **dict.fromkeys(plane.differing), "command": None}))
     write_text(out / "advice.md", to_markdown(advised, advice_headings))
@@ -140,8 +136,39 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         "Slopes": to_html(checked, SLOPES),
         **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),
     }
-    report = page(f"Batch {args.run_batch_name}", settings(plane), plane.notes, tables, images)
+    report = page(f"Batch {args.run_batch_name[0]}", settings(plane), plane.notes, tables, images)
     write_text(out / "report.html", report)
+
+
+def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawn: Mapping) -> dict[str, bytes]:
+    """Writes figures with their data; returns the PNGs by name."""
+    from utils.plane.drawing import headings, rendered
+
+    images = {}
+    for name, (figure, rows) in progress(drawn.items(), unit="figure"):
+        files = rendered(figure, ("png", *formats))
+        images[name] = files["png"]
+        for form in formats:
+            write_atomic(out / f"{name}.{form}", files[form])
+        write_text(out / f"{name}.csv", titled_csv(rows, headings(rows, plane)))
+    return images
+
+
+def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane], names: Sequence[str]) -> str:
+    """Writes the figure and the tables that compare batches; returns the table as Markdown, with notes."""
+    from utils.plane.figures import batches
+
+    out.mkdir(parents=True, exist_ok=True)
+    found = groups(planes, names)
+    rows, (first, *others) = comparisons(found), planes
+    name = f"compare_{'_'.join(others)}"
+    about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
+    write_figures(out, formats, planes[first], {name: batches(found, about)})
+    write_text(out / f"{name}_table.csv", to_csv(rows, COMPARED))
+    told = to_markdown(rows, COMPARED)
+    write_text(out / f"{name}_table.md", told)
+    apart = [f"{metric(g.name).label} of {g.of or 'other settings'}" for g in found if len(g.planes) < len(planes)]
+    return told + "".join(f"note: not in every batch, so not compared with all: {text}\n" for text in apart)
 
 
 def titled_csv(rows: Sequence[Mapping], titles: Mapping[str, str]) -> str:

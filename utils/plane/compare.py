@@ -1,0 +1,130 @@
+"""Batches against each other: what each reaches at equal rate."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.plane.cells import Plane, reach
+from utils.plane.gains import EQUAL, LEAST_IMAGES, UNTESTED, of_seeds, resamples, terms_of, value_of
+from utils.plane.metrics import metric
+
+OF_DATA = ("dataset", "image_size", "image_channels")
+OF_LIKELIHOOD = ("px_y_family_ll", "sigma")
+LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # metrics that depend on the likelihood
+POINTS = 100  # of the rates that two batches share
+COMPARED = {
+    "metric": "metric",
+    "unit": "in",
+    "rate": "at R",
+    "first": "batch",
+    "value": "its best",
+    "second": "other",
+    "other": "its best ",
+    "gain": "other is better by",
+    "low": "95 % from",
+    "high": "to",
+    "told": "is it?",
+}
+
+
+class Group(NamedTuple):
+    """The parts of batches in which a metric can be compared."""
+
+    name: str  # of the metric
+    of: str  # data set, and likelihood where it matters
+    planes: dict[str, Plane]  # by batch
+
+
+def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
+    """For each metric the cells that can be compared: of one data set and, where it matters, of one likelihood."""
+    found = []
+    for name in names:
+        of = OF_DATA + (OF_LIKELIHOOD if name.removeprefix("train_") in LIKELY else ())
+        parts = {}
+        for batch, plane in planes.items():
+            keys = [tuple(_said(cell.settings, n) for n in of) for cell in plane.cells]
+            for key in dict.fromkeys(keys):
+                part = plane.where(np.array([k == key for k in keys]) & np.isfinite(plane.values(name)))
+                if part.cells:
+                    parts.setdefault(key, {})[batch] = part
+        found += [Group(name, " ".join(filter(None, key)), part) for key, part in parts.items()]
+    return found
+
+
+def _said(settings: dict, name: str) -> str:
+    """A setting as far as it matters: sigma only does where it is fixed."""
+    unused = name == "sigma" and settings.get("px_y_family_ll") != "GaussianFixedSigma"
+    return "" if unused else settings.get(name) or ""
+
+
+def comparisons(found: Sequence[Group]) -> list[dict]:
+    """Of each group, the second and further batches against the first: on average over the rates that both have, and
+    at three of these. Positive gains mean that the other batch is better."""
+    rows = []
+    for group in found:
+        (first, a), *others = group.planes.items()
+        for second, b in others if metric(group.name).mixes and metric(group.name).better else ():
+            rows += [
+                {"metric": group.name, "first": first, "second": second} | row for row in _compared(group.name, a, b)
+            ]
+    return rows
+
+
+def _compared(name: str, a: Plane, b: Plane) -> list[dict]:
+    """The comparison of two batches at equal rate. The average over rates is the area between the two frontiers."""
+    rates, unit, better = [p.values("rate") for p in (a, b)], a.scale(name), metric(name).better
+    low, high = max(r.min() for r in rates), min(r.max() for r in rates)
+    if not low < high:
+        return []
+    at = np.linspace(low, high, POINTS)
+    values = [np.array([c.median[name] for c in p.cells]) for p in (a, b)]
+    reached = np.array([reach(name, r, v, at) for r, v in zip(rates, values, strict=True)])
+    gain = better * (reached[1] - reached[0])
+    resampled = _of_images(name, a, b, rates, at)
+    shared = [s for s in a.seeds if all(s in c.seeds for p in (a, b) for c in p.cells)]
+    by_seed = np.array([_difference(name, rates, [_of_seed(p, name, s) for p in (a, b)], at) for s in shared])
+    rows = []
+    where = {
+        f"{low:.4g} to {high:.4g}": slice(None),
+        **{f"{at[i]:.4g}": i for i in (POINTS // 4, POINTS // 2, 3 * POINTS // 4)},
+    }
+    for text, i in where.items():
+        told = unit * float(np.mean(gain[i]))
+        row = {"unit": a.unit_of(name), "rate": f"{text} {a.unit}", "gain": told, "told": UNTESTED}
+        row |= {"value": unit * float(np.mean(reached[0, i])), "other": unit * float(np.mean(reached[1, i]))}
+        if resampled is not None:
+            ends = np.quantile(resampled[:, i].reshape(len(resampled), -1).mean(1), (0.025, 0.975)) - np.mean(gain[i])
+            extra = of_seeds(by_seed[:, i].reshape(len(shared), -1).mean(1)) if len(shared) > 1 else 0.0
+            below, above = (unit * math.hypot(end, extra) for end in ends)
+            row |= {"low": told - below, "high": told + above}
+            row["told"] = EQUAL if row["low"] <= 0 <= row["high"] else "better" if told > 0 else "worse"
+        rows.append(row)
+    return rows
+
+
+def _of_seed(plane: Plane, name: str, seed: str) -> np.ndarray:
+    return np.array([cell.repeats[cell.seeds.index(seed)].get(name, math.nan) for cell in plane.cells])
+
+
+def _difference(name: str, rates: list, values: list, at: np.ndarray) -> np.ndarray:
+    a, b = (reach(name, r, v, at) for r, v in zip(rates, values, strict=True))
+    return metric(name).better * (b - a)
+
+
+def _of_images(name: str, a: Plane, b: Plane, rates: list, at: np.ndarray) -> np.ndarray | None:
+    """The differences at the rates for resampled test images, the same for both, (resamples, rates); None: untested."""
+    terms = [terms_of(p, [name])[name] for p in (a, b)]
+    every = [t for of_batch in terms for t in of_batch]
+    if any(t is None for t in every) or len({t.shape[1] for t in every}) > 1:
+        return None
+    tested = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in every], axis=0))
+    if len(tested) < LEAST_IMAGES:
+        return None
+    counts = resamples(len(tested), 0)[1:201]
+    values = [
+        np.array([np.median(value_of(name, t[:, tested] @ counts.T / len(tested)), axis=0) for t in of_batch])
+        for of_batch in terms
+    ]
+    return np.array([_difference(name, rates, [v[:, k] for v in values], at) for k in range(len(counts))])
