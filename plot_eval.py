@@ -46,6 +46,7 @@ def parse_args(argv=None):
         default=4,
         help="samples and reconstructions shown per cell (default: 4)",
     )
+    parser.add_argument("--overview", action="store_true", help="also draw the rate plane at a glance, as for a README")
     parser.add_argument(
         "--rate_unit", choices=UNITS, default="nats", help="unit of rates and information, everywhere (default: nats)"
     )
@@ -70,7 +71,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
     """Draws all figures for which the batch has data; returns them, with their data, by name."""
     from utils.evaluation.information import accuracy_bound, entropy
     from utils.plane import figures, maps
-    from utils.plane.pictures import sheets
+    from utils.plane.pictures import overview, sheets
 
     drawn = {}
     if names:
@@ -97,6 +98,8 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         drawn["excess"] = maps.excess_maps(plane, compared)
     if not any(name.startswith("slopes") for name in drawn):
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
+    if args.overview:
+        drawn |= overview(plane, first_of(plane.names, FOUR[:3]), folder, args)
     return drawn | sheets(plane, folder, args)
 
 

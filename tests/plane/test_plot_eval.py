@@ -75,13 +75,16 @@ def test_figures_still_come(rows, notes, script, request):
             "runs/b/eval_results.csv: cannot write there (Not a directory); choose another --out",
         ),
         (["--run_batch_name", "c"], "runs/c/eval_results.csv: cannot be read"),
+        (["--run_batch_name", "b", "b", "c"], "runs/c/eval_results.csv: cannot be read"),
+        (["--rate_unit", "dB"], "--rate_unit: "),
         (["--run_batch_name", "empty"], "runs/empty/eval_results.csv: no run has rates yet"),
     ],
 )
 def test_bad_input(flags, message, script):
     write_csv(rows_of([1, 2]))
     write_csv([], "empty")
-    status, _, err = script(plot_eval.main, "--run_batch_name", "b", "--device", "cpu", *flags)
+    batch = [] if "--run_batch_name" in flags else ["--run_batch_name", "b"]
+    status, _, err = script(plot_eval.main, *batch, "--device", "cpu", *flags)
     assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
     assert not Path("runs/b/figures").exists()
 
@@ -90,9 +93,9 @@ def test_a_real_batch_has_all_figures_and_a_page_of_its_own(script, trained):
     trained("--beta_y", "0.5", "2", "--beta_z", "0.5", "2", batch="b")
     flags = ["--run_batch_name", "b", "--device", "cpu"]
     assert script(eval_beta_grid.main, *flags, "--exclude_fid")[0] == 0
-    status, out, err = script(plot_eval.main, *flags, "--max_rate", "1000", "--images", "2")
+    status, out, err = script(plot_eval.main, *flags, "--max_rate", "1000", "--images", "2", "--overview")
     assert status == 0 and "Open runs/b/figures/report.html" in out, err
-    names = ("rate_plane", "total_rate", "rate_z", "heat_maps", "tasks", "samples", "reconstructions")
+    names = ("rate_plane", "total_rate", "rate_z", "heat_maps", "tasks", "overview", "samples", "reconstructions")
     for name in names:
         assert Path(f"runs/b/figures/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert Path(f"runs/b/figures/{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -102,9 +105,14 @@ def test_a_real_batch_has_all_figures_and_a_page_of_its_own(script, trained):
     with open("runs/b/figures/advice.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["budget"] for row in rows} == {"", "R(z) + R(y|z) <= 1000 nats"}
+    with open("runs/b/figures/overview.csv", newline="") as file:
+        assert [(row["beta_y"], row["beta_z"]) for row in csv.DictReader(file)] == [
+            ("0.5", "0.5"), ("0.5", "2.0"), ("2.0", "0.5"), ("2.0", "2.0")
+        ]  # fmt: skip
     shutil.rmtree(next(p for p in Path("runs/b").iterdir() if "Beta_y_2.0-Beta_z_2.0" in p.name))
     status, out, _ = script(plot_eval.main, *flags, "--format", "png")
     assert status == 0 and "no pictures of 1 cell(s)" in out and not list(Path("runs/b/figures").glob("*.pdf"))
+    assert not Path("runs/b/figures/overview.csv").exists()  # it is of the earlier call
 
 
 def test_rows_that_are_too_long_and_budgets_that_nothing_meets(script):

@@ -83,8 +83,9 @@ def _compared(name: str, a: Plane, b: Plane) -> list[dict]:
     reached = np.array([reach(name, r, v, at) for r, v in zip(rates, values, strict=True)])
     gain = better * (reached[1] - reached[0])
     resampled = _of_images(name, a, b, rates, at)
-    shared = [s for s in a.seeds if all(s in c.seeds for p in (a, b) for c in p.cells)]
-    by_seed = np.array([_difference(name, rates, [_of_seed(p, name, s) for p in (a, b)], at) for s in shared])
+    of_seed = [[_of_seed(p, name, s) for p in (a, b)] for s in a.seeds]
+    shared = [pair for pair in of_seed if all(np.isfinite(v).all() for v in pair)]
+    by_seed = np.array([_difference(name, rates, pair, at) for pair in shared])
     rows = []
     where = {
         f"{low:.4g} to {high:.4g}": slice(None),
@@ -105,7 +106,9 @@ def _compared(name: str, a: Plane, b: Plane) -> list[dict]:
 
 
 def _of_seed(plane: Plane, name: str, seed: str) -> np.ndarray:
-    return np.array([cell.repeats[cell.seeds.index(seed)].get(name, math.nan) for cell in plane.cells])
+    """A metric of every cell's run with a seed, (N,); NaN where there is none."""
+    runs = [dict(zip(cell.seeds, cell.repeats, strict=True)).get(seed, {}) for cell in plane.cells]
+    return np.array([run.get(name, math.nan) for run in runs])
 
 
 def _difference(name: str, rates: list, values: list, at: np.ndarray) -> np.ndarray:

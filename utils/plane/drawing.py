@@ -23,6 +23,7 @@ COLUMN, TEXT = 3.25, 6.75  # inches: ICML's
 BETA_Y, BETA_Z = r"$\beta_y$", r"$\beta_z$"
 DIAGONAL = r"$\beta_y = \beta_z$"
 GREY, RED = "0.55", "#d55e00"
+MARKERS = (("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73"), ("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00"))
 CORNERS = np.array([[[0.00, 0.16, 0.55], [0.33, 0.22, 0.00]], [[0.60, 0.80, 1.00], [1.00, 0.86, 0.20]]])  # [y, z], RGB
 
 

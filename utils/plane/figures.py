@@ -16,6 +16,7 @@ from utils.plane.drawing import (
     BETA_Z,
     DIAGONAL,
     GREY,
+    MARKERS,
     RED,
     Drawn,
     bar_of,
@@ -173,9 +174,6 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawn:
             ax.plot(*at, marker, ms=13 if marker == "*" else 9, mfc="none", mec="k", mew=0.9, ls="none", label=label)
     legend(figure, axes)
     return Drawn(figure, table(plane, names))
-
-
-MARKERS = (("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73"), ("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00"))
 
 
 def batches(groups: Sequence[Group], about: str) -> Drawn:

@@ -1,6 +1,7 @@
 """Image sheets: samples and reconstructions of the cells over the grid of betas."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from torchvision.utils import make_grid
 from datasets.loading import load_data
 from utils.distributed import progress
 from utils.errors import UserError
+from utils.plane.advice import TASKS
 from utils.plane.cells import Plane
-from utils.plane.drawing import COLUMN, TEXT, Drawn, say
+from utils.plane.drawing import COLUMN, DIAGONAL, MARKERS, TEXT, Drawn, legend, rate_axis, say, table
 from utils.plane.maps import Grid
+from utils.plane.metrics import metric
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
+OVERVIEW = 10  # pictures in a row of the overview
+GENERATION = TASKS["generation"]
 MOST_CELLS = 9  # along each axis of an image sheet
 
 
@@ -45,7 +50,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
             run = Run.open(folder / cell.runs[0])
             if tile is None:
                 tile = partial(tiled, nrow=math.ceil(args.images**0.5))
-                shape, x = run.config.image_shape, test_images(run, args, plane)
+                shape, x = run.config.image_shape, test_images(run, args, plane, args.images)
             if run.config.image_shape != shape or key in samples:
                 continue
             model = load_model(run, args.device)
@@ -66,11 +71,54 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
     return {name: Drawn(figure, rows) for name, figure in drawn.items()}
 
 
-def test_images(run: Run, args, plane: Plane) -> torch.Tensor | None:
+def overview(plane: Plane, names: Sequence[str], folder: Path, args) -> dict[str, Drawn]:
+    """The idea at a glance: the rate plane, where each of the tasks is done best, and what these models make.
+
+    `names` are metrics, such as those of reconstruction, generation and representation. Empty, with a note, where a
+    model cannot be read.
+    """
+    best = {name: plane.cells[plane.best(name)] for name in names}
+    x, made = None, {}
+    for name, cell in best.items():
+        try:
+            run = Run.open(folder / cell.runs[0])
+            model = load_model(run, args.device)
+            x = test_images(run, args, plane, 2 * OVERVIEW) if x is None else x
+        except UserError as e:
+            plane.notes.append(f"no overview: {e}")
+            return {}
+        generated = model.sample(2 * OVERVIEW, generator=generator(args.device, run.config.seed, "sheet"))
+        made[name] = generated if x is None or name in GENERATION else model.reconstruct(x)
+    figure = Figure((TEXT, 0.42 * TEXT), layout="constrained")
+    places = figure.subplot_mosaic([["plane", name] for name in names], width_ratios=[1, 1.15])
+    ax = places["plane"]
+    on, r_z, r_y = plane.diagonal, plane.values("kl_z"), plane.values("kl_y")
+    ax.plot(r_z, r_y, "o", c="0.75", ms=3, mew=0, ls="none", label="all cells")
+    line = np.flatnonzero(on)[np.argsort(r_y[on])]
+    ax.plot(r_z[line], r_y[line], "o--", c="k", ms=4, mfc="w", lw=0.8, label=f"ordinary beta-VAEs, {DIAGONAL}")
+    for (name, cell), (_, colour) in zip(best.items(), MARKERS, strict=False):
+        task = next(task for task, metrics in TASKS.items() if name in metrics).replace(", ", " ")
+        at = (plane.scale(n) * cell.median[n] for n in ("kl_z", "kl_y"))
+        ax.plot(*at, "*", c=colour, ms=13, mec="w", mew=0.5, ls="none", zorder=3)
+        picture = places[name]
+        picture.imshow(tiled(made[name], nrow=OVERVIEW).clip(0, 1), interpolation="nearest")
+        picture.set(xticks=[], yticks=[])
+        picture.spines[:].set(color=colour, linewidth=2)
+        kind = "samples" if x is None or name in GENERATION else "reconstructions"
+        value = plane.scale(name) * cell.median[name]
+        picture.set_title(f"best {task} ({kind}): {metric(name).label} {value:.3g} {plane.unit_of(name)}", fontsize=7)
+    rate_axis(ax, "x", plane, "kl_z")
+    rate_axis(ax, "y", plane, "kl_y")
+    legend(figure, [ax])
+    say(figure, plane.about)
+    return {"overview": Drawn(figure, table(plane, names))}
+
+
+def test_images(run: Run, args, plane: Plane, n: int) -> torch.Tensor | None:
     """The first test images (B, C, H, W); None, with a note, if the data set cannot be loaded."""
     try:
         test = load_data(run.config, args.data_dir, args.device, args.download, args.dataset).test
-        return next(iter(test.batches(args.images)))[0]
+        return next(iter(test.batches(n)))[0]
     except UserError as e:
         plane.notes.append(f"no reconstructions: {e}")
         return None

@@ -35,6 +35,7 @@ CAPTIONS = {
     "an optimum. Cells far from 1 are under-trained; grey cells have no estimate, or D does not fall with the rate.",
     "excess": "The loss of cells of a multi-rate model less that of cells trained on their own at the same betas: "
     "above 0, the price of one training for all.",
+    "overview": "Where in the rate plane each task is done best, and what these models make.",
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
@@ -155,7 +156,7 @@ def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawn: Mappin
 
 
 def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane], names: Sequence[str]) -> str:
-    """Writes the figure and the tables that compare batches; returns the table as Markdown, with notes."""
+    """Writes the figure and the tables that compare batches; returns what to print: the table and notes."""
     from utils.plane.figures import batches
 
     out.mkdir(parents=True, exist_ok=True)
@@ -168,7 +169,9 @@ def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane]
     told = to_markdown(rows, COMPARED)
     write_text(out / f"{name}_table.md", told)
     apart = [f"{metric(g.name).label} of {g.of or 'other settings'}" for g in found if len(g.planes) < len(planes)]
-    return told + "".join(f"note: not in every batch, so not compared with all: {text}\n" for text in apart)
+    notes = [f"not in every batch, so not compared with all: {text}" for text in apart]
+    notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
+    return told + "".join(f"note: {note}\n" for note in dict.fromkeys(notes))
 
 
 def titled_csv(rows: Sequence[Mapping], titles: Mapping[str, str]) -> str:
