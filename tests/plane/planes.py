@@ -4,6 +4,9 @@ import csv
 import math
 from pathlib import Path
 
+import numpy as np
+
+from utils.files import digest_of, write_json
 from utils.plane.cells import Cell, Plane
 
 AXIS = [0.1, 10**-0.5, 1.0, 10**0.5, 10.0]
@@ -61,3 +64,10 @@ def rows_of(grid=AXIS, **more):
             row |= exponential(by, bz) | {"psnr": 20 + bz, "is_mean": 2 + by, "lr_acc_mean": 0.5} | more
             rows.append(row)
     return rows
+
+
+def write_terms(folder, **terms):
+    """A run folder with the terms of single images, as an evaluation leaves it."""
+    folder.mkdir(parents=True)
+    np.savez(folder / "per_image.npz", **{name: values.astype(np.float32) for name, values in terms.items()})
+    write_json(folder / "metrics.json", {"files": {"per_image.npz": digest_of(folder / "per_image.npz")}})

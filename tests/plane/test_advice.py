@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import plot_eval
-from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv
+from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv, write_terms
 from utils.plane.advice import ADVICE, advice, headings_of
 from utils.plane.cells import Plane
 from utils.plane.report import to_markdown
@@ -65,9 +65,7 @@ def test_the_advice_of_a_batch_with_terms_of_single_images(script):
         mse = 0.01 * np.exp(of_image) / (1 + row["beta_z"])
         correct = (rng.random(300) < 0.85).astype(np.float32)
         row |= {"psnr": -10 * np.log10(mse.mean()), "lr_acc_mean": correct.mean()}
-        Path("runs/b", row["run"]).mkdir(parents=True)
-        terms = {"mse": mse.astype(np.float32), "lr_acc_mean": correct}
-        np.savez(Path("runs/b", row["run"], "per_image.npz"), **terms)
+        write_terms(Path("runs/b", row["run"]), mse=mse, lr_acc_mean=correct)
     write_csv(rows)
     flags = ["--run_batch_name", "b", "--format", "png", "--device", "cpu"]
     status, out, err = script(plot_eval.main, *flags)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import plot_eval
-from tests.plane.planes import HEADER, write_csv
+from tests.plane.planes import HEADER, write_csv, write_terms
 from utils.plane.cells import read_plane
 from utils.plane.compare import comparisons, groups
 
@@ -27,8 +27,7 @@ def batch(name, gain=0.0, seed=0, seeds=(2,), of_seed=0.0, **settings):
             row = {"run": f"r{i}-{s}", "seed": s, "beta_y": beta, "beta_z": beta, "kl_y": 40.0 - 15 * i, "kl_z": 5.0}
             row |= {"psnr": -10 * math.log10(mse.mean()), "ll": -200.0 - 20 * i, "is_mean": 2.0, "status": "finished"}
             rows.append(row | {"dataset": "Digits", "px_y_family_ll": "Bernoulli", "sigma": 0.03} | settings)
-            Path("runs", name, row["run"]).mkdir(parents=True)
-            np.savez(Path("runs", name, row["run"], "per_image.npz"), mse=mse.astype(np.float32))
+            write_terms(Path("runs", name, row["run"]), mse=mse)
     return read_plane(write_csv(rows, name, header=[*HEADER, *SETTINGS]))
 
 

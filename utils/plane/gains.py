@@ -44,7 +44,8 @@ def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | 
         try:
             runs = [per_image(plane.folder / run) for run in cell.runs] if plane.folder else []
         except UserError:
-            runs, without = [], without + 1
+            runs = [{}]
+        without += not all(runs)
         for name in names:
             rows = [_terms(run, name) for run in runs]
             fit = rows and all(r is not None and r.shape == rows[0].shape for r in rows)
