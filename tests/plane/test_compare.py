@@ -53,7 +53,7 @@ def test_a_gain_at_equal_rate_is_told_with_its_error():
 
 def test_seeds_widen_the_interval():
     a, b = batch("a", seeds=(1, 2, 3), of_seed=0.5), batch("b", gain=0.3, seed=1, seeds=(1, 2, 3), of_seed=0.5)
-    assert told(a, b)[0]["told"] == "no difference that these images show"
+    assert told(a, b)[0]["told"] == "no difference that these images and seeds show"
     assert told(a, b)[0]["high"] - told(a, b)[0]["low"] > 0.5
 
 

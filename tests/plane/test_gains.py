@@ -71,7 +71,7 @@ def test_the_value_is_the_mean_of_the_two_halves_and_less_is_better_where_it_is(
     n = 40
     terms = [np.full((1, n), v) for v in (5.0, 3.0, 4.0)]
     found = gain("nelbo", terms, [("2",)] * 3, np.ones(3, bool), np.array([True, False, True]), np.arange(3))
-    assert found == (3, 4, 1, 1, 1, True) and found.told
+    assert found == (3, 4, 1, 1, 1, True, 1) and found.told
     psnr = gain("psnr", [v / 100 for v in terms], [("2",)] * 3, np.ones(3, bool), np.array([1, 0, 1], bool), range(3))
     assert psnr.value == pytest.approx(-10 * np.log10(0.03)) and psnr.gain == pytest.approx(10 * np.log10(4 / 3))
     same = gain("nelbo", terms, [("2",)] * 3, np.ones(3, bool), np.ones(3, bool), np.arange(3))

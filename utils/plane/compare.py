@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.plane.cells import Plane, reach
-from utils.plane.gains import EQUAL, LEAST_IMAGES, UNTESTED, of_seeds, resamples, terms_of, value_of
+from utils.plane.gains import LEAST_IMAGES, UNTESTED, equal, of_seeds, resamples, terms_of, value_of
 from utils.plane.metrics import metric
 
 OF_DATA = ("dataset", "image_size", "image_channels")
@@ -100,7 +100,7 @@ def _compared(name: str, a: Plane, b: Plane) -> list[dict]:
             extra = of_seeds(by_seed[:, i].reshape(len(shared), -1).mean(1)) if len(shared) > 1 else 0.0
             below, above = (unit * math.hypot(end, extra) for end in ends)
             row |= {"low": told - below, "high": told + above}
-            row["told"] = EQUAL if row["low"] <= 0 <= row["high"] else "better" if told > 0 else "worse"
+            row["told"] = equal(len(shared)) if row["low"] <= 0 <= row["high"] else "better" if told > 0 else "worse"
         rows.append(row)
     return rows
 

@@ -51,9 +51,15 @@ def dots(
     return drawn
 
 
+def is_bar(plane: Plane, name: str) -> bool:
+    """Whether a metric is drawn from its lower to its upper end."""
+    return BRACKETS.get(name) in plane.names
+
+
 def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, norm: Normalize) -> PathCollection:
     """Draws a metric against a rate: cells as dots, or as bars from the lower to the upper end of what is known."""
-    if name not in BRACKETS or BRACKETS[name] not in plane.names:
+    ax.set_title(plane.title(name).replace(", at least", "") if is_bar(plane, name) else plane.title(name))
+    if not is_bar(plane, name):
         seeds(ax, plane, x, name)
         return dots(ax, plane, x, name, np.where(np.isfinite(plane.values(name)), colours, math.nan), norm=norm, s=12)
     low, high = plane.values(name), plane.values(BRACKETS[name])
@@ -114,7 +120,6 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Drawn:
             what = label.replace(DIAGONAL, "beta_y = beta_z")
             rows += [{"what": what, "rate": x, name: v} for x, v in zip(xs.tolist(), vs.tolist(), strict=True)]
         mark(ax, plane, "rate", name, name)
-        ax.set_title(plane.title(name))
         rate_axis(ax, "x", plane, "rate")
     bar_of(figure, points, axes, None, label=plane.title("kl_z"), aspect=40, shrink=0.7)
     legend(figure, axes)
@@ -140,7 +145,6 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
         if of_samples:
             ax.plot(r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="acc_bound, from the cell's I")
         mark(ax, plane, "kl_z", name, name)
-        ax.set_title(plane.title(name))
         rate_axis(ax, "x", plane, "kl_z")
     bar_of(figure, colours, axes, None, label=plane.title("kl_y"), aspect=40, shrink=0.7)
     legend(figure, axes)

@@ -14,7 +14,7 @@ from utils.plane.metrics import metric
 
 RESAMPLES = 1000
 LEAST_IMAGES = 20  # to compare cells by
-UNTESTED, EQUAL = "untested", "no difference that these images show"
+UNTESTED = "untested"
 DECIBEL = -10 / math.log(10)
 
 
@@ -27,11 +27,17 @@ class Gain(NamedTuple):
     low: float  # ends of the 95 % interval
     high: float
     agreed: bool  # whether every choice was of the same cell
+    seeds: int = 1  # that were compared
 
     @property
     def told(self) -> bool:
         """Whether these images show a gain."""
         return self.low > 0
+
+
+def equal(seeds: int) -> str:
+    """The words for an interval that covers 0."""
+    return f"no difference that these images{' and seeds' * (seeds > 1)} show"
 
 
 def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | None]]:
@@ -108,7 +114,7 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     low, high = np.quantile(mean[1:], (0.025, 0.975)) - mean[0]
     extra = of_seeds(gains[:, 0])
     ends = mean[0] - math.hypot(low, extra), mean[0] + math.hypot(high, extra)
-    return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1)
+    return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1, len(folds))
 
 
 def value_of(name: str, means: np.ndarray) -> np.ndarray:
