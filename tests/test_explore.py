@@ -1,0 +1,126 @@
+"""Models in one's own Python: what README.md and docs/tour.ipynb show, from any folder, and what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT
+from utils.errors import UserError
+from utils.explore import load
+from utils.runs import load_model
+from utils.seeds import generator
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("flags", [[], ["--vae_type", "LVAE", "--use_conv_z"], ["--linear_y_with_dims", "4"]])
+def test_an_image_is_what_z_holds_and_what_y_adds(flags, trained):
+    (path,) = trained(*flags)
+    run = load(path)
+    x, labels = run.images(6)
+    model = load_model(run.run, CPU)
+    for seed in (None, 3):
+        q = run.encode(x, seed)
+        torch.testing.assert_close(run.decode(q.z, q.own), model.p_x(q.y).mean.clamp(0, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.decode(*run.encode(x)[::2]), model.reconstruct(x), rtol=0, atol=1e-5)
+    a, b, other = run.encode(x, 3), run.encode(x, 3), run.encode(x, 4)
+    assert torch.equal(a.y, b.y) and not torch.equal(a.y, other.y) and labels.shape == (6,)
+    drawn, mean = run.decode(q.z, seed=1), run.decode(q.z)
+    assert torch.equal(drawn, run.decode(q.z, seed=1)) and not torch.equal(drawn, run.decode(q.z, seed=2))
+    torch.testing.assert_close(mean, model.p_x(model.p_y(q.z).mean).mean.clamp(0, 1))
+    between = run.interpolate(q.z[0], q.z[1], 5)
+    torch.testing.assert_close(between[[0, 2, 4]], torch.stack([q.z[0], (q.z[0] + q.z[1]) / 2, q.z[1]]))
+    assert run.sample(3).shape == (3, 1, 28, 28) and not run.sample(3).requires_grad
+
+
+def test_drawn_y_have_the_moments_of_p_y(trained):
+    (path,) = trained("--linear_y_with_dims", "4")
+    run = load(path)
+    z = run.encode(run.images(1)[0]).z.expand(20_000, -1)
+    p_y = run.model.p_y(z[:1])
+    y = p_y.mean + p_y.std * run._noise(len(z), 0).y
+    torch.testing.assert_close(y.mean(0), p_y.mean[0], rtol=0, atol=0.03)
+    torch.testing.assert_close(y.std(0), p_y.std[0], rtol=0.03, atol=0)
+
+
+def test_categories_and_models_without_z(trained):
+    run = load(trained("--qz_family", "GumbelSoftmax", batch="g")[0])
+    q = run.encode(run.images(4)[0], seed=0)
+    assert (q.z.sum(1) == 1).all() and run.decode(q.z.roll(1, 0), q.own).shape == (4, 1, 28, 28)
+    with pytest.raises(UserError, match="its z is a category"):
+        run.interpolate(q.z[0], q.z[1])
+    run.interpolate(q.own[0], q.own[1])
+    run = load(trained("--vae_type", "BVAE", batch="v")[0])
+    q = run.encode(run.images(4)[0])
+    torch.testing.assert_close(q.own, q.y)
+    assert q.z.shape == (4, 0) and run.decode(q.z, q.own).shape == (4, 1, 28, 28)
+
+
+def test_what_cannot_be_loaded_is_said(trained):
+    with pytest.raises(UserError, match="no config.json there"):
+        load("runs")
+    flags = ["--beta_y", "0.5", "2", "--multi_rate", "--force"]
+    for path in trained(*flags):
+        if "multi_rate" in path.name and "_to_" in path.name:
+            with pytest.raises(UserError, match="a multi-rate model; load one of the cells"):
+                load(path)
+            return
+    raise AssertionError("no multi-rate model")
+
+
+def in_python(code: str, cwd: Path, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, **more)
+
+
+def test_the_readme_is_right_from_any_folder(trained, tmp_path):
+    (path,) = trained()
+    section = (ROOT / "README.md").read_text().split("## Use from Python")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    for name, here in (("path/to/this/repository", ROOT), ("runs/grid/NAME", path.resolve())):
+        assert code.count(name) == 1
+        code = code.replace(name, str(here))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = in_python(code, elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(elsewhere / "samples.png").size == (8 * 30 + 2, 2 * 30 + 2)
+
+
+def test_another_package_of_that_name_is_told_apart(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    done = in_python(f"import datasets, sys; sys.path.insert(0, {str(ROOT)!r}); import utils.explore", tmp_path)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: another package datasets is loaded already (")
+
+
+@pytest.mark.parametrize("flags", [[], ["--vae_type", "LVAE"]])
+def test_the_tour_runs(flags, trained):
+    """As a notebook does: cell by cell, in one namespace; the last expression of each is shown."""
+    (path,) = trained(*flags)
+    cells = [c for c in json.loads((ROOT / "docs" / "tour.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    assert all(c["outputs"] == [] for c in cells)
+    names, pictures = {}, []
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"])
+        if number == 0:
+            code = code.replace('".."', repr(str(ROOT))).replace('"../runs', '"runs')
+        *lines, last = code.splitlines()
+        if last.startswith("run.show("):
+            exec("\n".join(lines), names)
+            pictures.append(eval(last, names))
+        else:
+            exec(code, names)
+    assert names["run"].run.path == path and len(pictures) == 5
+    assert all(p.width == 8 * 30 + 2 and p.getextrema()[0][1] > 0 for p in pictures)
+
+
+def test_samples_are_the_generative_models(trained):
+    run = load(trained()[0])
+    assert torch.equal(run.sample(4, seed=5), run.model.sample(4, generator=generator(CPU, 5, "explore")))

@@ -1,0 +1,109 @@
+"""Trained models in one's own Python: `load` a run, then encode, decode, sample, interpolate.
+
+z and y are not independent: y contains all that the image is made from, z included. What y adds to z is its deviation
+from p(y|z), `own` = (y - mean) / std, which is standard normal and independent of z under the model. So an image is a
+pair (z, own): draw `own` and keep z, or change z and keep `own`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+for _name in ("datasets", "models"):
+    _file = getattr(sys.modules.get(_name), "__file__", None)
+    if _file is not None and Path(_file).parent.parent.resolve() != ROOT.resolve():
+        raise ImportError(f"another package {_name} is loaded already ({_file}); use this project in its own process")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from datasets.loading import Data, load_data  # noqa: E402
+from models.latents import Gaussian  # noqa: E402
+from utils.cli import default_data_dir  # noqa: E402
+from utils.config import Config  # noqa: E402
+from utils.errors import UserError  # noqa: E402
+from utils.images import tiled, to_pil  # noqa: E402
+from utils.runs import Run, load_model  # noqa: E402
+from utils.seeds import generator  # noqa: E402
+
+
+class Latents(NamedTuple):
+    """The latents of images: z (B, *z_shape), y (B, *y_shape), and what y adds to z, in stds of p(y|z)."""
+
+    z: Tensor
+    y: Tensor
+    own: Tensor
+
+
+def load(path: str | Path, data_dir: str | None = None, device: str = "cpu", dataset: str | None = None) -> "Loaded":
+    """The model and the data of a run's folder; `dataset` says where a folder of images is, if it has moved.
+
+    Raises UserError if the run, its weights or its data are missing or damaged, or if its model is a multi-rate one.
+    """
+    run = Run.open(Path(path))
+    if run.config.is_conditioned:
+        raise UserError(f"{path}: a multi-rate model; load one of the cells that were unfolded from it")
+    device = torch.device(device)
+    model = load_model(run, device).requires_grad_(False)
+    return Loaded(run, model, load_data(run.config, data_dir or default_data_dir(), device, moved_to=dataset))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model with its data; `model` has the distributions q_z, q_y, p_y and p_x themselves."""
+
+    run: Run
+    model: nn.Module
+    data: Data
+
+    @property
+    def config(self) -> Config:
+        """The run's settings."""
+        return self.run.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    def images(self, n: int, split: str = "test") -> tuple[Tensor, Tensor]:
+        """The first n images of a split, (n, C, H, W) in [0, 1], and their labels."""
+        return next(iter(getattr(self.data, split).batches(n)))
+
+    def encode(self, x: Tensor, seed: int | None = None) -> Latents:
+        """The latents of images x (B, C, H, W): the posterior modes, or with a seed a sample of q(z|x) q(y|z,x)."""
+        q_z, noise = self.model.q_z(x), self._noise(len(x), seed)
+        z = q_z.mode if noise is None else q_z.sample(noise.z)
+        q_y, p_y = self.model.q_y(z, x), self.model.p_y(z)
+        y = q_y.mode if noise is None else q_y.sample(noise.y)
+        return Latents(z, y, (y - p_y.mean) / p_y.std)
+
+    def decode(self, z: Tensor, own: Tensor | None = None, seed: int | None = None) -> Tensor:
+        """The mean images (B, C, H, W) of z and of what y adds to it.
+
+        Without `own`, y is the mean of p(y|z), or with a seed a sample of it.
+        """
+        p_y = self.model.p_y(z)
+        if own is None:
+            own = 0.0 if seed is None else self._noise(len(z), seed).y
+        return self.model.p_x(p_y.mean + p_y.std * own).mean.clamp(0, 1)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n images (n, C, H, W) of the generative model p(z) p(y|z) p(x|y)."""
+        return self.model.sample(n, generator=generator(self.device, seed, "explore"))
+
+    def interpolate(self, a: Tensor, b: Tensor, n: int = 8) -> Tensor:
+        """n points (n, ...) on the line from a to b, ends included. Raises UserError where z is a category."""
+        if self.model.family is not Gaussian and ((a == 0) | (a == 1)).all():
+            raise UserError(f"{self.run.path}: its z is a category; there is nothing between two of them")
+        return torch.stack([a + (b - a) * t for t in torch.linspace(0, 1, n, device=a.device)])
+
+    def show(self, images: Tensor, columns: int = 8):
+        """The images (B, C, H, W) in one picture of Pillow, in rows of so many."""
+        missing = -len(images) % columns
+        return to_pil(tiled(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]), columns))
+
+    def _noise(self, n: int, seed: int | None):
+        return None if seed is None else self.model.noise(n, generator(self.device, seed, "explore"))
