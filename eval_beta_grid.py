@@ -30,6 +30,13 @@ def parse_args(argv=None):
     )
     steps.add_argument("--recons_acc", action="store_true", help="step 4: classifier accuracy on reconstructions")
     steps.add_argument("--pca", action="store_true", help="write 3 principal components of the means of y to pca.npz")
+    steps.add_argument(
+        "--latents",
+        nargs="+",
+        choices=("train", "test"),
+        default=[],
+        help="write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz",
+    )
     add_bench_flags(parser)
     group = parser.add_argument_group("step 1")
     group.add_argument(
@@ -68,10 +75,11 @@ def wanted_steps(args) -> list[str]:
 
     probes = "probes_standardized" if args.standardize else "probes"
     asked = [(args.all or args.get_mi_cal_acc, probes), (args.all or args.recons_acc, "recons"), (args.pca, "pca")]
+    asked += [(split in args.latents, f"latents_{split}") for split in ("train", "test")]
     later = [name for wanted, name in asked if wanted]
     if later and not args.all:
         return later
-    names = ["rates", *["iw"] * bool(args.iw_samples), *["is"] * args.with_classifier]
+    names = ["rates", "units", *["iw"] * bool(args.iw_samples), *["is"] * args.with_classifier]
     return names + ["frechet"] * (not args.exclude_fid) + ([] if args.exclude_mi else MI_STEPS) + later
 
 

@@ -123,7 +123,7 @@ def _of_folder(name: str, found: Folder, shape: tuple[int, int, int], device: to
         splits = [Streamed(samples, shape, device) for samples in parts]
         notes += look(found.train + found.test, channels)
     else:
-        needs, has = len(found.train + found.test) * channels * size**2, _memory()
+        needs, has = len(found.train + found.test) * channels * size**2, memory()
         if needs > has:
             raise UserError(f"{name}: needs {needs:,} bytes of memory at {size} pixels, this machine has {has:,}")
         decoded = [decode(samples, channels, size) for samples in parts]
@@ -138,7 +138,7 @@ def _of_folder(name: str, found: Folder, shape: tuple[int, int, int], device: to
     return Data(*splits, len(found.classes), found.digest)
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
 

@@ -66,9 +66,17 @@ class Gaussian(NamedTuple):
 
     def kl(self, prior: "Gaussian") -> Tensor:
         """KL[self || prior] in nats, (B,)."""
+        return sum_per_image(self.kl_of_units(prior))
+
+    def kl_of_units(self, prior: "Gaussian") -> Tensor:
+        """KL[self || prior] of each dimension in nats, (B, ...)."""
         ratio = self.std / prior.std
         shift = (self.mean - prior.mean) / prior.std
-        return sum_per_image(0.5 * (ratio**2 + shift**2 - 1) - ratio.log())
+        return 0.5 * (ratio**2 + shift**2 - 1) - ratio.log()
+
+    def rate_of_units(self) -> Tensor:
+        """KL[self || N(0, I)] of each dimension in nats, (B, ...)."""
+        return self.kl_of_units(Gaussian(0.0, 1.0))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, (B,)."""
@@ -138,6 +146,10 @@ class RelaxedOneHot(NamedTuple):
         """KL[q || uniform] = sum of q log(q Z) over the categories, in nats, (B,)."""
         log_q = F.log_softmax(self.logits, dim=-1)
         return (log_q.exp() * (log_q + math.log(self.logits.shape[-1]))).sum(-1)
+
+    def rate_of_units(self) -> Tensor:
+        """KL[q || uniform] of its one unit, the category, in nats, (B, 1)."""
+        return self.rate()[:, None]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of one-hot values in nats, (B,)."""

@@ -173,6 +173,13 @@ def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
     return text.getvalue()
 
 
+def npz(arrays: dict[str, np.ndarray]) -> bytes:
+    """The content of an NPZ file with these arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
     try:

@@ -2,9 +2,9 @@
 
 import functools
 import hashlib
-import io
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from torch import Tensor
 from models.latents import Gaussian
 from models.stack import TERMS, Stack
 from utils.evaluation.information import accuracy_bound, discrete_mi, gaussian_mi
+from utils.evaluation.latents import active_by_rate, export
 from utils.evaluation.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
 from utils.evaluation.probes import calibration_error
 from utils.evaluation.subject import BATCH, Bench, Step, Subject
+from utils.files import npz
 
 INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "6726825d")  # torch-fidelity's file, prefix of its sha256
 
@@ -80,13 +82,6 @@ def _frechet(s: Subject, features: Callable[[Tensor], Tensor], name: str, source
     fake = s.samples("samples", features)
     distance = frechet_distance(real.cpu().numpy(), fake.cpu().numpy())
     return {name: distance, f"{name}_features": source, f"{name}_samples": len(fake)}
-
-
-def npz(arrays: dict[str, np.ndarray]) -> bytes:
-    """The content of an NPZ file with these arrays."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
 
 
 @functools.cache
@@ -213,6 +208,7 @@ STEPS = {
     step.name: step
     for step in (
         Step("rates", (*TERMS, "D", "bpd", "active_z", "active_y", "psnr"), rates, file="latents.npz"),
+        Step("units", ("active_z_rate", "active_y_rate"), active_by_rate),
         Step("iw", ("ll_iw", "iw_samples"), importance_weighted, ("iw_samples",)),
         Step("is", ("is_mean", "is_std", "is_div", "is_sharp", "n_samples"), sample_quality, ("n_samples",), True),
         Step("fid", ("fid", "fid_features", "fid_samples"), fid, ("n_samples",)),
@@ -230,6 +226,7 @@ STEPS = {
         Step("probes_standardized", _probe_columns("_standardized", "_y_standardized"), None, labels=True),
         Step("recons", ("recons_acc", "recons_pred_entropy", "clsfr_acc", "clsfr_ece"), reconstructions, (), True),
         Step("pca", ("pca_explained",), pca, file="pca.npz"),
+        *(Step(f"latents_{s}", (), partial(export, split=s), file=f"latents_{s}.npz") for s in ("train", "test")),
     )
 }
 MI_STEPS = ["mi_z", "mi_y", "mi_p"]
