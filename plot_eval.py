@@ -3,6 +3,7 @@
     python plot_eval.py --run_batch_name B                    figures, advice and report.html in runs/B/figures/
     python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
     python plot_eval.py --run_batch_name B C                  what B and C reach at equal rates, in runs/B/figures/
+    python plot_eval.py --traverse RUN [RUN ...]              what z and what y of these runs encode, side by side
 
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
 """
@@ -29,9 +30,15 @@ def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--run_batch_name", required=True, nargs="+",
+        "--run_batch_name", nargs="+",
         help="the batch: a folder of runs under --runs_dir; several are compared at equal rates",
     )  # fmt: skip
+    parser.add_argument(
+        "--traverse",
+        nargs="+",
+        metavar="RUN",
+        help="draw what z and y of these runs (folders) encode, side by side, instead of the batch's figures",
+    )
     parser.add_argument(
         "--metrics", nargs="+", help="columns of eval_results.csv to draw, or all (default: one for each task)"
     )
@@ -54,7 +61,10 @@ def parse_args(argv=None):
     group.add_argument("--max_rate", type=positive, metavar="RATE", help="upper limit on R(z) + R(y|z)")
     group.add_argument("--max_rate_z", type=positive, metavar="RATE", help="upper limit on R(z)")
     group.add_argument("--max_rate_y", type=positive, metavar="RATE", help="upper limit on R(y|z)")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if not args.run_batch_name and not args.traverse:
+        raise UserError("--run_batch_name: is needed, or runs to --traverse")
+    return args
 
 
 def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
@@ -106,6 +116,11 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
 def main(argv=None) -> int:
     """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
+    if args.traverse:
+        from utils.plane.traversals import traverse
+
+        print("written:", *traverse(args), sep="\n  ")
+        return 0
     args.run_batch_name = list(dict.fromkeys(args.run_batch_name))
     folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
     planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}

@@ -1,0 +1,95 @@
+"""plot_eval.py --traverse: pictures of what z encodes and what y adds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import plot_eval
+from models.build import build_model
+from tests.conftest import random_data
+from tests.datasets.files import write_cifar10
+from utils.config import Config, what_differs
+from utils.explore import Loaded, load
+from utils.plane.traversals import between, dimensions, rates_of_units, redrawn, side_by_side
+from utils.runs import Run
+
+PNG = ["--format", "png", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--vae_type", "LVAE"], ["--use_conv_z"], ["--linear_y_with_dims", "3"]])
+def test_runs_side_by_side(flags, trained, script):
+    paths = trained(*flags, "--beta_y", "0.1", "5")
+    status, out, err = script(plot_eval.main, "--traverse", *paths, *PNG, "--images", 2)
+    assert status == 0, err
+    folder = Path("runs/singles/figures/traversals")
+    assert {p.name for p in folder.iterdir()} == {"between.png", "dimensions.png", "redrawn.png"}
+    assert all(str(p) in out and Image.open(p).width > 1000 for p in folder.iterdir())
+    status, out, err = script(plot_eval.main, "--traverse", *paths, Path("runs/singles/figures"), *PNG)
+    assert status == 0, err  # a shell's * finds it
+
+
+def test_the_rows_are_what_they_say(trained):
+    """Known from the model itself: the first picture of each row, and what must not change along it."""
+    (path,) = trained("--z_dims", "4", "--num_epochs", "8", "--batch_size", "100")
+    cell = load(path)
+    x, _ = cell.images(3)
+    q, m = cell.encode(x), cell.model
+    rows = between(cell, 2)
+    assert [label for label, _ in rows] == ["y drawn", "y of the left", "y of the right"] * 2
+    for i in range(2):
+        left, right = rows[3 * i + 1][1], rows[3 * i + 2][1]
+        same = m.reconstruct(x)
+        torch.testing.assert_close(left[1], same[i], rtol=0, atol=1e-5)
+        torch.testing.assert_close(right[-2], same[i + 1], rtol=0, atol=1e-5)
+        assert torch.equal(left[0], x[i]) and torch.equal(left[-1], x[i + 1])
+    rates = m.q_z(cell.images(1000)[0]).rate_of_units().mean(0)
+    torch.testing.assert_close(rates_of_units(cell)[0], rates)
+    rows = dimensions(cell, 1)
+    order = [int(label.split()[1].rstrip(":")) - 1 for label, _ in rows]
+    assert sorted(order) == [0, 1, 2, 3] and (rates[order].diff() <= 0).all()
+    z = q.z[:1].clone()
+    z[0, order[0]] = -3
+    torch.testing.assert_close(rows[0][1][:1], cell.decode(z))
+    of_q, of_p = redrawn(cell, 1)
+    spread = [images[1:].var(0).sum() for _, images in (of_q, of_p)]
+    assert spread[0] < spread[1]  # the image tells of y more than z alone
+    figure = side_by_side([cell], redrawn, 1)
+    assert figure.axes[0].get_title().startswith("beta_y 1, beta_z 1\nR(z) ")
+
+
+def test_a_convolutional_z_is_swept_by_channels():
+    config = Config(use_conv_z=True, conv_channels=2)
+    cell = Loaded(Run(Path("x"), config), build_model(config).requires_grad_(False), random_data(config))
+    rates, rows = rates_of_units(cell)[0].sum((1, 2)), dimensions(cell, 1)
+    assert len(rows) == min(8, len(rates))
+    assert rows[0][0] == f"z {rates.argmax() + 1}: {rates.max():.2f} nats"
+
+
+def test_what_cannot_be_drawn_is_one_line(trained, script):
+    (good,) = trained()
+    (categories,) = trained("--qz_family", "GumbelSoftmax", batch="g")
+    (without,) = trained("--vae_type", "BVAE", batch="v")
+    write_cifar10(Path("data"), n=20)
+    (other,) = trained("--dataset", "CIFAR10", batch="c")
+    for paths, message in (
+        ([categories], f"--traverse: {categories}: its z is a category, so that there is nothing to sweep"),
+        ([without], f"--traverse: {without}: its z is not there, so that there is nothing to sweep"),
+        ([good, other], f"--traverse: {other} is of CIFAR10, {good} of Digits; cells side by side need the same"),
+        (["nowhere"], "nowhere: no config.json there"),
+        ([], "--traverse: expected at least one argument"),
+    ):
+        status, _, err = script(plot_eval.main, "--traverse", *paths, *PNG)
+        assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+    status, _, err = script(plot_eval.main)
+    assert status == 2 and err == "error: --run_batch_name: is needed, or runs to --traverse\n"
+
+
+def test_names_are_what_differs():
+    a, b = Config(beta_y=0.1), Config(beta_y=0.1, vae_type="LVAE", seed=3)
+    assert what_differs([a]) == ["beta_y 0.1, beta_z 1"]
+    names = what_differs([a, b])
+    assert names[0] == "vae_type HVAE, beta_y 0.1, beta_z 1, seed 2"
+    assert names[1] == "vae_type LVAE, beta_y 0.1, beta_z 1, seed 3"
+    assert what_differs([a, Config(beta_y=0.1, warmup_epochs=7)])[1] == "warmup_epochs 7, beta_y 0.1, beta_z 1"

@@ -1,0 +1,124 @@
+"""What z encodes and what y adds, in pictures: walks from one image to another, dimensions of z swept, y drawn anew.
+
+Chosen cells stand side by side, so that one sees information move from y to z as the betas change. What y adds to z,
+`own`, is explained in utils/explore.py.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models.latents import Gaussian
+from utils.config import what_differs
+from utils.errors import UserError
+from utils.evaluation.batch import is_cell
+from utils.explore import Loaded, load
+from utils.files import check_writable, write_atomic
+from utils.images import tiled
+from utils.plane.figures import rendered
+
+STEPS = 7  # images of a walk, and of a sweep from -3 to 3
+MOST = 8  # dimensions of z that are swept: those of the largest rates
+N_RATES = 1000  # test images over which rates are averaged
+WIDTH = 3.4  # inches of a cell's panel
+Rows = list[tuple[str, Tensor]]  # what each row shows, and its images (n, C, H, W)
+
+
+def traverse(args) -> list[Path]:
+    """Draws the traversals of the runs in `args.traverse` into `args.out`, or figures/traversals in their batch.
+
+    Returns the files. Raises UserError for runs whose z has no continuous dimensions, or that are of different data.
+    """
+    paths = [path for path in map(Path, args.traverse) if len(args.traverse) == 1 or is_cell(path)]  # of a shell's *
+    cells = [load(path, args.data_dir, args.device, args.dataset) for path in paths]
+    for cell in cells:
+        if cell.model.family is not Gaussian or not cell.model.z_shape[0]:
+            why = "a category" if cell.model.z_shape[0] else "not there"
+            raise UserError(f"--traverse: {cell.run.path}: its z is {why}, so that there is nothing to sweep")
+        if cell.config.data_name != cells[0].config.data_name:
+            names = f"{cell.config.data_name}, {cells[0].run.path} of {cells[0].config.data_name}"
+            raise UserError(f"--traverse: {cell.run.path} is of {names}; cells side by side need the same images")
+    folder = Path(args.out) if args.out else cells[0].run.path.resolve().parent / "figures" / "traversals"
+    check_writable(folder, "--out")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, rows in (("between", between), ("dimensions", dimensions), ("redrawn", redrawn)):
+        for form, content in rendered(side_by_side(cells, rows, args.images), args.format).items():
+            written.append(folder / f"{name}.{form}")
+            write_atomic(written[-1], content)
+    return written
+
+
+def side_by_side(cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows], n: int) -> Figure:
+    """A figure of the same rows for each cell, one panel a cell, under what tells the cells apart and their rates."""
+    titles, found = what_differs([cell.config for cell in cells]), [rows_of(cell, n) for cell in cells]
+    pictures = [tiled(torch.cat([images for _, images in rows]), len(rows[0][1]), 1.0) for rows in found]
+    height = 0.8 * WIDTH * max(p.shape[1] / p.shape[2] for p in pictures)
+    figure = Figure((WIDTH * len(cells), height + 0.5), layout="constrained")
+    panels = figure.subplots(1, len(cells), squeeze=False)[0]
+    for ax, cell, title, rows, picture in zip(panels, cells, titles, found, pictures, strict=True):
+        side = (picture.shape[1] - 2) / len(rows)
+        ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        labels = [label for label, _ in rows]
+        if ax is panels[0] or labels != [label for label, _ in found[0]]:
+            ax.set_yticks([1 + side * (i + 0.5) for i in range(len(rows))], labels)
+        else:
+            ax.set_yticks([])
+        ax.set_xticks([])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
+        ax.set_title(f"{title}\nR(z) {rate_z:.3g}, R(y|z) {rate_y:.3g} nats")
+    return figure
+
+
+def rates_of_units(cell: Loaded) -> tuple[Tensor, Tensor]:
+    """The rate of each dimension of z, (*z_shape,), and of y given z, (*y_shape,): nats, means over test images."""
+    x, _ = cell.images(N_RATES)
+    z = cell.encode(x, seed=0).z
+    return cell.model.q_z(x).rate_of_units().mean(0), cell.model.q_y(z, x).kl_of_units(cell.model.p_y(z)).mean(0)
+
+
+def between(cell: Loaded, n: int) -> Rows:
+    """Walks in z from each of n images to the next: y drawn from p(y|z), the same noise all along, or own kept."""
+    x, _ = cell.images(n + 1)
+    q, rows = cell.encode(x), []
+    for i in range(len(x) - 1):
+        z = cell.interpolate(q.z[i], q.z[i + 1], STEPS)
+        noise = cell.model.noise(1, torch.Generator(cell.device).manual_seed(i)).y
+        owns = {"y drawn": noise[0], "y of the left": q.own[i], "y of the right": q.own[i + 1]}
+        for label, own in owns.items():
+            walk = cell.decode(z, own.expand(STEPS, *own.shape))
+            rows.append((label, torch.cat([x[i : i + 1], walk, x[i + 1 : i + 2]])))
+    return rows
+
+
+def dimensions(cell: Loaded, n: int) -> Rows:
+    """Dimensions of the first image's z from -3 to 3, stds of the prior, y the mean of p(y|z); by falling rate.
+
+    A convolutional z has channels in place of dimensions, each set everywhere at once.
+    """
+    z = cell.encode(cell.images(1)[0]).z
+    rates = rates_of_units(cell)[0].flatten(1).sum(1) if z.dim() > 2 else rates_of_units(cell)[0]
+    values, rows = torch.linspace(-3, 3, STEPS, device=cell.device), []
+    for d in rates.argsort(descending=True, stable=True)[:MOST].tolist():
+        swept = z.repeat(STEPS, *[1] * (z.dim() - 1))
+        swept[:, d] = values.view(-1, *[1] * (z.dim() - 2))
+        rows.append((f"z {d + 1}: {rates[d]:.2f} nats", cell.decode(swept)))
+    return rows
+
+
+def redrawn(cell: Loaded, n: int) -> Rows:
+    """n images, each with z kept and y drawn again and again: from q(y|z,x), and from p(y|z), without the image."""
+    x, _ = cell.images(n)
+    z, rows = cell.encode(x).z, []
+    for i in range(len(x)):
+        one, zs = x[i : i + 1], z[i : i + 1].repeat(STEPS, *[1] * (z.dim() - 1))
+        p_y, noise = cell.model.p_y(zs), cell.model.noise(STEPS, torch.Generator(cell.device).manual_seed(i)).y
+        q_y = cell.model.q_y(zs, one.expand(STEPS, *one.shape[1:]))
+        for label, y in (("y from q(y|z,x)", q_y.sample(noise)), ("y from p(y|z)", p_y.sample(noise))):
+            rows.append((label, torch.cat([one, cell.model.p_x(y).mean.clamp(0, 1)])))
+    return rows
