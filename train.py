@@ -61,7 +61,9 @@ def parse_args(argv=None):
     )
     group.add_argument("--overwrite", action="store_true", help="retrain all cells from scratch, even finished ones")
     group.add_argument("--force", action="store_true", help="unfold a multi-rate model even if its z has collapsed")
-    group.add_argument("--dry_run", action="store_true", help="print settings, shapes and run folders without training")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print settings, shapes and where each run stands, without training"
+    )
     return parser.parse(argv)
 
 
@@ -73,7 +75,7 @@ def main(argv=None) -> int:
     from utils.training.loop import Interrupted
     from utils.training.schedule import check_data_parallel, check_flags, report, train_all, unfinished
     from utils.training.start import note_shorter, with_start
-    from utils.training.summary import describe, summarise
+    from utils.training.summary import describe, show_status, summarise
     from utils.training.targets import near
     from utils.training.unfold import sources, unfold_all
 
@@ -86,8 +88,7 @@ def main(argv=None) -> int:
         describe([run.config for run in plan], args.device)
         note_shorter(plan, starts)
     if args.dry_run:
-        for run in share([*plan]):
-            print(run.path)
+        show_status(share([*plan]), args.overwrite)
         return 0
     data = load_data(config, args.data_dir, args.device, args.download)
     plan = {run.of_data(data.digest): cells for run, cells in plan.items()}

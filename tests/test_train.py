@@ -33,9 +33,11 @@ def test_a_run_folder_holds_all_that_is_promised(trained):
         for name in ("loss", "ll", "kl_y", "kl_z"):
             assert [e.step for e in events.Scalars(f"{split}/{name}")] == [1, 2]
     assert events.Scalars("test/loss")[-1].value == pytest.approx(test["loss"], rel=1e-6)
+    assert [e.step for e in events.Scalars("test/psnr")] == [1, 2]
+    assert events.Scalars("test/psnr")[-1].value == pytest.approx(test["psnr"], abs=1e-3)  # 360 images, all of them
     assert {"reconstructions", "samples"} <= set(events.Tags()["images"])
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"beta_y" in hparams and b"beta_z" in hparams
+    assert all(name in hparams for name in (b"beta_y", b"beta_z", b"seed", b"vae_type"))
     assert not [p for p in path.iterdir() if p.name.startswith("resume") or p.name.endswith(".tmp")]
 
 
@@ -97,7 +99,7 @@ def test_several_seeds_train_the_grid_once_for_each(trained):
 
 def test_dry_run_writes_nothing(script):
     status, out, _ = script(train.main, *TINY, "--dry_run", "--beta_y", "0.1:10:3")
-    assert status == 0 and "Beta_y_10.0" in out and not Path("runs").exists()
+    assert status == 0 and "  beta_y 10, beta_z 1   new\n" in out and not Path("runs").exists()
 
 
 def test_the_papers_command_with_its_trailing_backslash(script):

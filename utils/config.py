@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,21 +297,6 @@ class Config:
 
 
 FLAGS = [f.name for f in dataclasses.fields(Config) if "help" in f.metadata]  # the fields that have one
-
-
-def what_differs(configs: Sequence[Config]) -> list[str]:
-    """A short name for each: the settings in which they differ and the betas, `beta_y 1, beta_z 0.1`."""
-    names = [f.name for f in dataclasses.fields(Config) if f.name not in ("run_batch_name", "data_digest", "source")]
-    different = [n for n in names if n in ("beta_y", "beta_z") or len({getattr(c, n) for c in configs}) > 1]
-
-    def text(config: Config) -> str:
-        values = {name: getattr(config, name) for name in different}
-        if values.get("warmup_epochs") == config.default_warmup:
-            del values["warmup_epochs"]  # it follows from the others
-        said = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items() if v not in (None, "")}
-        return ", ".join(f"{k} {v}" for k, v in said.items())
-
-    return [text(config) for config in configs]
 
 
 def _digest(settings: dict) -> str:

@@ -81,6 +81,25 @@ def check(folder: Path) -> None:
         lock.check()
 
 
+def holder(folder: Path) -> str | None:
+    """Which process holds a folder, e.g. `pid 7 on host h`; None if none does."""
+    try:
+        with open(folder / ".lock", encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once
+                return None
+            except OSError as e:
+                if e.errno in (errno.EAGAIN, errno.EACCES):
+                    return file.read().strip() or "another process"
+                if e.errno not in NO_FLOCK:
+                    raise
+        lock = _LockFile(folder)
+        number = lock._highest()
+        return lock._holder(number) if number and not lock._can_be_taken(number) else None
+    except OSError:  # no such folder, or none of ours to read
+        return None
+
+
 def _me() -> str:
     return f"pid {os.getpid()} on host {socket.gethostname()}"
 

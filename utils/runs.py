@@ -157,6 +157,10 @@ class Run:
             raise UserError(f"{'; '.join(problems)}; no undamaged checkpoint is left; --overwrite starts from scratch")
         return None, problems
 
+    def peek(self) -> dict:
+        """The newest checkpoint. Raises UserError if it is damaged."""
+        return self._read_state("resume.pth")
+
     def step_back(self, position: tuple[int, int]) -> dict | None:
         """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""
         try:

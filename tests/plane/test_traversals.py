@@ -10,8 +10,9 @@ import plot_eval
 from models.build import build_model
 from tests.conftest import random_data
 from tests.datasets.files import write_cifar10
-from utils.config import Config, what_differs
+from utils.config import Config
 from utils.explore import Loaded, load
+from utils.names import what_differs
 from utils.plane.traversals import between, dimensions, rates_of_units, redrawn, side_by_side
 from utils.runs import Run
 

@@ -343,4 +343,4 @@ def test_a_signal_while_libraries_are_imported_ends_it_quietly(script, number):
 def test_the_share_of_a_process_is_told_by_a_dry_run_too():
     flags = [*CELL, "--beta_y", "1:5:5", "--dry_run"]
     status, out, err = ended(quick("train.py", *flags, WORLD_SIZE="3", RANK="1"))
-    assert status == 0 and "RANK 1 of WORLD_SIZE 3: takes 2 of 5 runs" in out and out.count("runs/singles/") == 2, err
+    assert status == 0 and "RANK 1 of WORLD_SIZE 3: takes 2 of 5 runs" in out and out.count("  new\n") == 2, err

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.latents import Gaussian
-from utils.config import what_differs
 from utils.errors import UserError
 from utils.evaluation.batch import is_cell
 from utils.explore import Loaded, load
 from utils.files import check_writable, write_atomic
 from utils.images import tiled
+from utils.names import what_differs
 from utils.plane.figures import rendered
 
 STEPS = 7  # images of a walk, and of a sweep from -3 to 3

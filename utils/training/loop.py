@@ -16,7 +16,7 @@ from datasets.loading import Data
 from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils import locks
-from utils.config import Config
+from utils.config import FLAGS, Config
 from utils.distributed import progress
 from utils.errors import UserError, heeded_signals
 from utils.runs import Run
@@ -25,7 +25,7 @@ from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
-N_CURVES = 1000  # test images of a conditioned model's curves at single betas
+N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
 class Interrupted(Exception):
@@ -169,9 +169,10 @@ class Log:
         self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
         if chunk.epoch == 0 and chunk.step == 0:
             for m, writer in self.writers.items():
-                betas = {"beta_y": chunk.runs[m].config.beta_y, "beta_z": chunk.runs[m].config.beta_z}
+                config = {name: getattr(chunk.runs[m].config, name) for name in FLAGS}
+                config = {name: value for name, value in config.items() if value is not None}
                 with self.reported(chunk.runs[m]):
-                    for summary in hparams(betas, {f"test/{name}": 0 for name in TERMS}):
+                    for summary in hparams(config, {f"test/{name}": 0 for name in (*TERMS, "psnr")}):
                         writer.file_writer.add_summary(summary)
 
     def show(self, bar: tqdm, means: torch.Tensor) -> None:
@@ -201,8 +202,10 @@ class Log:
         for split, means in (("train", train_means), ("test", test_means)):
             for name, value in zip(TERMS, means[m].tolist(), strict=True):
                 self.writers[m].add_scalar(f"{split}/{name}", value, epoch)
+        model = self.chunk.stack.plain(m)
+        self.writers[m].add_scalar("test/psnr", model.psnr([(self.curve_images, None)]), epoch)
         if epoch % self.pictures_every == 0 or epoch == config.num_epochs:
-            drawn = pictures(self.chunk.stack.plain(m), self.images, config.seed)
+            drawn = pictures(model, self.images, config.seed)
             for name, picture in drawn.items():
                 self.writers[m].add_image(name, picture, epoch)
             if epoch == config.num_epochs:

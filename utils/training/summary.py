@@ -2,12 +2,17 @@
 
 import math
 import shlex
+from collections import Counter
+from statistics import median
 
 import torch
 
 from models.build import build_model
+from utils import locks
 from utils.cli import next_command
 from utils.config import FLAGS, Config
+from utils.errors import UserError
+from utils.names import what_differs
 from utils.runs import Run
 
 
@@ -21,6 +26,63 @@ def describe(configs: list[Config], device: torch.device) -> None:
     print(f"  {'shapes':20s} x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}")
     print(f"  {'parameters':20s} {sum(p.numel() for p in model.parameters()):,}")
     print(f"  {'cells':20s} {len(configs)}", flush=True)
+
+
+def show_status(runs: list[Run], overwrite: bool) -> None:
+    """Prints where each run stands, and how long the rest takes at the speed of what is trained."""
+    if not runs:  # another process has them all
+        return
+    names, lines, left, speeds = what_differs([run.config for run in runs]), [], 0.0, []
+    for run in runs:
+        line, epochs, seconds = standing(run)
+        lines.append(line)
+        if epochs and seconds:
+            speeds.append(seconds / epochs)
+        failed = line.startswith("failed")  # they are not trained again
+        left += run.config.num_epochs if overwrite else 0 if failed else run.config.num_epochs - epochs
+    width = max(map(len, names))
+    print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
+    for name, line in zip(names, lines, strict=True):
+        print(f"  {name:{width}s}  {line}")
+    kinds = Counter(line.split()[0] for line in lines)
+    print(", ".join(f"{n} {kind}" for kind, n in kinds.items()) + "; all are trained anew" * overwrite, end="; ")
+    if not left:
+        print("nothing left to train")
+    elif speeds:
+        print(f"{left:.4g} epochs left, about {duration(left * median(speeds))} at {median(speeds):.3g} s an epoch")
+    else:
+        print(f"{left:.4g} epochs left; how long they take shows once a cell has been trained")
+
+
+def standing(run: Run) -> tuple[str, float, float]:
+    """Where a run stands, in words; the epochs that it has been trained for, and the seconds that they took."""
+    try:
+        status, total, held = run.status, run.config.num_epochs, locks.holder(run.path)
+        if status == "finished":
+            return status, total, run.result.get("seconds", 0.0)
+        if status == "failed":
+            result = run.result
+            return f"failed at step {result['step']} of epoch {result['epoch']}", 0, 0
+        epochs, seconds, line = 0.0, 0.0, status
+        if status == "unfinished":
+            if (run.path / "resume.pth").exists():
+                state = run.peek()
+                epochs, seconds = (
+                    state["epoch"] + state["step"] / max(1, len(state.get("history", ()))),
+                    state["seconds"],
+                )
+            line = f"unfinished at epoch {math.floor(epochs)} of {total}"
+        return (f"held by {held}, {line}" if held else line), epochs, seconds
+    except UserError as e:
+        return f"damaged: {e}", 0, 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def summarise(runs: list[Run], args) -> None:
@@ -47,7 +109,8 @@ def summarise(runs: list[Run], args) -> None:
     print(f"\n{place}")
     if all((run.path / "samples.png").is_file() for run in runs):
         print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
-    print(f"To inspect: tensorboard --logdir {shlex.quote(args.runs_dir)}")
+    several = f"python -m utils.board {shlex.quote(str(runs[0].path.parent))}"
+    print(f"To inspect: {several if len(runs) > 1 else f'tensorboard --logdir {shlex.quote(args.runs_dir)}'}")
     print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
 
 
