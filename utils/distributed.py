@@ -80,7 +80,27 @@ def from_first(value):
     return values[0]
 
 
-class Lines(tqdm):
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Bar(tqdm):
+    """A progress bar whose format may say `{left}`, the time left."""
+
+    @property
+    def format_dict(self) -> dict:
+        known = super().format_dict
+        elapsed = known["elapsed"] or 0
+        rate = known["rate"] or ((known["n"] - known["initial"]) / elapsed if elapsed else 0)
+        left = duration(max(0.0, known["total"] - known["n"]) / rate) if rate > 0 and known["total"] else "?"
+        return {**known, "left": f"{left} left"}
+
+
+class Lines(Bar):
     """A progress bar for a file: lines, at most one every half minute, instead of one line drawn over and over."""
 
     def __init__(self, *args, **kwargs):
@@ -96,6 +116,14 @@ class Lines(tqdm):
 
 
 def progress(*args, **kwargs) -> tqdm:
-    """A progress bar of the first process; the others show none. In a file it becomes lines."""
-    kind = tqdm if sys.stderr.isatty() else Lines
+    """A progress bar of the first process; the others show none. In a file, or in the background, it becomes lines."""
+    kind = Bar if sys.stderr.isatty() and _in_foreground() else Lines
     return kind(*args, **kwargs, **({} if is_first() else {"disable": True}))
+
+
+def _in_foreground() -> bool:
+    """Whether the terminal is this process's, rather than of one in front of it, whose bar is drawn there."""
+    try:
+        return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
+    except (OSError, ValueError):
+        return True

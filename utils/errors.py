@@ -119,7 +119,8 @@ def _guard_outputs() -> None:
         elif stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
             lines, at_once = stream.line_buffering, stream.write_through
             raw = _Output(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", None, lines, at_once)
+            buffer = raw if at_once else io.BufferedWriter(raw)  # PYTHONUNBUFFERED wants none
+            text = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", None, lines, at_once)
             setattr(sys, name, text)
 
 

@@ -12,10 +12,11 @@ import train
 from tests.conftest import TINY
 from utils import locks
 from utils.board import link
+from utils.distributed import duration
 from utils.errors import UserError
 from utils.files import write_json
 from utils.runs import Run
-from utils.training.summary import duration, standing
+from utils.training.summary import standing
 
 GRID = [
     *TINY,

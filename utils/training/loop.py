@@ -10,17 +10,16 @@ import time
 from collections.abc import Iterator
 
 import torch
-from tqdm import tqdm
 
 from datasets.loading import Data
 from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils import locks
 from utils.config import FLAGS, Config
-from utils.distributed import progress
 from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
+from utils.training.bar import GridBar
 from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
@@ -80,24 +79,25 @@ def rate_weights(config: Config, epoch: int) -> tuple[float, float]:
     return (1.0 if config.is_conditioned else weight), weight
 
 
-def train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None) -> None:
+def train(
+    chunk: Chunk, data: Data, signals: Signals, save_every: int | None = None, bar: GridBar | None = None
+) -> None:
     """Trains a chunk to the last epoch, with checkpoints every `save_every` epochs (None: as SAVING_SHARE allows).
 
-    Raises Interrupted after a signal, once a checkpoint is saved.
+    `bar` is that of all cells of which the chunk is a part. Raises Interrupted after a signal, once a checkpoint is
+    saved.
     """
     try:
-        _train(chunk, data, signals, save_every)
+        _train(chunk, data, signals, save_every, bar or GridBar(chunk.runs))
     finally:
         chunk.settle()
 
 
-def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -> None:
+def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, bar: GridBar) -> None:
     config, stack = chunk.config, chunk.stack
     steps = math.ceil(len(data.train) / config.batch_size)
     log = Log(chunk, data)
-    done = chunk.epoch * steps + chunk.step
-    each = {} if sys.stderr and sys.stderr.isatty() else {"miniters": steps}  # in a file, a line an epoch
-    bar = progress(total=config.num_epochs * steps, initial=done, unit="step", dynamic_ncols=True, **each)
+    bar.begin(chunk, steps)
     saved_at = time.monotonic()
 
     def save(stop):
@@ -106,7 +106,6 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
         chunk.save()
         if stop:
             chunk.settle()
-            bar.close()
             raise Interrupted(stop, chunk.epoch)
 
     started, seconds_before = time.monotonic(), chunk.seconds
@@ -129,13 +128,12 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
             chunk.history[chunk.step] = sums
             chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
             chunk.step += 1
-            bar.update()
+            bar.bar.update(len(chunk.runs))
             stop = chunk.stop(signals.received)
             overdue = save_every is None and time.monotonic() - saved_at > LONGEST_UNSAVED
             if (stop or overdue) and chunk.step < steps:
                 chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
                 chunk.drop_failed(chunk.history[: chunk.step].sum(0).cpu(), chunk.step)
-                log.show(bar, chunk.history[: chunk.step].double().sum(0) / (chunk.step * config.batch_size))
                 save(stop)
         train_means = (chunk.history.double().sum(0) / len(data.train)).cpu()
         test_noise = generator(chunk.device, config.seed, "test")
@@ -143,19 +141,19 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None) -
         chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
         chunk.epoch, chunk.step = chunk.epoch + 1, 0
         chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
-        log.show(bar, train_means)
+        bar.show(chunk, train_means[list(chunk.live), 0].mean().item())
         log.epoch(train_means, test_means)
         stop = chunk.stop(signals.received)
         if chunk.epoch == config.num_epochs:
             chunk.finish(train_means, test_means, data)
         elif stop or (chunk.cheap_to_save(saved_at) if save_every is None else chunk.epoch % save_every == 0):
             save(stop)
-    bar.close()
+    bar.end(chunk)
     log.close()
 
 
 class Log:
-    """The values on the progress bar, and each cell's TensorBoard events."""
+    """Each cell's TensorBoard events and pictures."""
 
     def __init__(self, chunk: Chunk, data: Data):
         from torch.utils.tensorboard import SummaryWriter
@@ -174,12 +172,6 @@ class Log:
                 with self.reported(chunk.runs[m]):
                     for summary in hparams(config, {f"test/{name}": 0 for name in (*TERMS, "psnr")}):
                         writer.file_writer.add_summary(summary)
-
-    def show(self, bar: tqdm, means: torch.Tensor) -> None:
-        """Shows loss and rates on the bar, averaged over the live cells; means (M, 4)."""
-        live = means[list(self.chunk.live)].mean(0).tolist()
-        values = {name: f"{v:.4g}" for name, v in zip(TERMS, live, strict=True) if name != "ll"}
-        bar.set_postfix(epoch=self.chunk.epoch, refresh=False, **values)
 
     def epoch(self, train_means: torch.Tensor, test_means: torch.Tensor) -> None:
         """Logs the means (M, 4) of an epoch; about ten times per training, also reconstructions and samples."""

@@ -19,6 +19,7 @@ from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
 from utils.locks import Held, remove_abandoned
 from utils.runs import Run
+from utils.training.bar import GridBar
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
 from utils.training.loop import Interrupted, Signals, train
@@ -130,8 +131,8 @@ def operations(config: Config) -> int:
 class Trainer:
     """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
 
-    def __init__(self, data, args, signals: Signals, n_cells: int, config: Config):
-        self.data, self.args, self.signals, self.engine = data, args, signals, None
+    def __init__(self, data, args, signals: Signals, n_cells: int, config: Config, bar: GridBar | None = None):
+        self.data, self.args, self.signals, self.engine, self.bar = data, args, signals, None, bar
         torch.backends.cudnn.benchmark = True
         use_precision(config.precision)
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
@@ -192,7 +193,7 @@ class Trainer:
             chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
             if chunk.epoch or chunk.step:
                 print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
-            train(chunk, self.data, self.signals, self.args.save_every)
+            train(chunk, self.data, self.signals, self.args.save_every, self.bar)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
@@ -220,8 +221,8 @@ def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[t
     """
     problems = []
     threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
-    with Signals() as signals:
-        trainer = Trainer(data, args, signals, len(runs), runs[0].config) if runs else None
+    with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
+        trainer = Trainer(data, args, signals, len(runs), runs[0].config, bar) if runs else None
         while runs:
             together = [run for run in runs if run.config.seed == runs[0].config.seed]
             together = together[: trainer.size_for(together[0].config, len(together))]
@@ -229,6 +230,7 @@ def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[t
             with contextlib.ExitStack() as held:
                 cells, wrong = open_cells(together, args, held, starts)
                 problems += wrong
+                bar.skip(len(together) - len(cells))
                 trainer.train(cells)
             if signals.received and runs:
                 raise Interrupted(signals.received, together[0].config.num_epochs)

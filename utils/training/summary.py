@@ -11,6 +11,7 @@ from models.build import build_model
 from utils import locks
 from utils.cli import next_command
 from utils.config import FLAGS, Config
+from utils.distributed import duration
 from utils.errors import UserError
 from utils.names import what_differs
 from utils.runs import Run
@@ -75,14 +76,6 @@ def standing(run: Run) -> tuple[str, float, float]:
         return (f"held by {held}, {line}" if held else line), epochs, seconds
     except UserError as e:
         return f"damaged: {e}", 0, 0
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def summarise(runs: list[Run], args) -> None:
