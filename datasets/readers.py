@@ -46,8 +46,8 @@ def locate(folders: list[Path], names: list[tuple[str, ...]]) -> list[Path]:
     raise FileNotFoundError(folders[0] / names[0][0])
 
 
-def digits(root: Path) -> tuple[Split, Split]:
-    """scikit-learn's bundled 8x8 handwritten digits, enlarged bilinearly to 28x28."""
+def digits(root: Path, binary: bool = False) -> tuple[Split, Split]:
+    """scikit-learn's bundled 8x8 handwritten digits, enlarged bilinearly to 28x28; `binary` as of `idx`."""
     import torch
     from sklearn.datasets import load_digits
 
@@ -56,6 +56,7 @@ def digits(root: Path) -> tuple[Split, Split]:
     def split(index):
         images = torch.tensor(data.images[index], dtype=torch.float32).unsqueeze(1) * (255 / 16)
         images = torch.nn.functional.interpolate(images, size=28, mode="bilinear").round().to(torch.uint8)
+        images = (images >= 128).to(torch.uint8) * 255 if binary else images
         return images.numpy(), data.target[index]
 
     train, test, _ = stratified_split(data.target)

@@ -85,6 +85,18 @@ def _emnist(split: str, n_classes: int, first_label: int = 0) -> DataSet:
     )
 
 
+def _digits(**where) -> DataSet:
+    return DataSet(
+        GREY,
+        "Bernoulli",
+        partial(readers.digits, **where),
+        "nothing: it ships with scikit-learn",
+        n_classes=10,
+        recipe=Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=40, decay=0.95, crop=2),  # few images
+        settings={"num_epochs": 60, "batch_size": 128, "learning_rate": 9e-4, "z_dims": 8},  # trains within a minute
+    )
+
+
 def _cifar(number: int, folder: str, parts: tuple[list[str], list[str]], labels: str, files: str) -> DataSet:
     reader = partial(readers.cifar, folder=folder, parts=parts, labels=labels)
     recipe = Recipe("densenet121", "sgd", 0.01, 128, num_epochs=100, decay=None, crop=4, flip=True)
@@ -96,15 +108,8 @@ CIFAR10_PARTS = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 FASHION = {"elsewhere": "/usr/share/datasets/fashion-mnist"}  # apt-get install dataset-fashion-mnist
 QMNIST = {"parts": ("qmnist-train", "qmnist-test"), "labels": "labels-idx2-int"}
 DATASETS = {
-    "Digits": DataSet(
-        GREY,
-        "Bernoulli",
-        readers.digits,
-        "nothing: it ships with scikit-learn",
-        n_classes=10,
-        recipe=Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=40, decay=0.95, crop=2),  # few images
-        settings={"num_epochs": 60, "batch_size": 128, "learning_rate": 9e-4, "z_dims": 8},  # trains within a minute
-    ),
+    "Digits": _digits(),
+    "BinaryDigits": _digits(binary=True),
     "MNIST": _mnist("MNIST"),
     "BinaryMNIST": _mnist("MNIST", binary=True),
     "FashionMNIST": _mnist("FashionMNIST", **FASHION),

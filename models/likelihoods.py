@@ -34,6 +34,32 @@ class BernoulliPixels(NamedTuple):
         return self.mean
 
 
+class ContinuousBernoulliPixels(NamedTuple):
+    """Independent pixels with densities proportional to exp(logit x) on [0, 1] (Loaiza-Ganem & Cunningham 2019)."""
+
+    logits: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density; the normaliser is log((exp(a) - 1) / a) for the logit a."""
+        a = self.logits.abs()
+        small = a < 0.1  # where the series of log(sinh(a / 2) / (a / 2)) is exact in float32
+        safe = torch.where(small, 1.0, a)
+        log_norm = safe / 2 + torch.log(-torch.expm1(-safe)) - torch.log(safe)
+        log_norm = torch.where(small, a**2 / 24 - a**4 / 2880, log_norm)
+        return sum_per_image((x - 0.5) * self.logits - log_norm)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean image, 1 / (1 - exp(-a)) - 1 / a for the logits a."""
+        a = self.logits
+        safe = torch.where(a.abs() < 0.1, 1.0, a)
+        return torch.where(a.abs() < 0.1, 0.5 + a / 12 - a**3 / 720, -1 / torch.expm1(-safe) - 1 / safe)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """The mean image; as usual for VAEs, samples are shown without pixel noise."""
+        return self.mean
+
+
 class GaussianPixels(NamedTuple):
     """Independent Gaussian pixels that share a standard deviation; a density, not a probability mass."""
 
@@ -129,10 +155,10 @@ class MixtureOfLogistics(NamedTuple):
         return (colours.squeeze(2) + 1) / 2
 
 
-class Bernoulli(nn.Module):
-    """Bernoulli likelihood, for grey images only."""
+class Likelihood(nn.Module):
+    """What all likelihoods have, unless they say otherwise."""
 
-    colour = False  # whether it supports colour images
+    colour = True  # whether it supports colour images
     is_mass = False  # whether it is a probability mass on 256 levels, which bits per dimension require
     hidden = None  # hidden channels of the decoder's output head, if it has one
 
@@ -140,55 +166,69 @@ class Bernoulli(nn.Module):
         super().__init__()
         self.outputs = image_channels  # the decoder's output channels
 
+    def floor(self, x: Tensor) -> Tensor | None:
+        """The least -log p(x|y) in nats (B,) that any decoder reaches; None where it is not known or unbounded."""
+        return None
+
+
+class Bernoulli(Likelihood):
+    """Bernoulli likelihood, for grey images only."""
+
+    colour = False
+
     def forward(self, outputs: Tensor) -> BernoulliPixels:
         return BernoulliPixels(outputs)
 
+    def floor(self, x: Tensor) -> Tensor:
+        """The entropy of the pixels taken for probabilities, at a mean of x; 0 for binary images only."""
+        return sum_per_image(torch.special.entr(x) + torch.special.entr(1 - x))
 
-class GaussianFixedSigma(nn.Module):
+
+class ContinuousBernoulli(Likelihood):
+    """Continuous Bernoulli likelihood: a density of grey values on [0, 1]."""
+
+    def forward(self, outputs: Tensor) -> ContinuousBernoulliPixels:
+        return ContinuousBernoulliPixels(outputs)
+
+
+class GaussianFixedSigma(Likelihood):
     """Gaussian likelihood with a given standard deviation."""
 
-    colour = True
-    is_mass = False
-    hidden = None
-
     def __init__(self, image_channels: int, sigma: float):
-        super().__init__()
-        self.outputs = image_channels
+        super().__init__(image_channels, sigma)
         self.log_sigma = math.log(sigma)
 
     def forward(self, outputs: Tensor) -> GaussianPixels:
         return GaussianPixels(outputs, torch.full((), self.log_sigma, dtype=outputs.dtype, device=outputs.device))
 
+    def floor(self, x: Tensor) -> Tensor:
+        """At a mean of x."""
+        return -self(x).log_prob(x)
 
-class GaussianLearnedSigma(nn.Module):
+
+class GaussianLearnedSigma(Likelihood):
     """Gaussian likelihood with a learned log sigma, shared by all pixels, softly bounded below by -6 (Rybkin 2020)."""
 
-    colour = True
-    is_mass = False
-    hidden = None
-
     def __init__(self, image_channels: int, sigma: float):
-        super().__init__()
-        self.outputs = image_channels
+        super().__init__(image_channels, sigma)
         self.log_sigma = nn.Parameter(torch.zeros(()))
 
     def forward(self, outputs: Tensor) -> GaussianPixels:
         return GaussianPixels(outputs, -6 + F.softplus(self.log_sigma + 6))
 
 
-class MoL(nn.Module):
+class MoL(Likelihood):
     """Mixture of K discretised logistics.
 
     Output channels: K mixture logits, then for each colour K means, K log-scales and, for RGB, K coefficients.
     """
 
-    colour = True
     is_mass = True
     hidden = MOL_CHANNELS
     components = 10
 
     def __init__(self, image_channels: int, sigma: float):
-        super().__init__()
+        super().__init__(image_channels, sigma)
         self.colours = image_channels
         self.per_colour = 3 if image_channels == 3 else 2
         self.outputs = self.components * (1 + self.per_colour * image_channels)

@@ -25,6 +25,7 @@ MODELS = Table(HVAE="hvae.HVAE", LVAE="lvae.LVAE", BVAE="bvae.BVAE")
 LATENTS = Table(DiagonalGaussian="latents.Gaussian", GumbelSoftmax="latents.RelaxedOneHot")
 LIKELIHOODS = Table(
     Bernoulli="likelihoods.Bernoulli",
+    ContinuousBernoulli="likelihoods.ContinuousBernoulli",
     GaussianFixedSigma="likelihoods.GaussianFixedSigma",
     GaussianLearnedSigma="likelihoods.GaussianLearnedSigma",
     MoL="likelihoods.MoL",

@@ -160,3 +160,44 @@ def test_mol_gradient():
     x = torch.randint(0, 256, (2, 3, 2, 2)).double() / 255
     x[0, 0, 0, 0], x[0, 0, 0, 1] = 0.0, 1.0
     assert torch.autograd.gradcheck(lambda o: likelihood(o).log_prob(x), out)
+
+
+def test_the_continuous_bernoulli_equals_torchs_and_integrates_to_one():
+    logits = torch.tensor([-30.0, -4.0, -0.2, -0.0999, 0.0, 1e-4, 0.0999, 0.1001, 2.0, 25.0]).double()
+    x = torch.linspace(0, 1, 10).double()
+    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(logits[:, None, None, None])
+    expected = torch.distributions.ContinuousBernoulli(logits=logits, lims=(0.4999999, 0.5000001))
+    torch.testing.assert_close(pixels.log_prob(x[:, None, None, None]), expected.log_prob(x), rtol=1e-6, atol=1e-6)
+    grid = torch.linspace(0, 1, 20_001).double()
+    for a, mean in zip(logits, pixels.mean.flatten(), strict=True):
+        density = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(a.expand(len(grid), 1)).log_prob(grid[:, None]).exp()
+        assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-5)
+        assert torch.trapezoid(density * grid, grid).item() == pytest.approx(mean.item(), abs=1e-5)
+
+
+def test_the_continuous_bernoulli_has_finite_gradients():
+    logits = torch.tensor([-100.0, -0.1, 0.0, 1e-8, 0.1, 100.0], requires_grad=True)
+    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(logits[:, None])
+    x = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])[:, None]
+    (gradient,) = torch.autograd.grad(pixels.log_prob(x).sum(), logits)
+    torch.testing.assert_close(gradient, (x - pixels.mean)[:, 0].detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Bernoulli", "GaussianFixedSigma"])
+def test_the_floor_is_what_the_best_decoder_reaches(name):
+    """-log p by gradient descent on the decoder's output comes down to it, and not below."""
+    x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    likelihood = LIKELIHOODS[name](1, 0.3)
+    outputs = torch.zeros_like(x, requires_grad=True)
+    optimizer = torch.optim.LBFGS([outputs], max_iter=200)
+
+    def loss():
+        optimizer.zero_grad()
+        total = -likelihood(outputs).log_prob(x).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    torch.testing.assert_close(-likelihood(outputs).log_prob(x), likelihood.floor(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(LIKELIHOODS["Bernoulli"](1, 0.1).floor((x > 0.5).double()), torch.zeros(3).double())
+    assert LIKELIHOODS["ContinuousBernoulli"](1, 0.1).floor(x) is None
