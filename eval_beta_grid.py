@@ -25,9 +25,7 @@ def parse_args(argv=None):
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
     steps = parser.add_argument_group("steps (default: step 1)")
     steps.add_argument("--all", action="store_true", help="steps 1 to 4, those included that need the classifier")
-    steps.add_argument(
-        "--get_mi_cal_acc", action="store_true", help="step 3: simple classifiers on the latents, accuracy bound"
-    )
+    steps.add_argument("--get_mi_cal_acc", action="store_true", help="step 3: simple classifiers on the latents")
     steps.add_argument("--recons_acc", action="store_true", help="step 4: classifier accuracy on reconstructions")
     steps.add_argument("--pca", action="store_true", help="write 3 principal components of the means of y to pca.npz")
     steps.add_argument(
@@ -62,7 +60,17 @@ def parse_args(argv=None):
         "--cpu_n", type=partial(whole, most=1000), default=1, help="worker processes, one thread each (default: 1)"
     )
     group.add_argument(
-        "--standardize", action="store_true", help="standardise the latents; results in columns *_standardized"
+        "--probe_protocol",
+        choices=("train", "paper"),
+        default="train",
+        help="train: on standardised latents of training images, test on all test images (default); paper: train on "
+        "80 %% of the test images' posterior means, test on the rest; results in columns *_paper",
+    )
+    group.add_argument(
+        "--probe_images",
+        type=partial(whole, least=10, most=10**7),
+        default=10_000,
+        help="training images for the simple classifiers, at most (default: 10000)",
     )
     args = parser.parse(argv)
     args.with_classifier |= args.all
@@ -73,7 +81,7 @@ def wanted_steps(args) -> list[str]:
     """Names of the steps that the flags select."""
     from utils.evaluation.steps import MI_STEPS
 
-    probes = "probes_standardized" if args.standardize else "probes"
+    probes = "probes_paper" if args.probe_protocol == "paper" else "probes"
     asked = [(args.all or args.get_mi_cal_acc, probes), (args.all or args.recons_acc, "recons"), (args.pca, "pca")]
     asked += [(split in args.latents, f"latents_{split}") for split in ("train", "test")]
     later = [name for wanted, name in asked if wanted]

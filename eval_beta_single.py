@@ -28,8 +28,8 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
-    from utils.evaluation.batch import gather, is_cell, listed
-    from utils.evaluation.subject import Bench  # imports torch, which takes seconds: only for flags that are right
+    from utils.evaluation.batch import gather, is_cell  # imports torch, which takes seconds: only for right flags
+    from utils.evaluation.subject import Bench, listed
 
     bench, problems = Bench.of(args), {}
     if len(args.run_path) == 1:

@@ -1,24 +1,27 @@
 """The four steps on a small real batch: what the metrics are, and that nothing is computed twice."""
 
 import csv
+import json
 import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import eval_beta_grid
 import eval_beta_single
 import train
+import train_classifier
 from tests.conftest import TINY
 from tests.datasets.files import write_cifar10, write_svhn
 from tests.evaluation.conftest import FAST, STEP1, four_steps
 from tests.models.test_models import REFERENCE
-from utils.evaluation.batch import open_run
+from utils.evaluation.batch import gather, open_run
 from utils.evaluation.metrics import inception_score
-from utils.evaluation.probes import fit_probe
+from utils.evaluation.per_image import per_image
 from utils.files import read_json
 
 
@@ -36,11 +39,13 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         "fid",
         "mi_q",
         "mi_p",
+        "is_mean_se",
         "run_name",
         "image_size",
         "image_channels",
     }
-    expected_empty |= {c for c in rows[0] if c.endswith("_standardized")} | {"fid_features", "fid_samples"}
+    expected_empty |= {c for c in rows[0] if c.endswith("_paper")} | {"kid", "kid_se"}
+    expected_empty |= {f"fid_{end}" for end in ("se", "floor", "features", "samples")}
     for row in rows:
         assert {k for k, v in row.items() if v == ""} == expected_empty
         v = {k: float(row[k]) for k in row if k not in expected_empty and row[k].lstrip("-")[:1].isdigit()}
@@ -50,17 +55,33 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         for mi in ("mi_q_mc", "mi_q_mc_y"):
             assert -3 * v[mi + "_se"] <= v[mi] <= h + 3 * v[mi + "_se"] + 0.01
         assert v["mi_q_mc"] <= v["kl_z"] + 4 * v["mi_q_mc_se"] + 0.1
-        assert v["mi_lr_lb"] <= math.log(10) and v["mi_lr_lb_y"] <= math.log(10)
-        with np.load(Path("runs/b", row["run"], "latents.npz")) as latents:  # samples of z keep to the bounds of z
-            noise = np.random.default_rng(0).standard_normal(latents["qz_mu"].shape)
-            z, labels = latents["qz_mu"] + latents["qz_std"] * noise, latents["labels"]
-        probe = fit_probe("lr", z, labels, "", standardize=False)
-        assert probe["mi_lr_lb"] <= v["mi_q_mc"] + 4 * v["mi_q_mc_se"] + 0.1
-        assert probe["lr_acc_mean"] <= v["acc_bound"] + 3 * math.sqrt(0.25 / 72)
+        for latent, rate in (("z", v["kl_z"]), ("y", v["kl_z"] + v["kl_y"])):
+            assert 0 <= v[f"mi_{latent}_low"] <= v[f"mi_{latent}_high"] + 3 * v[f"mi_{latent}_low_se"]
+            assert v[f"mi_{latent}_high"] <= min(h, rate) + 1e-9
+        for name in ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc"):  # samples keep to the bound
+            assert v[f"{name}_sample"] <= v["acc_bound"] + 3 * v[f"{name}_sample_se"]
+        assert v["probe_images"] == 1437
         assert 1 <= v["is_mean"] <= 10 and v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
         assert 0 <= v["recons_acc"] <= 1 and 0 <= v["recons_pred_entropy"] <= h and 0 <= v["clsfr_ece"] <= 1
         assert v["psnr"] > 5 and v["fid_classifier"] >= 0 and 0 <= v["active_z"] <= 6
         assert row["fid_classifier_features"].startswith("Digits classifier") and v["fid_classifier_samples"] == 200
+        terms = per_image(Path("runs/b", row["run"]))
+        assert set(terms) == {"ll", "kl_y", "kl_z", "mse", "recons_acc"} | {
+            f"{name}{tail}"
+            for name in ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
+            for tail in ("", "_y", "_sample", "_sample_y")
+        }
+        for name, values in terms.items():
+            assert values.shape == (360,) and values.dtype == np.float32
+            if name != "mse":
+                assert values.mean(dtype=float) == pytest.approx(v[name], rel=1e-5, abs=1e-6)
+                assert scipy.stats.sem(values.astype(float)) == pytest.approx(v[f"{name}_se"], rel=1e-5, abs=1e-9)
+        assert -10 * math.log10(terms["mse"].mean(dtype=float)) == pytest.approx(v["psnr"], abs=1e-4)
+        halves = [-10 * math.log10(terms["mse"][i::2].mean(dtype=float)) for i in (0, 1)]
+        assert abs(halves[0] - halves[1]) < 8 * v["psnr_se"]
+        losses = -terms["ll"] + v["beta_y"] * terms["kl_y"] + v["beta_z"] * terms["kl_z"]
+        assert scipy.stats.sem(losses) == pytest.approx(v["loss_se"], rel=1e-4)
+        assert v["D_floor"] == pytest.approx(253.2, abs=0.05) and v["D_above_floor"] == v["D"] - v["D_floor"] > 0
     cell = {(float(r["beta_y"]), float(r["beta_z"])): r for r in rows}
     assert float(cell[0.1, 0.1]["kl_y"]) > float(cell[5.0, 0.1]["kl_y"])  # each beta moves its own rate
     assert float(cell[0.1, 0.1]["kl_z"]) > float(cell[0.1, 5.0]["kl_z"])
@@ -169,6 +190,55 @@ def test_every_kind_of_run_goes_through_all_steps(flags, empty, made, script):
     for column in ("mi_q_mc", "mi_q", "mi_q_mc_y", "acc_bound", "lr_acc_mean", "lr_acc_mean_y", "ll_iw", "is_mean"):
         assert (row[column] == "") == (column in empty), column
     assert (row["mi_p"] != "") == ("GumbelSoftmax" in flags)
+
+
+def test_both_protocols_of_the_probes_and_results_from_before(batch, script):
+    """A step of one protocol leaves the other's figures alone; those of old batches are the paper's."""
+    script(eval_beta_grid.main, *STEP1)
+    assert script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_protocol", "paper")[0] == 0
+    old = batch()
+    assert all(row["svm_rbf_acc_paper"] and row["mi_lr_lb_y_paper"] and not row["svm_rbf_acc"] for row in old)
+    for path in Path("runs/b").glob("*/metrics.json"):  # as it was written when this was the only protocol
+        known = read_json(path)
+        known = {k.replace("_paper", ""): v for k, v in known.items()} | {"acc_bound": 0.9}
+        path.write_text(json.dumps({**known, "steps": {k: v for k, v in known["steps"].items() if "paper" not in k}}))
+        terms = per_image(path.parent)
+        assert np.isnan(terms["svm_rbf_acc_paper"]).sum() == 288
+    gather("runs", "b")
+    assert batch() == old
+    assert script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_images", "500")[0] == 0
+    for row, before in zip(batch(), old, strict=True):
+        assert row["svm_rbf_acc_paper"] == before["svm_rbf_acc_paper"] and row["svm_rbf_acc"]
+        assert row["probe_images"] == "500" and row["acc_bound"] == ""
+
+
+def test_the_inception_score_is_averaged_over_classifiers(batch, script):
+    """Two: its error is half their difference. A further classifier makes only the steps that use it stale."""
+    flags = [*FAST, "--exclude_mi", "--exclude_fid", "--with_classifier", "--n_samples", "200"]
+    good = Path("runs/classifiers/Digits")
+    scores = []
+    for seed in (2, 3):
+        assert script(train_classifier.main, "--device", "cpu", "--num_epochs", "2", "--seed", seed)[0] == 0
+        path = good if seed == 2 else good / "seed_3"
+        assert script(eval_beta_grid.main, *flags, "--classifier_path", path / "classifier.pth")[0] == 0
+        scores.append([float(row["is_mean"]) for row in batch()])
+        assert all(row["n_classifiers"] == "1" and row["is_mean_se"] == "" for row in batch())
+    assert script(eval_beta_grid.main, *flags)[0] == 0
+    for row, a, b in zip(batch(), *scores, strict=True):
+        assert float(row["is_mean"]) == pytest.approx((a + b) / 2) and row["n_classifiers"] == "2"
+        assert float(row["is_mean_se"]) == pytest.approx(abs(a - b) / 2)
+
+
+def test_per_image_terms_of_damaged_foreign_and_outdated_files_are_left_out(batch, script):
+    path = next(p for p in Path("runs/b").iterdir() if p.is_dir())
+    assert per_image(path) == {} == per_image(Path("nowhere"))
+    script(eval_beta_grid.main, *FAST, "--exclude_mi", "--exclude_fid")
+    (path / "per_image_foreign.npz").write_bytes(b"?")
+    assert set(per_image(path)) == {"ll", "kl_y", "kl_z", "mse"}
+    (path / "per_image.npz").write_bytes((path / "latents.npz").read_bytes())
+    assert per_image(path) == {}
+    (path / "metrics.json").write_text('{"files": 3}')
+    assert per_image(path) == {}
 
 
 def test_samples_are_clamped_before_any_metric_sees_them(batch, script, monkeypatch):

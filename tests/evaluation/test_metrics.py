@@ -1,6 +1,7 @@
 """Measures of images, samples and predictions against closed forms and independent libraries."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +16,25 @@ from torch.distributions import MultivariateNormal
 from models.hvae import HVAE
 from models.latents import Gaussian
 from utils.evaluation.information import gaussian_mi
-from utils.evaluation.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
-from utils.evaluation.probes import PROBES, calibration_error, fit_probe, split
+from utils.evaluation.metrics import (
+    active_units,
+    frechet_distance,
+    importance_weighted_ll,
+    inception_score,
+    kernel_distance,
+)
+from utils.evaluation.probes import (
+    PROBES,
+    accuracy_of,
+    calibration_error,
+    calibration_null,
+    choose_c,
+    entropy,
+    fit_probe,
+    probe,
+    split,
+    untrained,
+)
 from utils.seeds import generator
 
 
@@ -138,6 +156,28 @@ def test_frechet_distance():
     assert math.isfinite(frechet_distance(few, b))
 
 
+def slow_kernel_distance(a, b):
+    """The definition, pair by pair."""
+
+    def k(x, y):
+        return (sum(u * v for u, v in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    within = [np.mean([k(x, y) for i, x in enumerate(t) for j, y in enumerate(t) if i != j]) for t in (a, b)]
+    return sum(within) - 2 * np.mean([k(x, y) for x in a for y in b])
+
+
+def test_kernel_distance_equals_a_slow_loop_and_has_no_bias():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(30, 4)), rng.normal(size=(20, 4)) + 0.3
+    assert kernel_distance(a, b)[0] == pytest.approx(slow_kernel_distance(a, b))
+    assert kernel_distance(np.tile(a, (70, 1)), b)[0] == pytest.approx(slow_kernel_distance(np.tile(a, (70, 1)), b))
+    same = [kernel_distance(rng.normal(size=(40, 4)), rng.normal(size=(50, 4)))[0] for _ in range(400)]
+    assert abs(np.mean(same)) < 3 * scipy.stats.sem(same)
+    other = [kernel_distance(rng.normal(size=(60, 4)), rng.normal(size=(90, 4)) + 1) for _ in range(200)]
+    distances, ses = np.array(other).T
+    assert np.sqrt((ses**2).mean()) == pytest.approx(distances.std(), rel=0.2)
+
+
 def slow_calibration_error(p, labels, bins=15):
     total = 0.0
     for low in range(bins):
@@ -172,21 +212,29 @@ def blobs(gap, n=1000, k=4, d=3):
 def test_probes_and_the_information_they_certify(gap):
     latents, labels, centres = blobs(gap)
     figures = {}
-    for name in ("lr", "svm_rbf", "svm_linear", "kNN"):
-        figures |= fit_probe(name, latents, labels, "", standardize=False)
     train, test = split(len(labels))
     assert len(train) == 800 and set(train) | set(test) == set(range(1000))
+    np.savez("latents.npz", qz_mu=latents, labels=labels)
+    for name in PROBES:
+        found, of_image = probe(name, (Path("latents.npz"), "qz_mu"), "_paper", paper=True)
+        figures |= {key.replace("_paper", ""): value for key, value in found.items()}
+        assert np.isnan(of_image[train]).all() and set(of_image[test]) <= {0, 1}
+        assert of_image[test].mean(dtype=float) == pytest.approx(found[f"{accuracy_of(name)}_paper"])
     model = LogisticRegression(max_iter=1000).fit(latents[train], labels[train])
     assert figures["lr_acc_mean"] == model.score(latents[test], labels[test])
     p = model.predict_proba(latents[test]).astype(np.float64)
     assert figures["lr_nll"] == pytest.approx(log_loss(labels[test], p))
     assert figures["lr_ece"] == pytest.approx(slow_calibration_error(p, labels[test]), abs=1e-9)
     assert figures["mi_lr_lb"] == pytest.approx(math.log(4) - figures["lr_nll"])
+    losses = -np.log(p[np.arange(len(test)), labels[test]])
+    assert figures["lr_nll_se"] == pytest.approx(scipy.stats.sem(losses), rel=1e-6)
+    correct = model.predict(latents[test]) == labels[test]
+    assert figures["lr_acc_mean_se"] == pytest.approx(scipy.stats.sem(correct))
     means = torch.tensor(centres[labels])[:, None]
     mi = gaussian_mi(torch.tensor(latents), means, torch.ones_like(means), torch.tensor(labels))
     assert figures["mi_lr_lb"] <= mi.mi + 3 * mi.se + 0.05
     if gap > 10:
-        assert min(v for k, v in figures.items() if "_acc" in k and "std" not in k) > 0.99
+        assert min(figures[accuracy_of(name)] for name in PROBES) > 0.99
 
 
 def test_a_class_that_the_training_part_lacks_is_an_error_not_a_crash():
@@ -194,24 +242,64 @@ def test_a_class_that_the_training_part_lacks_is_an_error_not_a_crash():
     train, test = split(50)
     labels = labels.copy()
     labels[test[0]] = 2
-    figures = fit_probe("lr", latents, labels, "", standardize=False)
+    figures, _ = fit_probe("lr", (latents[train], labels[train]), (latents[test], labels[test]), "", False)
     assert figures["lr_nll"] == math.inf and figures["lr_acc_mean"] < 1
 
 
-def test_standardized_probes_have_names_of_their_own():
+@pytest.mark.parametrize("name", PROBES)
+def test_probes_see_no_test_image_and_no_scale(name):
+    """Logistic regression on raw latents 10,000 times smaller is at chance; standardised it is what it was."""
     latents, labels, _ = blobs(5.0)
-    figures = fit_probe("kNN", latents * [1, 1e6, 1], labels, "_y_standardized", standardize=True)
-    assert list(figures) == ["kNN_acc_y_standardized"] and figures["kNN_acc_y_standardized"] > 0.9
+    arrays = {"z": latents[:300], "labels": labels[:300], "z_train": latents[300:], "labels_train": labels[300:]}
+    np.savez("a.npz", **arrays)
+    np.savez("b.npz", **arrays | {"z": latents[:300] * 1e-4, "z_train": latents[300:] * 1e-4})
+    (figures, of_image), (scaled, _) = (probe(name, (Path(f"{f}.npz"), "z"), "_sample", paper=False) for f in "ab")
+    assert scaled == pytest.approx(figures, abs=0.02) and not np.isnan(of_image).any()
+    column = f"{accuracy_of(name)}_sample"
+    assert figures[column] > 0.9 and figures[column] == pytest.approx(of_image.mean(dtype=float))
+    arrays["labels"] = np.roll(arrays["labels"], 1)  # neither the fit nor its choices depend on the labels of the test
+    np.savez("c.npz", **arrays)
+    assert probe(name, (Path("c.npz"), "z"), "_sample", paper=False)[0][column] < 0.1
+    if name == "lr":
+        raw, _ = fit_probe(name, (latents[300:] * 1e-4, labels[300:]), (latents[:300] * 1e-4, labels[:300]), "", False)
+        assert raw["lr_nll"] > 1.3 > 0.5 > figures["lr_nll_sample"]
+        assert figures["mi_z_low"] == pytest.approx(entropy(labels[:300]) - figures["lr_nll_sample"])
+
+
+def test_a_probe_of_many_dimensions_is_not_too_sure_to_certify_information():
+    """300 dimensions, 500 training images: with C = 1, H(label) - log loss would be below 0."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(1500) % 4
+    latents = rng.normal(size=(1500, 300))
+    latents[:, :4] += 1.5 * np.eye(4)[labels]
+    train, test = (latents[:500], labels[:500]), (latents[500:], labels[500:])
+    assert choose_c(*train) == 0.01
+    careless = untrained("lr", True).fit(*train).predict_proba(test[0])
+    chosen, _ = fit_probe("lr", train, test, "", standardize=True)
+    assert chosen["lr_nll"] < math.log(4) - 0.1 and log_loss(test[1], careless) > math.log(4) + 0.2
+    assert choose_c(np.eye(4), np.arange(4)) == choose_c(np.zeros((0, 3)), np.zeros(0, int)) == 1
+
+
+def test_the_calibration_error_of_a_perfect_probe_is_what_it_is_expected_to_be():
+    """Labels drawn from the probabilities themselves; 72 images, then 10,000."""
+    rng = np.random.default_rng(1)
+    for n in (72, 10_000):
+        p = random_log_p(n, 10).exp().numpy()
+        drawn = [(p.cumsum(1) > rng.random((n, 1))).argmax(1) for _ in range(100)]
+        errors = [calibration_error(p, labels) for labels in drawn]
+        assert abs(np.mean(errors) - calibration_null(p)) < 4 * np.std(errors) / 10
+        assert calibration_error(p, np.roll(drawn[0], 1)) > np.mean(errors) + 5 * np.std(errors)
 
 
 @pytest.mark.parametrize("name", PROBES)
 def test_probes_that_cannot_be_trained_give_no_figures(name):
     rng = np.random.default_rng(0)
-    latents = rng.normal(size=(20, 3))
-    assert fit_probe(name, latents, np.zeros(20, int), "", standardize=False) == {}  # one class
-    assert fit_probe(name, latents[:1], np.zeros(1, int), "", standardize=True) == {}
-    constant = fit_probe(name, np.zeros((40, 3)), rng.integers(0, 2, 40), "", standardize=True)
-    assert constant[f"{name}_acc_mean" if name == "lr" else f"{name}_acc"] <= 1
+    latents, one = rng.normal(size=(20, 3)), np.zeros(20, int)
+    assert fit_probe(name, (latents, one), (latents, one), "", standardize=False)[0] == {}  # one class
+    assert fit_probe(name, (latents[:0], one[:0]), (latents, one), "", standardize=True)[0] == {}
+    assert fit_probe(name, (latents, np.arange(20) % 2), (latents[:0], one[:0]), "", standardize=True)[0] == {}
+    constant = np.zeros((40, 3)), rng.integers(0, 2, 40)
+    assert fit_probe(name, constant, constant, "", standardize=True)[0][accuracy_of(name)] <= 1
 
 
 def test_the_frechet_distance_of_a_single_image_is_not_a_number():

@@ -1,29 +1,22 @@
 """Evaluates a batch: finds and opens its runs, runs the steps, collects the results, lists the failures."""
 
-import contextlib
 import dataclasses
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from models.stack import TERMS
 from utils.cli import batch_folder
 from utils.config import Config
 from utils.distributed import is_first, progress
-from utils.errors import UserError, handled_by, nearest
-from utils.evaluation.probes import PROBES, probe
-from utils.evaluation.steps import STEPS, bound
-from utils.evaluation.subject import PATIENCE, Bench, Step, Subject, is_done, metrics_of, record
+from utils.errors import UserError, nearest
+from utils.evaluation.fits import run_probes
+from utils.evaluation.steps import STEPS
+from utils.evaluation.subject import PATIENCE, Bench, Subject, can_do, is_done, listed, metrics_of, record
 from utils.files import to_csv, write_text
 from utils.runs import Run, is_conditioned, locked
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # set to 1 in the workers
 TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 
 
@@ -53,17 +46,6 @@ def open_run(path: Path) -> Run:
     return run
 
 
-@contextlib.contextmanager
-def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
-    """Records any exception in `problems` under a run's path, so that the evaluation of other runs continues."""
-    try:
-        yield
-    except UserError as e:
-        problems[path] = str(e) if str(path) in str(e) else f"{path}: {e}"
-    except Exception as e:
-        problems[path] = f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
-
-
 def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) -> list[Subject]:
     """Opens the runs that can be evaluated; records the others in `problems`."""
     subjects = []
@@ -89,12 +71,7 @@ def run_steps(subjects: list[Subject], steps: list[str], args, problems: dict[Pa
                 run_step(subject, name, args.force)
         subject.forget()
     for name in set(steps) - set(each):
-        run_probes([s for s in subjects if s.run.path not in problems], name, args, problems)
-
-
-def can_do(subject: Subject, step: Step) -> bool:
-    """Whether the run's images have the labels that a step needs; a note if they do not."""
-    return not step.labels or subject.bench.has_labels(subject.config)
+        run_probes([s for s in subjects if s.run.path not in problems], STEPS[name], args, problems)
 
 
 def run_step(subject: Subject, name: str, force: bool) -> None:
@@ -102,53 +79,6 @@ def run_step(subject: Subject, name: str, force: bool) -> None:
     step = STEPS[name]
     if can_do(subject, step) and (force or not is_done(subject, step)):
         record(subject, step, step.compute(subject))
-
-
-def run_probes(subjects: list[Subject], name: str, args, problems: dict[Path, str]) -> None:
-    """Fits the simple classifiers of all runs in worker processes; records failures in `problems`."""
-    from joblib.externals.loky import get_reusable_executor
-
-    step, suffix, jobs, results = STEPS[name], "_standardized" * args.standardize, [], {}
-    for index, subject in enumerate(subjects):
-        with listed(problems, subject.run.path):
-            if not can_do(subject, step) or not args.force and is_done(subject, step):
-                continue
-            tails = {"qz_mu": suffix, "qy_mu": "_y" + suffix}
-            tails = {key: tail for key, tail in tails.items() if subject.latents[key].size}
-            results[index] = {} if args.standardize else bound(subject)
-            file = (subject.run.path / "latents.npz").resolve()  # a reused worker may have another cwd
-            for key, tail in tails.items():
-                jobs += [(index, (probe_name, (file, key), tail, args.standardize)) for probe_name in PROBES]
-        subject.forget()
-    left = {index: sum(i == index for i, _ in jobs) for index in results}
-    # its processes inherit what is ignored: this one ends them, and loky's tracker would complain
-    with handled_by(signal.SIG_IGN, signal.SIGHUP, signal.SIGUSR1):
-        executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
-        submitted = [executor.submit(probe, index, *job) for index, job in jobs]
-    try:
-        done = as_completed(submitted)
-        for future in progress(done, total=len(jobs), unit="fit"):
-            index, result = future.result()
-            subject, left[index] = subjects[index], left[index] - 1
-            if isinstance(result, str):
-                problems[subject.run.path] = result
-            elif not result:
-                subject.bench.note(
-                    f"{subject.run.path.name}: too few images, or one class only, to train a classifier on"
-                )
-            else:
-                results[index] |= result
-            if left[index] == 0 and subject.run.path not in problems:
-                with listed(problems, subject.run.path):
-                    record(subject, step, results[index])
-    except BrokenProcessPool:
-        for index in (i for i, n in left.items() if n):
-            path = subjects[index].run.path
-            problems[path] = f"{path}: a worker process was killed (out of memory?)"
-    except KeyboardInterrupt:  # do not wait for fits that may take minutes
-        threading.excepthook = lambda _: None  # the pool's thread would print a traceback about the killed workers
-        executor.shutdown(wait=True, kill_workers=True)
-        raise
 
 
 def gather(runs_dir: str, batch: str) -> Path:

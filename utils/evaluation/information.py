@@ -8,15 +8,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from utils.evaluation.probes import entropy
+
 ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
+FAR = -1e300  # the log of a density that does not count; unlike -inf, it can be subtracted from itself
 
 
 class MutualInformation(NamedTuple):
-    """An estimate, its Monte-Carlo standard error, and the same estimate for shuffled labels."""
+    """An estimate, its Monte-Carlo standard error, the same for shuffled labels; an upper bound, its standard error."""
 
     mi: float
     se: float
     null: float
+    upper: float
+    upper_se: float
+
+    def is_saturated(self, rate: float, n: int) -> bool:
+        """Whether the estimate from n images measures how narrow the posteriors are, rather than information.
+
+        So it is where shuffled labels give as much as its own do, to 3 standard errors, or where the rate in nats
+        comes within 2 of ln n, the most that n images can tell apart.
+        """
+        return self.mi > 3 * self.se and self.mi - self.null <= 3 * self.se or rate > math.log(n) - 2
 
 
 def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
@@ -25,20 +38,33 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
     `samples` (N, d) has one sample of each image's posterior. `means` and `stds` (N, S, d) are the posteriors, each
     a mixture of S Gaussians; `labels` is (N,). q(s | l) is the average posterior of class l, q(s) that of all images.
     Both include the image's own posterior, so narrow posteriors give H(label) for any labels: compare with `null`.
+    Of `upper`, q(s) leaves the own posterior out: by Jensen's inequality, the expectation of the class's term is then
+    too large and that of the total too small, if anything, and their difference bounds the information from above
+    (leave-one-out bound; Poole 2019, eq. 14). Infinite for a single image.
     """
-    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)]
-    log_all, log_own, log_null = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
+    n = len(labels)
+    shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(labels.device)]
+    log_all, log_class, log_null, log_others = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
     counts = torch.bincount(labels).double()
-    log_n = math.log(len(labels))
-    values = (log_own - counts[labels].log()) - (log_all - log_n)
-    null = (log_null - counts[shuffled].log()) - (log_all - log_n)
-    return MutualInformation(values.mean().item(), values.std().item() / len(labels) ** 0.5, null.mean().item())
+    log_class = log_class - counts[labels].log()
+    values = log_class - (log_all - math.log(n))
+    null = (log_null - counts[shuffled].log()) - (log_all - math.log(n))
+    upper = log_class - (log_others - math.log(max(1, n - 1)))
+    ses = [v.std().item() / n**0.5 for v in (values, upper)]
+    return MutualInformation(values.mean().item(), ses[0], null.mean().item(), upper.mean().item(), ses[1])
+
+
+def upper_end(labels: np.ndarray, *bounds: tuple[float, float]) -> tuple[float, float]:
+    """The smallest of upper bounds on the information on labels (N,), given with standard errors, and of H(label)."""
+    bounds = [(max(0.0, value), se) for value, se in bounds if math.isfinite(value)]
+    return min([*bounds, (entropy(labels), 0.0)])
 
 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
-    """Log of the sum of posterior densities at each sample: over all images, and over its class in each labelling.
+    """Log of the sum of posterior densities at each sample: over all images, its class in each labelling, the others.
 
-    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 1 + number of labellings), float64.
+    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 2 + number of labellings), float64; the last
+    column leaves the image's own posterior out.
     log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] is one matrix product, which
     needs centred float64: in float32, the error is 10 nats at a std of 1e-3.
     """
@@ -48,7 +74,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
     rows = samples.double() - centre
     rows = torch.cat([rows**2, rows], 1)
     classes = int(max(labels.max() for labels in labellings)) + 1
-    result = rows.new_full((n, 1 + len(labellings)), -math.inf)
+    others = rows.new_full((n, 1 + len(labellings)), -math.inf)
     width = max(1, COLUMNS // mixture)
     for j in range(0, n, width):
         block = slice(j, j + width)
@@ -57,13 +83,13 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
         constant = -0.5 * ((mean**2 * precision).sum(1) - precision.log().sum(1) + d * math.log(2 * math.pi))
         members = torch.cat([one_hot(labels[block], classes).double() for labels in labellings], 1)
 
-        def log_p(rows, columns=columns, constant=constant):
-            log_p = torch.addmm(constant, rows, columns)
-            return log_p if mixture == 1 else log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
+        def log_p(index, columns=columns, constant=constant, first=j):
+            log_p = torch.addmm(constant, rows[index], columns)
+            log_p = log_p if mixture == 1 else log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
+            return log_p.masked_fill_(index[:, None] == first + torch.arange(log_p.shape[1], device=own.device), FAR)
 
-        for i in range(0, n, ROWS):
-            part = slice(i, i + ROWS)
-            p = log_p(rows[part])
+        for part in torch.arange(n, device=own.device).split(ROWS):
+            p = log_p(part)
             largest = p.amax(1, keepdim=True)
             p = p.sub_(largest).clamp_min_(-690).exp_()  # exp of less is subnormal and slow
             by_class = (p @ members).unflatten(1, (-1, classes))
@@ -75,9 +101,9 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
             for k, labels in enumerate(labellings, start=1):
                 lost = (far & (sums[k] < 1e-200)).nonzero().squeeze(1)
                 other = labels[part][lost, None] != labels[block][None, :]
-                log_sums[lost, k] = log_p(rows[part][lost]).masked_fill(other, -math.inf).logsumexp(1)
-            result[part] = torch.logaddexp(result[part], log_sums)
-    return result
+                log_sums[lost, k] = log_p(part[lost]).masked_fill(other, -math.inf).logsumexp(1)
+            others[part] = torch.logaddexp(others[part], log_sums)
+    return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :1]], 1)
 
 
 def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
@@ -85,11 +111,6 @@ def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
     means, stds = means.double(), stds.double()
     log_p = -0.5 * ((samples[:, None] - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)
     return log_p.sum(2).logsumexp(1) - math.log(means.shape[1])
-
-
-def entropy(labels: np.ndarray) -> float:
-    """Entropy H(label) of the empirical distribution of the labels (N,)."""
-    return discrete_entropy(np.bincount(labels))
 
 
 def discrete_entropy(counts: np.ndarray) -> float:
@@ -102,6 +123,20 @@ def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
     """Mutual information of two discrete variables from their joint counts; a, b (N,) are integers >= 0."""
     joint = np.zeros((a.max() + 1, b.max() + 1))
     np.add.at(joint, (a, b), 1)
+    return _mi(joint)
+
+
+def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
+    """Mutual information of labels (N,) and a category drawn from its probabilities (N, C) for each image.
+
+    At most too large in expectation, as it is convex in the classes' average probabilities.
+    """
+    joint = np.zeros((labels.max() + 1, q.shape[1]))
+    np.add.at(joint, labels, q.astype(np.float64))
+    return _mi(joint)
+
+
+def _mi(joint: np.ndarray) -> float:
     separate = discrete_entropy(joint.sum(1)) + discrete_entropy(joint.sum(0))
     return max(0.0, separate - discrete_entropy(joint.ravel()))
 

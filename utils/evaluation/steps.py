@@ -1,48 +1,69 @@
 """The steps of the evaluation: each computes metrics of a run on the test images."""
 
-import functools
-import hashlib
 import math
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from models.latents import Gaussian
-from models.stack import TERMS, Stack
-from utils.evaluation.information import accuracy_bound, discrete_mi, gaussian_mi
+from models.stack import TERMS
+from utils.evaluation.generation import fid, fid_classifier, inception_features, sample_quality
+from utils.evaluation.information import (
+    MutualInformation,
+    accuracy_bound,
+    channel_mi,
+    discrete_mi,
+    gaussian_mi,
+    upper_end,
+)
 from utils.evaluation.latents import active_by_rate, export
-from utils.evaluation.metrics import active_units, frechet_distance, importance_weighted_ll, inception_score
-from utils.evaluation.probes import calibration_error
+from utils.evaluation.metrics import active_units, importance_weighted_ll
+from utils.evaluation.probes import (
+    OF_PAPER,
+    PROBES,
+    accuracy_of,
+    calibration_error,
+    calibration_null,
+    standard_error,
+)
 from utils.evaluation.subject import BATCH, Bench, Step, Subject
 from utils.files import npz
-
-INCEPTION = ("weights-inception-2015-12-05-6726825d.pth", "6726825d")  # torch-fidelity's file, prefix of its sha256
 
 
 @torch.no_grad()
 def rates(s: Subject) -> dict[str, float]:
-    """Loss and its terms (nats), bits per dimension, active units, PSNR (dB); and latents.npz."""
-    model, betas = s.model, [torch.tensor([b], device=s.bench.device) for b in (s.config.beta_y, s.config.beta_z)]
-    means = Stack(model, 1).evaluate(s.test, BATCH, s.generator("rates"), *betas)[0].tolist()
-    terms = dict(zip(TERMS, means, strict=True))
+    """Loss and its terms (nats), bits per dimension, active units, PSNR (dB); latents.npz and per_image.npz."""
+    model, g = s.model, s.generator("rates")
     latents = {name: [] for name in ("qz_mu", "qz_std", "qy_mu", "qy_std", "labels")}
+    of_image = {}
     for x, label in s.test.batches(BATCH):
+        terms = model(x, model.noise(len(x), g))
+        error = ((model.reconstruct(x) - x) ** 2).double().mean((1, 2, 3))
+        floor = model.likelihood.floor(x)
+        found = {"loss": terms.loss(s.config.beta_y, s.config.beta_z), **terms._asdict(), "mse": error, "floor": floor}
+        for name, value in found.items():
+            if value is not None:
+                of_image.setdefault(name, []).append(value.double().cpu())
         q_z = model.q_z(x)
         q_y = model.q_y(q_z.mode, x)
         z_std = q_z.std if isinstance(q_z, Gaussian) else torch.zeros_like(q_z.mean)
         for name, value in zip(latents, (q_z.mean, z_std, q_y.mean, q_y.std, label), strict=True):
             latents[name].append(value.cpu())
     arrays = {name: torch.cat(parts).numpy() for name, parts in latents.items()}
-    result = {**terms, "D": -terms["ll"], "latents.npz": npz(arrays)}
+    values = {name: torch.cat(parts).numpy() for name, parts in of_image.items()}
+    means = {name: float(value.mean()) for name, value in values.items()}
+    ses = {f"{name}_se": standard_error(value) for name, value in values.items()}
+    result = {**means, **ses, "D": -means["ll"], "D_se": ses["ll_se"]}
+    if "floor" in means:
+        result |= {"D_floor": means["floor"], "D_above_floor": result["D"] - means["floor"]}
     if model.likelihood.is_mass:
-        result["bpd"] = (-terms["ll"] + terms["kl_y"] + terms["kl_z"]) / (math.log(2) * math.prod(s.config.image_shape))
+        result["bpd"] = (-means["ll"] + means["kl_y"] + means["kl_z"]) / (math.log(2) * math.prod(s.config.image_shape))
     result["active_z"], result["active_y"] = active_units(arrays["qz_mu"]), active_units(arrays["qy_mu"])
-    result["psnr"] = model.psnr(s.test.batches(BATCH))
-    return result
+    result["psnr"] = -10 * math.log10(means["mse"]) if means["mse"] > 0 else math.inf
+    result["psnr_se"] = 10 / math.log(10) * ses["mse_se"] / means["mse"] if means["mse"] > 0 else math.nan
+    kept = {name: values[name].astype(np.float32) for name in ("ll", "kl_y", "kl_z", "mse")}
+    return result | {"latents.npz": npz(arrays), "per_image.npz": npz(kept)}
 
 
 def importance_weighted(s: Subject) -> dict[str, float]:
@@ -53,76 +74,30 @@ def importance_weighted(s: Subject) -> dict[str, float]:
     return {"ll_iw": total / len(s.test), "iw_samples": s.bench.iw_samples}
 
 
-def sample_quality(s: Subject) -> dict[str, float]:
-    """The inception score of samples, from the data set's classifier."""
-    found = s.bench.classifier_of(s.config)
-    if found is None:
-        return {}
-    log_p = s.samples("samples", lambda x: torch.log_softmax(found[0](x).double(), 1))
-    return {**inception_score(log_p), "n_samples": s.bench.n_samples}
-
-
-def fid(s: Subject) -> dict[str, float | str]:
-    """Frechet distance between samples and test images in Inception-v3 features."""
-    features = inception_features(s.bench)
-    return {} if features is None else _frechet(s, features, "fid", "inception-v3-compat")
-
-
-def fid_classifier(s: Subject) -> dict[str, float | str]:
-    """Frechet distance between samples and test images in the features of the data set's classifier."""
-    found = s.bench.classifier_of(s.config)
-    if found is None:
-        return {}
-    return _frechet(s, found[0].features, "fid_classifier", f"{s.config.data_name} classifier {found[1]}")
-
-
-@torch.no_grad()
-def _frechet(s: Subject, features: Callable[[Tensor], Tensor], name: str, source: str) -> dict[str, float | str]:
-    real = torch.cat([features(x) for x, _ in s.test.batches(BATCH)])
-    fake = s.samples("samples", features)
-    distance = frechet_distance(real.cpu().numpy(), fake.cpu().numpy())
-    return {name: distance, f"{name}_features": source, f"{name}_samples": len(fake)}
-
-
-@functools.cache
-def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
-    """A function from images (B, C, H, W) in [0, 1] to Inception-v3 features (B, 2048).
-
-    None, with a note, if torch-fidelity or its weights are not installed.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION[0]
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(INCEPTION[1]):
-            raise OSError("not the published file")
-    except (ImportError, OSError):
-        bench.note(
-            f"no fid: it needs the Inception weights at {path}; to fetch them: pip install torch-fidelity, then "
-            'python -c "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as F; '
-            "F('inception-v3-compat', ['2048'])\"; with --with_classifier, fid_classifier is computed instead"
-        )
-        return None
-    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(bench.device).eval()
-
-    def features(x):
-        return net((x.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))[0]
-
-    return features
-
-
 def mi_z(s: Subject) -> dict[str, float]:
     """Mutual information between z and the label, nats."""
     labels = s.latents["labels"]
     if s.model.z_shape == (0,):
         s.bench.note(f"{s.config.vae_type} has no z: metrics of z are left empty")
         return {}
+    rate = s.metrics["kl_z"], s.metrics.get("kl_z_se", 0.0)
     if s.model.family is not Gaussian:
-        return {"mi_q": discrete_mi(s.latents["qz_mu"].argmax(1), labels)}
+        q = s.latents["qz_mu"]
+        high, se = upper_end(labels, rate, (channel_mi(q, labels), 0.0))
+        ends = {"mi_z_high": high, "mi_z_high_se": se, "acc_bound": accuracy_bound(high, labels)}
+        return {"mi_q": discrete_mi(q.argmax(1), labels), **ends}
     means, stds = (torch.from_numpy(s.latents[k]).to(s.bench.device).flatten(1) for k in ("qz_mu", "qz_std"))
     z = means + stds * torch.randn(means.shape, generator=s.generator("mi_z"), device=means.device)
     mi = gaussian_mi(z, means[:, None], stds[:, None], torch.from_numpy(labels).to(s.bench.device))
-    return {"mi_q_mc": mi.mi, "mi_q_mc_se": mi.se, "mi_q_mc_null": mi.null}
+    found = _estimate(mi, rate, labels, "mi_q_mc", "mi_z_high")
+    return {**found, "acc_bound": accuracy_bound(found["mi_z_high"], labels)}
+
+
+def _estimate(mi: MutualInformation, rate: tuple[float, float], labels: np.ndarray, name: str, end: str) -> dict:
+    high, se = upper_end(labels, rate, (mi.upper, mi.upper_se))
+    saturated = int(mi.is_saturated(rate[0], len(labels)))
+    estimate = {name: mi.mi, f"{name}_se": mi.se, f"{name}_null": mi.null, f"{name}_saturated": saturated}
+    return {**estimate, end: high, f"{end}_se": se}
 
 
 @torch.no_grad()
@@ -152,7 +127,10 @@ def mi_y(s: Subject) -> dict[str, float]:
         stds.append(torch.stack([q.std.flatten(1) for q in mixture], 1))
         labels.append(label)
     mi = gaussian_mi(*(torch.cat(parts) for parts in (samples, means, stds, labels)))
-    return {"mi_q_mc_y": mi.mi, "mi_q_mc_y_se": mi.se, "mi_q_mc_y_null": mi.null, "y_samples": s.bench.y_samples}
+    known = s.metrics  # I(y; label) <= I(z, y; x) <= R(z) + R(y|z)
+    rate = known["kl_z"] + known["kl_y"], math.hypot(known.get("kl_z_se", 0.0), known.get("kl_y_se", 0.0))
+    found = _estimate(mi, rate, torch.cat(labels).cpu().numpy(), "mi_q_mc_y", "mi_y_high")
+    return {**found, "y_samples": s.bench.y_samples}
 
 
 @torch.no_grad()
@@ -166,12 +144,17 @@ def reconstructions(s: Subject) -> dict[str, float]:
         log_p.append(torch.log_softmax(found[0](s.model.reconstruct(x)).double(), 1))
         on_images.append(torch.softmax(found[0](x).double(), 1).cpu())
         labels.append(label)
-    log_p, labels, on_images = torch.cat(log_p), torch.cat(labels), torch.cat(on_images).numpy()
+    log_p, labels, on_images = torch.cat(log_p), torch.cat(labels).cpu().numpy(), torch.cat(on_images).numpy()
+    correct, without = log_p.argmax(1).cpu().numpy() == labels, on_images.argmax(1) == labels
     return {
-        "recons_acc": (log_p.argmax(1) == labels).double().mean().item(),
+        "recons_acc": float(correct.mean()),
+        "recons_acc_se": standard_error(correct),
         "recons_pred_entropy": -(log_p.exp() * log_p).sum(1).mean().item(),
-        "clsfr_acc": float((on_images.argmax(1) == labels.cpu().numpy()).mean()),
-        "clsfr_ece": calibration_error(on_images, labels.cpu().numpy()),
+        "clsfr_acc": float(without.mean()),
+        "clsfr_acc_se": standard_error(without),
+        "clsfr_ece": calibration_error(on_images, labels),
+        "clsfr_ece_null": calibration_null(on_images),
+        "per_image_recons.npz": npz({"recons_acc": correct.astype(np.float32)}),
     }
 
 
@@ -190,43 +173,92 @@ def pca(s: Subject) -> dict[str, float]:
     return {"pca_explained": float(fitted.explained_variance_ratio_.sum()), "pca.npz": npz(arrays)}
 
 
-def bound(s: Subject) -> dict[str, float]:
-    """The bound on accuracy implied by the mutual information of z; empty, with a note, before step 2."""
-    known = s.metrics
-    mi = known.get("mi_q_mc", known.get("mi_q"))
-    if mi is None and s.latents["qz_mu"].size:
-        s.bench.note("no acc_bound: it needs the mutual information; run eval_beta_single.py (step 2) first")
-    return {} if mi is None else {"acc_bound": accuracy_bound(mi, s.latents["labels"])}
+def _probe_columns(*tails: str) -> tuple[str, ...]:
+    scores = (*map(accuracy_of, PROBES), "lr_nll")
+    names = [(f"{name}{tail}", f"{name}{tail}_se") for tail in tails for name in scores]
+    names += [(f"lr_ece{tail}", f"lr_ece_null{tail}") for tail in tails]
+    return tuple(name for pair in names for name in pair)
 
 
-def _probe_columns(*suffixes: str) -> tuple[str, ...]:
-    names = ("lr_acc_mean", "lr_acc_std", "svm_rbf_acc", "svm_linear_acc", "kNN_acc", "lr_ece", "lr_nll", "mi_lr_lb")
-    return tuple(name + suffix for suffix in suffixes for name in names)
+def _distance_columns(name: str, kernel: str) -> tuple[str, ...]:
+    ends = ("", "_se", "_floor", "_features", "_samples")
+    return (*(name + end for end in ends), kernel, f"{kernel}_se")
 
 
+_RATES = tuple(name for term in (*TERMS, "D") for name in (term, f"{term}_se"))
+_RATES += ("D_floor", "D_above_floor", "bpd", "active_z", "active_y", "psnr", "psnr_se")
+_CLASSIFIER = ("clsfr_acc", "clsfr_acc_se", "clsfr_ece", "clsfr_ece_null")
+_MC = ("mi_q_mc", "mi_q_mc_se", "mi_q_mc_null")
+_MC_Y = ("mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null")
+_LOW = ("mi_z_low", "mi_z_low_se", "mi_y_low", "mi_y_low_se")
 STEPS = {
     step.name: step
     for step in (
-        Step("rates", (*TERMS, "D", "bpd", "active_z", "active_y", "psnr"), rates, file="latents.npz"),
+        Step("rates", _RATES, rates, files=("latents.npz", "per_image.npz"), version=2),
         Step("units", ("active_z_rate", "active_y_rate"), active_by_rate),
         Step("iw", ("ll_iw", "iw_samples"), importance_weighted, ("iw_samples",)),
-        Step("is", ("is_mean", "is_std", "is_div", "is_sharp", "n_samples"), sample_quality, ("n_samples",), True),
-        Step("fid", ("fid", "fid_features", "fid_samples"), fid, ("n_samples",)),
+        Step(
+            "is",
+            ("is_mean", "is_mean_se", "is_std", "is_div", "is_sharp", "n_classifiers", "n_samples"),
+            sample_quality,
+            ("n_samples",),
+            True,
+            version=2,
+        ),
+        Step("fid", _distance_columns("fid", "kid"), fid, ("n_samples",), version=2),
         Step(
             "fid_classifier",
-            ("fid_classifier", "fid_classifier_features", "fid_classifier_samples"),
+            _distance_columns("fid_classifier", "kid_classifier"),
             fid_classifier,
             ("n_samples",),
             True,
+            version=2,
         ),
-        Step("mi_z", ("mi_q_mc", "mi_q_mc_se", "mi_q_mc_null", "mi_q"), mi_z, labels=True),
+        Step(
+            "mi_z",
+            (*_MC, "mi_q_mc_saturated", "mi_q", "mi_z_high", "mi_z_high_se", "acc_bound"),
+            mi_z,
+            metrics=("kl_z", "kl_z_se"),
+            labels=True,
+            version=2,
+        ),
         Step("mi_p", ("mi_p",), mi_p, (), True),
-        Step("mi_y", ("mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null", "y_samples"), mi_y, ("y_samples",), labels=True),
-        Step("probes", ("acc_bound", *_probe_columns("", "_y")), None, metrics=("mi_q_mc", "mi_q"), labels=True),
-        Step("probes_standardized", _probe_columns("_standardized", "_y_standardized"), None, labels=True),
-        Step("recons", ("recons_acc", "recons_pred_entropy", "clsfr_acc", "clsfr_ece"), reconstructions, (), True),
-        Step("pca", ("pca_explained",), pca, file="pca.npz"),
-        *(Step(f"latents_{s}", (), partial(export, split=s), file=f"latents_{s}.npz") for s in ("train", "test")),
+        Step(
+            "mi_y",
+            (*_MC_Y, "mi_q_mc_y_saturated", "y_samples", "mi_y_high", "mi_y_high_se"),
+            mi_y,
+            ("y_samples",),
+            metrics=("kl_z", "kl_z_se", "kl_y", "kl_y_se"),
+            labels=True,
+            version=2,
+        ),
+        Step(
+            "probes",
+            (*_LOW, *_probe_columns("", "_y", "_sample", "_sample_y"), "probe_images"),
+            None,
+            ("probe_images",),
+            files=("per_image_probes.npz",),
+            labels=True,
+            version=2,
+        ),
+        Step(
+            "probes_paper",
+            tuple(name + tail for tail in ("_paper", "_y_paper") for name in OF_PAPER),
+            None,
+            files=("per_image_probes_paper.npz",),
+            labels=True,
+        ),
+        Step(
+            "recons",
+            ("recons_acc", "recons_acc_se", "recons_pred_entropy", *_CLASSIFIER),
+            reconstructions,
+            (),
+            True,
+            files=("per_image_recons.npz",),
+            version=2,
+        ),
+        Step("pca", ("pca_explained",), pca, files=("pca.npz",)),
+        *(Step(f"latents_{s}", (), partial(export, split=s), files=(f"latents_{s}.npz",)) for s in ("train", "test")),
     )
 }
 MI_STEPS = ["mi_z", "mi_y", "mi_p"]

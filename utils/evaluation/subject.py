@@ -4,11 +4,12 @@ A step's metrics are stored in the run's metrics.json with a fingerprint of ever
 repeating a command computes only what is missing or out of date. steps.py defines the steps.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from models.classifiers import load_classifier
 from utils.cli import next_command
 from utils.config import Config
 from utils.errors import UserError
+from utils.evaluation.probes import OF_PAPER
 from utils.files import digest, digest_of, read_arrays, read_json, write_atomic, write_json
 from utils.runs import Run, load_model
 from utils.seeds import generator
@@ -39,9 +41,10 @@ class Step(NamedTuple):
     compute: Callable[["Subject"], dict] | None
     settings: tuple[str, ...] = ()
     classifier: bool = False  # whether it depends on the data set's classifier
-    file: str | None = None  # a file that it writes in addition to the metrics
+    files: tuple[str, ...] = ()  # that it writes in addition to the metrics
     metrics: tuple[str, ...] = ()  # metrics of other steps that it depends on
     labels: bool = False  # whether it needs the images' labels
+    version: int = 1  # counts the changes of what it computes
 
 
 @dataclass(eq=False)
@@ -58,7 +61,9 @@ class Bench:
     n_samples: int = 10_000
     iw_samples: int = 0
     y_samples: int = 4
+    probe_images: int = 10_000
     notes: set[str] = field(default_factory=set)
+    features: dict = field(default_factory=dict)  # of test images, and the Frechet distance of training images to them
     _data: dict = field(default_factory=dict)
     _classifiers: dict = field(default_factory=dict)
 
@@ -89,18 +94,25 @@ class Bench:
         return False
 
     def classifier_of(self, config: Config) -> tuple[nn.Module, str] | None:
-        """The classifier of a Config's data set and its digest; None, with a note, for images without labels.
+        """The first of `classifiers_of`; None if there is none."""
+        return next(iter(self.classifiers_of(config)), None)
+
+    def classifiers_of(self, config: Config) -> list[tuple[nn.Module, str]]:
+        """The classifiers of a Config's data set, of one seed each, with digests; none for images without labels.
 
         Raises UserError if there should be one and is none.
         """
         name = config.data_name
         if not self.has_labels(config):
-            return None
+            return []
         if name not in self._classifiers:
             data = self.data(config) if config.dataset not in DATASETS else None
             path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
             how = next_command(self, "train_classifier.py", *config.data_flags)
-            self._classifiers[name] = load_classifier(path, config, self.device, data and data.digest, how)
+            paths = [path, *(p.parent for p in sorted(path.glob("seed_*/classifier.pth")))]
+            self._classifiers[name] = [
+                load_classifier(p, config, self.device, data and data.digest, how) for p in paths
+            ]
         return self._classifiers[name]
 
 
@@ -156,26 +168,43 @@ class Subject:
         return torch.cat([consume(self.model.sample(size, generator=g)) for size in sizes])
 
 
+@contextlib.contextmanager
+def listed(problems: dict[Path, str], path: Path) -> Iterator[None]:
+    """Records any exception in `problems` under a run's path, so that the evaluation of other runs continues."""
+    try:
+        yield
+    except UserError as e:
+        problems[path] = str(e) if str(path) in str(e) else f"{path}: {e}"
+    except Exception as e:
+        problems[path] = f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
+
+
+def can_do(subject: Subject, step: Step) -> bool:
+    """Whether the run's images have the labels that a step needs; a note if they do not."""
+    return not step.labels or subject.bench.has_labels(subject.config)
+
+
 def fingerprint(s: Subject, step: Step) -> str:
     """The digest of all that a step's metrics depend on: weights, settings, classifier, metrics of other steps."""
     parts = {name: getattr(s.bench, name) for name in step.settings}
     parts |= {name: s.metrics.get(name) for name in step.metrics}
-    if step.classifier and (found := s.bench.classifier_of(s.config)) is not None:
-        parts["classifier"] = found[1]
+    if step.classifier and (found := s.bench.classifiers_of(s.config)):
+        parts["classifier"] = "+".join(digest for _, digest in found)
+    parts |= {"version": step.version} if step.version > 1 else {}
     text = json.dumps([s.weights_digest, s.run.config.to_json(), parts], sort_keys=True)
     return digest(text.encode())
 
 
 def is_done(s: Subject, step: Step) -> bool:
-    """Whether the step's metrics are up to date and its file, if it has one, is intact."""
+    """Whether the step's metrics are up to date and its files are intact."""
     known = s.metrics
     if known.get("steps", {}).get(step.name) != fingerprint(s, step):
         return False
-    return step.file is None or known.get("files", {}).get(step.file) == digest_of(s.run.path / step.file)
+    return all(known.get("files", {}).get(name) == digest_of(s.run.path / name) for name in step.files)
 
 
 def record(s: Subject, step: Step, results: dict) -> None:
-    """Merges a step's results into metrics.json, and writes the step's file.
+    """Merges a step's results into metrics.json, and writes the step's files.
 
     Metrics of other weights are dropped. Non-finite values are left out, with a note.
     """
@@ -187,9 +216,9 @@ def record(s: Subject, step: Step, results: dict) -> None:
         known = s.metrics
         kept = {k: v for k, v in known.items() if k not in (*step.columns, "steps", "files", "weights")}
         files = known.get("files", {})
-        if step.file is not None:
-            write_atomic(s.run.path / step.file, results[step.file])
-            files = files | {step.file: digest(results[step.file])}
+        for name in step.files:
+            write_atomic(s.run.path / name, results[name])
+            files = files | {name: digest(results[name])}
         steps = known.get("steps", {}) | {step.name: fingerprint(s, step)}
         bookkeeping = {"steps": steps, "files": files, "weights": s.weights_digest}
         write_json(s.run.path / "metrics.json", {**kept, **metrics, **bookkeeping})
@@ -203,4 +232,16 @@ def metrics_of(run: Run) -> dict:
         wrong = not isinstance(value, dict) if name in ("steps", "files") else not isinstance(value, int | float | str)
         if wrong or isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: damaged ({name} cannot be {value!r:.40}); remove it and evaluate the run again")
-    return known
+    return _renamed(known)
+
+
+def _renamed(known: dict) -> dict:
+    """Metrics under the names that they have now.
+
+    Accuracies without a number of training images are from when the paper's protocol was the only one, and a bound on
+    them without an upper end of the information is from when the biased estimate stood for it.
+    """
+    names = {} if "probe_images" in known else {n + y: f"{n}{y}_paper" for n in OF_PAPER for y in ("", "_y")}
+    if "mi_z_high" not in known:
+        known.pop("acc_bound", None)
+    return {names.get(name, name): value for name, value in known.items()}
