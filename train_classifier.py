@@ -1,10 +1,10 @@
 """Trains the classifier with which the evaluation labels samples and reconstructions.
 
-    python train_classifier.py --dataset Digits
+    python train_classifier.py --dataset Digits --seed 2 3 4
     python train_classifier.py --dataset path/to/folder --image_size 32
 
-It is saved in runs/classifiers/<data set>/, where the evaluation looks for it. Repeating a command resumes
-an unfinished training and skips a finished one.
+It is saved in runs/classifiers/<data set>/, where the evaluation looks for it, those of further seeds in folders
+seed_<seed> there. Repeating a command resumes an unfinished training and skips a finished one.
 """
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
@@ -25,7 +25,8 @@ def parse_args(argv=None):
     parser.add_argument("--num_epochs", type=whole, help="epochs to train (default: set per data set)")
     parser.add_argument("--batch_size", type=whole, help="images per batch (default: set per data set)")
     parser.add_argument("--learning_rate", type=float, help="initial learning rate (default: set per data set)")
-    parser.add_argument("--seed", type=int, default=2, help="weights, batch order, dropout, augmentation (default: 2)")
+    seeds = "weights, batch order, dropout, augmentation; several train a classifier each (default: 2)"
+    parser.add_argument("--seed", type=int, nargs="+", default=[2], help=seeds)
     parser.add_argument("--overwrite", action="store_true", help="retrain from scratch, even a finished classifier")
     args = parser.parse(argv)
     args.config = Config(dataset=args.dataset, image_size=args.image_size, image_channels=args.image_channels)
@@ -34,24 +35,33 @@ def parse_args(argv=None):
             setattr(args, name, getattr(args.config.recipe, name))
     if not 0 < args.learning_rate < float("inf"):
         raise UserError(f"--learning_rate: must be > 0 and finite, got {args.learning_rate}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed: must be from 0 to 2^63 - 1, got {args.seed}")
+    for seed in args.seed:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"--seed: must be from 0 to 2^63 - 1, got {seed}")
     return args
 
 
 def main(argv=None) -> int:
-    """Trains and saves the classifier of a data set; returns the exit status."""
+    """Trains and saves the classifiers of a data set; returns the exit status."""
     args = parse_args(argv)
-    from datasets.loading import load_data  # imports torch, which takes seconds: only for flags that are right
-    from models.classifiers import load_classifier
-    from utils.training.classifier import accuracy, train
+    from models.classifiers import folder_of  # imports torch, which takes seconds: only for flags that are right
+
+    for seed in dict.fromkeys(args.seed):
+        make(args, seed, folder_of(seed, Path(args.runs_dir) / "classifiers" / args.config.data_name))
+    return 0
+
+
+def make(args, seed: int, folder: Path) -> None:
+    """Trains the classifier of one seed and saves it in its folder, unless it is there."""
+    from datasets.loading import load_data
+    from models.classifiers import accuracy, load_classifier
+    from utils.training.classifier import train
 
     config = args.config
-    settings = {k: getattr(args, k) for k in ("num_epochs", "batch_size", "learning_rate", "seed")}
-    settings = {"dataset": config.data_name, **settings}
+    settings = {k: getattr(args, k) for k in ("num_epochs", "batch_size", "learning_rate")}
+    settings = {"dataset": config.data_name, **settings, "seed": seed}
     for name, value in settings.items():
         print(f"  {name:20s} {value}")
-    folder = Path(args.runs_dir) / "classifiers" / config.data_name
     before = read_json(folder / "config.json") if (folder / "config.json").exists() and not args.overwrite else settings
     if different := [k for k, v in settings.items() if before.get(k) != v]:
         raise UserError(
@@ -60,7 +70,7 @@ def main(argv=None) -> int:
     if (folder / "classifier.pth").exists() and not args.overwrite:
         load_classifier(folder, config, args.device)  # raises UserError if it is damaged
         print(f"already complete: {folder}, test accuracy {before.get('test_accuracy')}")
-        return 0
+        return
     check_writable(folder)
     data = load_data(config, args.data_dir, args.device, args.download)
     if not data.labelled:
@@ -72,13 +82,12 @@ def main(argv=None) -> int:
                 (folder / name).unlink(missing_ok=True)
         settings |= {"n_classes": data.n_classes, "data": data.digest}
         write_json(folder / "config.json", settings)
-        model = train(args, data, folder)
+        model = train(args, seed, data, folder)
         test_accuracy = accuracy(model, data.test)
         write_json(folder / "config.json", {**settings, "test_accuracy": test_accuracy})
         save_tensors(folder / "classifier.pth", {k: v.contiguous().cpu() for k, v in model.state_dict().items()})
         (folder / "resume.pth").unlink(missing_ok=True)
     print(f"test accuracy {test_accuracy:.4f}; the classifier is in {folder}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -87,6 +87,19 @@ def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> tor
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@torch.no_grad()
+def accuracy(model: Classifier, split) -> float:
+    """Accuracy on all images of a split."""
+    model.eval()
+    return sum((model(x).argmax(1) == label).sum().item() for x, label in split.batches(500)) / len(split)
+
+
+def folder_of(seed: int, folder: Path) -> Path:
+    """Where the classifier of a seed is: in the data set's folder if that is free or its own, else in one below it."""
+    path = folder / "config.json"
+    return folder if not path.exists() or read_json(path).get("seed", seed) == seed else folder / f"seed_{seed}"
+
+
 def load_classifier(
     path: Path, config, device: torch.device, data: str | None = None, how: str = "train_classifier.py"
 ) -> tuple[Classifier, str]:

@@ -11,6 +11,7 @@ from models.classifiers import augmented, load_classifier
 from tests.conftest import start
 from tests.datasets.files import write_cifar10, write_svhn
 from utils.config import Config
+from utils.evaluation.subject import Bench
 from utils.files import read_json
 
 
@@ -23,8 +24,16 @@ def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
     assert 0 < read_json(folder / "config.json")["test_accuracy"] <= 1
     status, out, _ = script(train_classifier.main, *flags)
     assert status == 0 and "already complete" in out
-    status, _, err = script(train_classifier.main, *flags, "--seed", "3")
-    assert status == 2 and "--seed (2)" in err
+    status, _, err = script(train_classifier.main, *flags[:2], "--num_epochs", "3")
+    assert status == 2 and "--num_epochs (2)" in err
+    before = (folder / "classifier.pth").read_bytes()
+    status, out, err = script(train_classifier.main, *flags, "--seed", "3", "2", "3")
+    assert status == 0 and f"the classifier is in {folder}/seed_3" in out and out.count("already complete") == 1, err
+    assert (folder / "classifier.pth").read_bytes() == before != (folder / "seed_3/classifier.pth").read_bytes()
+    bench = Bench(torch.device("cpu"), "data", "runs")
+    assert len({digest for _, digest in bench.classifiers_of(Config())}) == 2
+    (folder / "seed_4").mkdir()  # unfinished
+    assert len(Bench(torch.device("cpu"), "data", "runs").classifiers_of(Config())) == 2
     process = start("train_classifier.py", *flags, "--runs_dir", "killed")
     end = time.monotonic() + 60
     while not Path("killed/classifiers/Digits/resume.pth").exists() and time.monotonic() < end:

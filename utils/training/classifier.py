@@ -5,25 +5,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.classifiers import OPTIMIZERS, Classifier, augmented, build_classifier, scheduler
+from models.classifiers import OPTIMIZERS, Classifier, accuracy, augmented, build_classifier, scheduler
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.files import load_tensors, save_tensors
 from utils.seeds import generator
 
 
-@torch.no_grad()
-def accuracy(model: Classifier, split) -> float:
-    """Accuracy on all images of a split."""
-    model.eval()
-    return sum((model(x).argmax(1) == label).sum().item() for x, label in split.batches(500)) / len(split)
-
-
-def train(args, data, folder: Path) -> Classifier:
+def train(args, seed: int, data, folder: Path) -> Classifier:
     """Trains from the checkpoint, if there is one. Raises UserError if it is damaged or the loss is not finite."""
     recipe, cuda = args.config.recipe, args.device.type == "cuda"
     layout = torch.channels_last if cuda else torch.contiguous_format
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     model = build_classifier(args.config, data.n_classes).to(args.device, memory_format=layout)
     optimizer = OPTIMIZERS[recipe.optimizer](model.parameters(), lr=args.learning_rate)
     rates = scheduler(optimizer, recipe, args.num_epochs)
@@ -39,11 +32,11 @@ def train(args, data, folder: Path) -> Classifier:
         print(f"resuming at epoch {start} of {args.num_epochs}", flush=True)
     bar = progress(range(start, args.num_epochs), initial=start, total=args.num_epochs, unit="epoch")
     for epoch in bar:
-        torch.manual_seed(args.seed + 1000 * epoch)  # for dropout
-        g = generator(args.device, args.seed, epoch, "augmentation")
+        torch.manual_seed(seed + 1000 * epoch)  # for dropout
+        g = generator(args.device, seed, epoch, "augmentation")
         model.train()
         total = torch.zeros((), device=args.device)
-        for x, label in data.train.batches(args.batch_size, (args.seed, epoch)):
+        for x, label in data.train.batches(args.batch_size, (seed, epoch)):
             x = augmented(x, recipe.crop, recipe.flip, g) if recipe.crop or recipe.flip else x
             with torch.autocast(args.device.type, torch.bfloat16, enabled=cuda):
                 loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), label)
