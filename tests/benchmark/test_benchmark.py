@@ -25,6 +25,7 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
         ("layers", 40, ["trunk.0: 1 x 28 x 28 -> 2 x 14 x 14", "plain, forward", "im2col, gradient w.r.t. weights"]),
         ("profile", 40, ["a step takes", "convolution_backward 8x4x14x14 8x1x28x28", "others"]),
         ("loader", 24, ["JPEG files of 500 x 375", "the loader decodes"]),
+        ("evaluate", 60, ["fid_classifier  ", "mi_y  ", "svm_linear, qy_mu", "kNN, y", "hours for the steps, and"]),
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
         ("inception", 100, ["plain loop", "inception_score"]),

@@ -9,6 +9,7 @@
     python -m utils.benchmark loader      throughput of ImageNet's data loader, compared with the training step
     python -m utils.benchmark threads     one step with one and several threads, on an idle and on a loaded machine
     python -m utils.benchmark precision RUNS   effect of --precision on the test metrics, compared with the seed's
+    python -m utils.benchmark evaluate    every step of the evaluation of one run
     python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
 
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
@@ -26,7 +27,7 @@ from utils.errors import UserError, run_script
 
 BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "plane", "step", "profile", "layers", "loader", "threads", "precision")},
-    **{"streams": "step", "mi": "evaluation", "probes": "evaluation", "inception": "evaluation"},
+    **{"streams": "step", **dict.fromkeys(("evaluate", "mi", "probes", "inception"), "evaluation")},
 }
 
 
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--images",
         type=whole,
-        help="number of images (default: grid, plane 50000, mi and inception 10000, others 2000)",
+        help="number of images (default: grid, plane 50000, evaluate, mi, inception 10000, others 2000)",
     )
     parser.add_argument(
         "--cells", type=whole, nargs="+", help="numbers of stacked cells (default: set by the benchmark)"

@@ -1,9 +1,12 @@
-"""Parts of the evaluation, compared with plain implementations of their definitions."""
+"""The steps of the evaluation, and parts of it compared with plain implementations of their definitions."""
 
 import argparse
+import io
 import math
 import resource
+import statistics
 import warnings
+from functools import partial
 
 import numpy as np
 import scipy.stats
@@ -11,11 +14,21 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.distributions import Normal
 
+from datasets.batches import Resident
+from datasets.loading import Data
+from models.build import build_model
+from models.classifiers import build_classifier
 from utils.benchmark.measuring import measure, report
+from utils.config import Config
+from utils.evaluation.fits import TAILS, probe_latents
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import inception_score
 from utils.evaluation.probes import PROBES, fit_probe, split
+from utils.evaluation.steps import STEPS
+from utils.evaluation.subject import Bench, Subject
 from utils.seeds import generator
+
+GRID, CORES = 441, 16
 
 
 def mi(args: argparse.Namespace) -> None:
@@ -49,14 +62,15 @@ def probes(args: argparse.Namespace) -> None:
     labels = rng.integers(0, 10, n)
     latents = (rng.normal(size=(10, d))[labels] + rng.normal(size=(n, d))).astype(np.float32)
     train_part, test_part = split(n)
+    train, test = ((latents[part], labels[part]) for part in (train_part, test_part))
 
     def plain():
         for seed in range(5):
             model = LogisticRegression(solver="saga", max_iter=100, random_state=seed)
-            model.fit(latents[train_part], labels[train_part]).score(latents[test_part], labels[test_part])
+            model.fit(*train).score(*test)
 
     candidates = {"saga, 5 seeds": plain} | {
-        name: lambda name=name: fit_probe(name, latents, labels, "", False) for name in PROBES
+        name: lambda name=name: fit_probe(name, train, test, "", False) for name in PROBES
     }
     print(f"probes on {n:,} latents of {d} dimensions:")
     with warnings.catch_warnings():
@@ -81,3 +95,61 @@ def inception(args: argparse.Namespace) -> None:
     print(f"inception score of {n:,} samples:")
     candidates = {"plain loop": plain, "inception_score": lambda: inception_score(log_p)}
     report(measure(candidates, args.n, args.device, warmup=1), dict.fromkeys(candidates, 1), baseline="plain loop")
+
+
+class Made(Subject):
+    """A run of random weights, and images of 10 noisy patterns; its results are kept here, not in files."""
+
+    metrics: dict = {}  # of the steps so far; other steps read them
+
+    def __init__(self, config: Config, n: int, device: torch.device):
+        self.config, self.bench, self.metrics = config, Bench(device, "", "", n_samples=n), {}
+        rng = np.random.default_rng(0)
+        patterns = rng.normal(scale=40, size=(10, *config.image_shape))
+
+        def images():
+            labels = rng.integers(0, 10, n)
+            x = (128 + patterns[labels] + rng.normal(scale=40, size=(n, *config.image_shape))).clip(0, 255)
+            return Resident(torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(labels), device)
+
+        torch.manual_seed(0)
+        self.model = build_model(config).to(device).eval()
+        self.bench._data[config.dataset, config.image_shape] = Data(images(), images(), 10)
+        net = build_classifier(config, 10).to(device).eval()
+        self.bench._classifiers[config.data_name] = [(net, "random")]
+
+    def compute(self, name: str) -> None:
+        """Computes a step, as the evaluation does."""
+        self.metrics |= STEPS[name].compute(self)
+        if name == "rates":
+            self.latents = dict(np.load(io.BytesIO(self.metrics["latents.npz"])))
+
+    def fit(self, name: str, key: str) -> None:
+        """Fits a probe, as the evaluation does."""
+        parts = [(self.probes[key + end], self.probes["labels" + end]) for end in ("_train", "")]
+        fit_probe(name, *((latents.reshape(len(y), -1), y) for latents, y in parts), "", True)
+
+    def prepare(self) -> None:
+        """Computes the latents that probes are fitted to."""
+        self.probes = probe_latents(self)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Every step of the evaluation of one run, and the time that a grid takes."""
+    config = Config(dataset=args.dataset, conv_channels=args.conv_channels, z_dims=args.z_dims)
+    n = args.images or 10_000
+    made = Made(config, n, args.device)
+    steps = {name: partial(made.compute, name) for name in ("rates", "is", "fid_classifier", "mi_z", "mi_y", "recons")}
+    steps |= {"latents of the probes": made.prepare}
+    fits = {f"{name}, {key}": partial(made.fit, name, key) for key in TAILS for name in PROBES}
+    print(f"evaluation of a run of {args.dataset}, {n:,} test images, as many for training and as many samples:")
+    seconds = measure(steps | fits, args.n, args.device, warmup=0)
+    print(f"{'':24s} {'median':>9} {'quartiles':>20} {'n':>4}")
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"{name:24s} {middle:7.2f} s {low:8.2f} .. {high:8.2f} {len(values):4d}")
+    of_steps, of_fits = (GRID / 3600 * sum(statistics.median(seconds[name]) for name in part) for part in (steps, fits))
+    print(
+        f"{GRID} runs take {of_steps:.2f} hours for the steps, and {of_fits / CORES:.2f} for the probes "
+        f"on {CORES} cores"
+    )
