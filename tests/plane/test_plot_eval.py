@@ -135,7 +135,7 @@ def test_every_column_can_be_drawn_with_its_unit_and_only_its_own_bound(script):
     assert bounds == [True, False, False, False, False, False, False, True, False]
     units = [plane.title(name).endswith("(nats)") for name in names]
     assert units == [True, True, True, False, False, True, True, False, False]
-    assert plane.title("lr_acc_mean_sample_y") == "logistic regression on y, samples"
+    assert plane.title("lr_acc_mean_sample_y") == "logistic regression on samples of y"
     assert plane.title("mi_q_mc_y_se") == "standard error of I(y; label) (nats)"
 
 

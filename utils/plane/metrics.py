@@ -31,6 +31,8 @@ METRICS = {
     "fid_classifier": Metric("Frechet distance (classifier)", better=-1),
     "kid": Metric("KID", better=-1),
     "kid_classifier": Metric("KID (classifier)", better=-1),
+    "fid_floor": Metric("FID of training images", better=0),
+    "fid_classifier_floor": Metric("Frechet distance (classifier) of training images", better=0),
     "recons_acc": Metric("accuracy on reconstructions", mixes=True),
     "mi_q_mc": Metric("I(z; label)", "nats"),
     "mi_q": Metric("I(z; label)", "nats"),
@@ -47,7 +49,9 @@ METRICS = {
     "mi_y_high": Metric("I(y; label), at most", "nats"),
     "D_above_floor": Metric("D above its least", "nats", -1, mixes=True),
     "D_floor": Metric("least possible D", "nats", 0),
-    "mi_lr_lb": Metric("lower bound on I(z; label)", "nats"),
+    "mi_q_mc_saturated": Metric("whether the estimate of I(z; label) is saturated", better=0),
+    "mi_q_mc_y_saturated": Metric("whether the estimate of I(y; label) is saturated", better=0),
+    "mi_lr_lb": Metric("H(label) - log loss on means of z", "nats", 0),
     "acc_bound": Metric("bound on accuracy from z"),
     "lr_acc_mean": Metric("logistic regression on z", mixes=True),
     "svm_rbf_acc": Metric("SVM (rbf) on z", mixes=True),
@@ -55,9 +59,18 @@ METRICS = {
     "kNN_acc": Metric("5-NN on z", mixes=True),
     "lr_ece": Metric("calibration error on z", better=-1),
     "lr_nll": Metric("log loss on z", "nats", -1, mixes=True),
+    "lr_ece_null": Metric("calibration error on z if it were 0", better=0),
+    "clsfr_acc": Metric("classifier's accuracy on test images", better=0),
     "clsfr_ece": Metric("classifier's calibration error", better=-1),
+    "clsfr_ece_null": Metric("classifier's calibration error if it were 0", better=0),
+    "is_std": Metric("inception score, spread over splits", better=0),
+    "n_classifiers": Metric("classifiers behind the inception score", better=0),
+    "n_samples": Metric("samples behind the inception score", better=0),
+    "probe_images": Metric("training images of the probes", better=0),
     "active_z": Metric("active units of z", better=0),
     "active_y": Metric("active units of y", better=0),
+    "active_z_rate": Metric("units of z with a rate", better=0),
+    "active_y_rate": Metric("units of y with a rate", better=0),
     "kl_z": Metric("R(z)", "nats", 0),
     "kl_y": Metric("R(y|z)", "nats", 0),
     "rate": Metric("R(z) + R(y|z)", "nats", 0),
@@ -69,7 +82,7 @@ BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # lower and upper
 
 
 def metric(name: str) -> Metric:
-    """The Metric of a column; those of variants (`train_`, `_se`, `_y`, `_sample`, `_standardized`) derive from it."""
+    """The Metric of a column; those of variants (`train_`, `_se`, `_y`, `_sample`, `_paper` and so on) derive."""
     if name in METRICS:
         return METRICS[name]
     if name.startswith("train_"):
@@ -81,17 +94,19 @@ def metric(name: str) -> Metric:
     base = plain(name)
     if base not in METRICS:
         return Metric(name.replace("_", " "), better=0)
-    known = METRICS[base]
-    label = known.label
-    if "_y" in name[len(base) :]:
+    known, ending = METRICS[base], name[len(base) :]
+    label = known.label.replace("on z", "on samples of z") if "_sample" in ending else known.label
+    if "_y" in ending:
         label = label.replace(" z", " y").replace("(z", "(y")
-    label += ", samples" * ("_sample" in name[len(base) :]) + ", standardised" * name.endswith("_standardized")
+    label += ", paper's protocol" * ("_paper" in ending) + ", standardised" * ("_standardized" in ending)
     return known._replace(label=label)
 
 
 def plain(name: str) -> str:
     """A column's name without what says of which latent and how."""
-    return name.removesuffix("_standardized").removesuffix("_y").removesuffix("_sample")
+    for ending in ("_standardized", "_paper", "_y", "_sample"):
+        name = name.removesuffix(ending)
+    return name
 
 
 FOUR = [  # one metric for each of reconstruction, generation, representation by z and by y: the first that is there
