@@ -15,28 +15,30 @@ from torch.func import functional_call
 from .hvae import HVAE, Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-SPREAD = 0.3  # of the training, over which the betas that are drawn spread from one point over the range
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
 
 
 class Conditioned(nn.Module):
     """A model and the hypernetwork that scales and shifts its layers, given the betas of each image.
 
-    `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for.
+    `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for. At `start`,
+    log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. There,
+    scales are 1 and shifts 0, whatever the hypernetwork, so that it learns as an ordinary model does; with gates of its
+    own at that point, z collapsed before it came into use.
     """
 
     def __init__(self, model: nn.Module, log_range: Tensor):
         super().__init__()
         self.model, self.log_range = model, log_range.double()
+        self.start = torch.stack([self.log_range[:, 0].mean(), self.log_range[0, 1]])
         self.layers = [name for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
         within = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
         self.others = [name for name, _ in model.named_parameters() if name not in within]  # a learned sigma
         self.sizes = [model.get_submodule(name).bias.numel() for name in self.layers]
         self.sizes += [model.get_parameter(name).numel() for name in self.others]
         self.hidden = nn.Sequential(nn.Linear(2, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
-        self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes))
+        self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes), bias=False)
         nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
-        nn.init.zeros_(self.gates.bias)
         self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
         self.now: dict[str, tuple[Tensor, Tensor]] = {}  # of the forward pass that is under way
         for name in self.layers:
@@ -45,8 +47,9 @@ class Conditioned(nn.Module):
     def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
         low, high = self.log_range.to(log_betas)
-        within = 2 * (log_betas - low) / (high - low).clamp_min(1e-6) - 1  # -1 to 1
-        scales, shifts = self.gates(self.hidden(within)).chunk(2, -1)
+        places = log_betas, self.start.to(log_betas).expand_as(log_betas)  # of one shape, for the same rounding
+        here, start = (self.hidden(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)  # of -1 to 1
+        scales, shifts = self.gates(here - start).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
 
@@ -57,18 +60,13 @@ class Conditioned(nn.Module):
         return torch.addcmul(shift, out, scale)
 
     def noise(
-        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, progress: float = 1.0
+        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, spread: float = 1.0
     ) -> Noise:
-        """The model's noise, and betas: log-uniform over the range, which they fill after SPREAD of the training.
-
-        They start where both latents are in use, in the middle of the range of beta_y at the smallest beta_z: drawn
-        from the whole range at once, large betas let z collapse for all.
-        """
+        """The model's noise, and betas: log-uniform over the range, shrunk towards `start` if `spread` is below 1."""
         noise = self.model.noise(n, generator, temperature)
-        low, high = self.log_range.to(noise.y)
-        start = torch.stack([(low[0] + high[0]) / 2, low[1]])
+        (low, high), start = self.log_range.to(noise.y), self.start.to(noise.y)
         drawn = low + (high - low) * torch.rand(n, 2, generator=generator, device=generator.device)
-        return noise._replace(log_betas=start + min(1.0, progress / SPREAD) * (drawn - start))
+        return noise._replace(log_betas=start + spread * (drawn - start))
 
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""
@@ -104,7 +102,7 @@ class Conditioned(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Of the model in the centre of the range."""
-        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(self.gates.bias)) as model:
+        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(self.gates.weight)) as model:
             return model.sample(n, generator=generator)
 
     psnr = HVAE.psnr

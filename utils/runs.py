@@ -189,6 +189,7 @@ class Run:
         fits &= all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
         fits &= isinstance(state.get("seconds"), int | float) and math.isfinite(state["seconds"])
         fits &= type(state.get("threads", 1)) is int and 1 <= state.get("threads", 1) <= 1024
+        fits &= type(state.get("spread", 0.0)) is float and 0 <= state.get("spread", 0.0) <= 1
         if "betas" in state:  # of a cell whose betas are steered
             fits &= all(getattr(state.get(k), "shape", None) == (2,) for k in ("betas", "log_rates"))
         if fits and state["step"]:

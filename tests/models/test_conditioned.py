@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 from torch.func import functional_call
+from torch.nn import functional
 
 from models.build import build_model
 from models.conditioned import Conditioned
 from utils.config import Config
 from utils.seeds import generator
+from utils.training.chunk import COLLAPSED
 from utils.training.engine import Engine
 from utils.training.loop import terms_at_points
 
@@ -114,3 +116,53 @@ def test_training_lowers_the_loss_at_every_corner(kind, precision):
     for name, terms in after.items():
         assert all(math.isfinite(v) for v in terms.values())
         assert terms["loss"] < before[name]["loss"], name
+
+
+def test_at_the_start_it_is_the_ordinary_model_whatever_its_gates():
+    """There it learns as such a model does: its gates neither act nor learn."""
+    model = conditioned()
+    assert model.start.tolist() == [0, -1]
+    for name, p in model.at(model.start).items():
+        assert torch.equal(p, model.model.get_parameter(name))
+    x, noise = inputs(Config(conv_channels=3, z_dims=4), model, 5)
+    terms = model(x, noise._replace(log_betas=model.start.expand(5, 2)))
+    (gradient,) = torch.autograd.grad(terms.loss().sum(), [model.gates.weight])
+    assert not gradient.any()
+
+
+def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range():
+    model = conditioned()
+    for spread in (0.0, 0.25, 1.0):
+        log_betas = model.noise(4000, generator("cpu", 0), spread=spread).log_betas
+        assert (log_betas >= torch.tensor([-spread, -1.0])).all()
+        assert (log_betas <= torch.tensor([spread, 2 * spread - 1])).all()
+        assert log_betas.std(0).tolist() == pytest.approx([2 * spread / math.sqrt(12)] * 2, rel=0.05)
+        assert log_betas.mean(0).tolist() == pytest.approx([0, spread - 1], abs=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_steps_lower_the_loss_at_every_corner(kind):
+    """Of CIFAR10's shape, or MNIST's for a likelihood of grey images."""
+    dataset = {"dataset": "CIFAR10" if "px_y_family_ll" in KINDS[kind] else "MNIST"}
+    ends = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "beta_max_z": 10.0}
+    if kind == "BVAE":
+        ends |= {"beta_z": 1.0, "beta_max_z": 1.0}
+    config = Config(conv_channels=4, z_dims=8, batch_size=32, learning_rate=2e-3, **{**dataset, **KINDS[kind], **ends})
+    g, (c, h, _) = generator("cpu", 0), config.image_shape
+    images = functional.interpolate(torch.rand(1280, c, 4, 4, generator=g), size=h, mode="bilinear")
+    engine, steps = Engine(config, 1, torch.device("cpu")), 200
+    engine.restart(1)
+    stack, one, curves = engine.stack, torch.ones(1), []
+    for i in range(steps + 1):
+        if i % 100 == 0:
+            curves.append(terms_at_points(stack.plain(0), images[:256]))
+        x = images[torch.randint(0, 1280, (32,), generator=g)]
+        temperature = stack.model.family.temperature(i // 20)
+        temperature = None if temperature is None else torch.tensor(temperature)
+        noise = stack.model.noise(32, g, temperature, min(1.0, 2 * i / steps))
+        engine.step(x, noise, one, min(1.0, 10 * i / steps) * one)
+    for name, terms in curves[-1].items():
+        assert terms["loss"] < curves[0][name]["loss"] - 1, name
+    rates = [terms["kl_z" if config.vae_type != "BVAE" else "kl_y"] for terms in curves[-1].values()]
+    assert max(rates) > COLLAPSED

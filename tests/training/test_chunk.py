@@ -1,5 +1,6 @@
 """Cells in training: failures, saving, the end."""
 
+import math
 import os
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine
-from utils.training.loop import rate_weights
+from utils.training.loop import rate_weight
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -113,10 +114,8 @@ def test_perfect_reconstructions_have_an_infinite_psnr(script, monkeypatch):
 
 
 def test_warmup_weights(script, monkeypatch):
-    assert [rate_weights(Config(warmup_epochs=4), e)[1] for e in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert rate_weights(Config(warmup_epochs=0), 0) == (1, 1)
-    ends = {"multi_rate": True, "beta_max_y": 2.0, "beta_max_z": 2.0}
-    assert rate_weights(Config(warmup_epochs=4, **ends), 1) == (1, 0.25)
+    assert [rate_weight(e, 4) for e in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert rate_weight(0, 0) == 1
     seen, step = [], Stack.step
 
     def watching(self, optimizer, x, noise, beta_y, beta_z):
@@ -140,3 +139,19 @@ def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
     chunk.settle()
     with pytest.raises(UserError, match="saved within an epoch on a GPU; resume it on a GPU"):
         Chunk([run], [run.load_state()[0]], chunk.engine)
+
+
+def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
+    ends = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "beta_max_z": 10.0}
+    config = Config(conv_channels=2, z_dims=3, num_epochs=20, **ends)
+    chunk = Chunk([Run.of(config, "runs")], [None], Engine(config, 1, torch.device("cpu")))
+    spreads = []
+    for rate in (0.5, 1.9, 2.1, 5.0, 1.0, math.nan):
+        chunk.epoch += 1
+        chunk.widen(torch.tensor([[300.0, -290.0, 8.0, rate]]))
+        spreads.append(chunk.spread)
+    assert spreads == pytest.approx([0, 0, 1 / 6, 2 / 6, 2 / 6, 2 / 6])
+    chunk.epoch = 10
+    for _ in range(9):
+        chunk.widen(torch.zeros(1, 4))
+    assert chunk.spread == 1

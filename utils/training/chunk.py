@@ -16,6 +16,8 @@ from utils.training.engine import MOMENTS, Engine
 
 SAVING_SHARE = 0.05  # the largest share of the training time that automatic checkpoints may take
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
+IN_USE = 2.0  # nats of R(z): more than noise keeps for a while
+SPREAD = 0.3  # of the training, in which a conditioned model's betas fill their range
 COLLAPSED = 0.1  # nats: a conditioned model whose R(z) is smaller at all betas does not use z
 SAVER = ThreadPoolExecutor(1)  # writes the checkpoints in the background
 
@@ -32,6 +34,7 @@ class Chunk:
         self.runs, self.config, self.device = runs, runs[0].config, engine.device
         self.engine, self.stack = engine, engine.stack
         engine.restart(self.config.seed)
+        self.spread = 0.0  # of a conditioned model's betas, over its range
         self.betas = Betas([r.config for r in runs], self.stack.m, engine.device)
         self.live = dict(enumerate(runs))  # the cells that have not failed, by model index
         self.epoch = self.step = 0
@@ -49,6 +52,7 @@ class Chunk:
             self.betas.load(m, state)
         first = states[0]
         self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
+        self.spread = first.get("spread", 0.0)
         if self.step:
             self.history = torch.zeros(len(first["history"]), self.stack.m, len(TERMS), device=self.device)
             self.history[:, : len(states)] = torch.stack([s["history"] for s in states], 1)
@@ -58,6 +62,19 @@ class Chunk:
             except RuntimeError as e:
                 where = "a CPU" if self.device.type == "cuda" else "a GPU"
                 raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; resume it on {where}") from e
+
+    def widen(self, train: torch.Tensor) -> None:
+        """Widens, after an epoch with means (M, 4), the range of a conditioned model's betas: once z is in use.
+
+        z comes into use within a few epochs, at betas that stay where it is worth its rate; large ones would keep it
+        from that. If it has not by half of the training, the range is widened all the same.
+        """
+        if not self.config.is_conditioned:
+            return
+        has_z = math.prod(self.stack.model.z_shape) > 0
+        in_use = not has_z or train[:, TERMS.index("kl_z")].min() >= IN_USE
+        if in_use or 2 * self.epoch >= self.config.num_epochs:
+            self.spread = min(1.0, self.spread + 1 / (SPREAD * self.config.num_epochs))
 
     @property
     def collapsed(self) -> bool:
@@ -71,7 +88,7 @@ class Chunk:
         start = time.monotonic()
         stacked, written = self.engine.on_host(), dict(self.written)
         steered = {m: self.betas.state(m) if self.betas.steered else {} for m in written}
-        numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds")}
+        numbers = {name: getattr(self, name) for name in ("epoch", "step", "seconds", "spread")}
         numbers |= {"adam_steps": self.engine.adam_steps, "threads": torch.get_num_threads()}
         history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.step else (None, None)
 

@@ -15,7 +15,7 @@ from datasets.loading import Data
 from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils import locks
-from utils.config import FLAGS, Config
+from utils.config import FLAGS
 from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
@@ -69,14 +69,9 @@ def terms_at_points(model: Conditioned, x: torch.Tensor) -> dict[str, dict[str, 
     return result
 
 
-def rate_weights(config: Config, epoch: int) -> tuple[float, float]:
-    """Warm-up factors of beta_y and beta_z: they rise linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`.
-
-    That of a conditioned model's beta_y is 1 from the start: while y is costly and z is free, z comes into use for all
-    betas. If both are free, y alone describes the image, and z often stays unused.
-    """
-    weight = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
-    return (1.0 if config.is_conditioned else weight), weight
+def rate_weight(epoch: int, warmup_epochs: int) -> float:
+    """Warm-up factor of both betas: rises linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`."""
+    return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
 
 
 def train(
@@ -110,7 +105,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
 
     started, seconds_before = time.monotonic(), chunk.seconds
     while chunk.live and chunk.epoch < config.num_epochs:
-        weight_y, weight_z = rate_weights(config, chunk.epoch)
+        weight = rate_weight(chunk.epoch, config.warmup_epochs)
         temperature = stack.model.family.temperature(chunk.epoch)
         if temperature is not None:
             temperature = torch.tensor(temperature, device=chunk.device)
@@ -122,9 +117,9 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
         for x, _ in batches:
             whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
-            noise = stack.model.noise(whole, chunk.noise, temperature, done)
+            noise = stack.model.noise(whole, chunk.noise, temperature, chunk.spread)
             chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
-            sums = chunk.engine.step(x, noise, weight_y * chunk.betas.y, weight_z * chunk.betas.z)
+            sums = chunk.engine.step(x, noise, weight * chunk.betas.y, weight * chunk.betas.z)
             chunk.history[chunk.step] = sums
             chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
             chunk.step += 1
@@ -140,6 +135,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
         test_means = stack.evaluate(data.test, config.batch_size, test_noise, chunk.betas.y, chunk.betas.z).cpu()
         chunk.drop_failed(torch.cat([train_means, test_means], 1), steps)
         chunk.epoch, chunk.step = chunk.epoch + 1, 0
+        chunk.widen(train_means)
         chunk.seconds = seconds_before + (time.monotonic() - started) / len(chunk.runs)
         bar.show(chunk, train_means[list(chunk.live), 0].mean().item())
         log.epoch(train_means, test_means)

@@ -40,7 +40,7 @@ class Search:
     @functools.cache  # noqa: B019  (the table that every search starts from is the same)
     @torch.no_grad()
     def _rates(self, *log_betas: float) -> np.ndarray:
-        device = self.model.gates.bias.device
+        device = self.model.gates.weight.device
         weights = self.model.at(torch.tensor(log_betas, dtype=torch.float32, device=device))
         for name, p in weights.items():
             self.stack.parameters[name].data = p.detach()[None]
