@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
-from utils.errors import UserError, nearest, run_script
+from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
-from utils.plane.metrics import FOUR, INFORMATION, METRICS, PROBES, first_of, metric, plain
+from utils.plane.metrics import FOUR, INFORMATION, PROBES, first_of, plain, wanted
 from utils.plane.report import write_comparison, write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
@@ -65,16 +65,6 @@ def parse_args(argv=None):
     if not args.run_batch_name and not args.traverse:
         raise UserError("--run_batch_name: is needed, or runs to --traverse")
     return args
-
-
-def wanted_metrics(plane: Plane, asked: list[str] | None) -> list[str]:
-    """The metrics to draw. Raises UserError for a name that is not a column of the batch."""
-    if asked == ["all"]:
-        return [name for name in plane.names if name in METRICS and metric(name).better]
-    for name in asked or []:
-        if name not in plane.names:
-            raise UserError(f"--metrics: no run has {name!r}{nearest(name, plane.names)}")
-    return list(dict.fromkeys(asked)) if asked else first_of(plane.names, FOUR)
 
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
@@ -126,7 +116,7 @@ def main(argv=None) -> int:
     planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}
     (folder, *_), (plane, *_) = folders.values(), planes.values()
     out = Path(args.out) if args.out else folder / "figures"
-    names = wanted_metrics(plane, args.metrics)
+    names = wanted(plane.names, args.metrics)
     check_writable(out, "--out")
     if len(planes) > 1:
         print(write_comparison(out, args.format, planes, names or ["rate"]), end="")

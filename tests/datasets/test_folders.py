@@ -524,7 +524,7 @@ def test_a_damaged_image_is_named():
 
 def test_more_than_the_memory_holds_is_refused(monkeypatch):
     write_folder(PETS)
-    monkeypatch.setattr("datasets.loading._memory", lambda: 30_000)
+    monkeypatch.setattr("datasets.loading.memory", lambda: 30_000)
     with pytest.raises(UserError, match="^pets: needs 30,720 bytes of memory at 32 pixels, this machine has 30,000$"):
         load("pets", image_size=32)
 

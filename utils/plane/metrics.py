@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from utils.errors import UserError, nearest
+
 
 class Metric(NamedTuple):
     """Label and unit of a column, and whether higher (+1) or lower (-1) values are better (0: neither).
@@ -127,3 +129,16 @@ def first_of(names: list[str], choices: list[tuple[str, ...]]) -> list[str]:
     """Of each choice, the first metric that is among the names."""
     found = [next((name for name in choice if name in names), None) for choice in choices]
     return [name for name in found if name is not None]
+
+
+def wanted(names: list[str], asked: list[str] | None) -> list[str]:
+    """Of a batch's metrics those to draw: asked for, all that have a better way, or one for each task.
+
+    Raises UserError for one that the batch has not.
+    """
+    if asked == ["all"]:
+        return [name for name in names if name in METRICS and metric(name).better]
+    for name in asked or []:
+        if name not in names:
+            raise UserError(f"--metrics: no run has {name!r}{nearest(name, names)}")
+    return list(dict.fromkeys(asked)) if asked else first_of(names, FOUR)
