@@ -97,7 +97,8 @@ def _lost_workers(e: Exception) -> str | None:
         size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
         return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
     handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
-    if handing_over or "DataLoader worker" in str(e) and "exited unexpectedly" in str(e):
+    ended = "exited unexpectedly" in str(e) or "killed by signal" in str(e)
+    if handing_over or "DataLoader worker" in str(e) and ended:
         return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker: --shm-size)"
     return None
 
@@ -141,10 +142,11 @@ class Streamed:
             prefetch_factor=4,
             worker_init_fn=_worker_signals,
         )
-        problem, decoded = None, iter(loader)
-        with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise of a worker's end anywhere, not only here
+        problem = None
         try:
+            decoded = iter(loader)
+            with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise of a worker's end anywhere
             while (batch := next(decoded, None)) is not None:
                 images, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 yield images.float() / 255, labels

@@ -127,6 +127,16 @@ def test_a_killed_worker_ends_the_training(trial, pets):
     assert are_gone(workers)
 
 
+def test_a_worker_that_is_killed_while_others_start_is_told_of(pets, monkeypatch):
+    def start(self):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("datasets.batches.DataLoader.__iter__", start)
+    split = Streamed([(str(path), 0) for path in pets.rglob("*.png")], (3, 256, 256), torch.device("cpu"))
+    with pytest.raises(UserError, match="a process that reads images was killed"):
+        list(split.batches(2))
+
+
 @needs_proc
 @times(10, few=1)
 def test_workers_end_with_a_killed_training(trial, pets):
