@@ -62,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--max_rate_z", type=positive, metavar="RATE", help="upper limit on R(z)")
     group.add_argument("--max_rate_y", type=positive, metavar="RATE", help="upper limit on R(y|z)")
     args = parser.parse(argv)
-    if not args.run_batch_name and not args.traverse:
+    if args.run_batch_name is None and args.traverse is None:
         raise UserError("--run_batch_name: is needed, or runs to --traverse")
     return args
 
