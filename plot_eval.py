@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
-from utils.errors import UserError, run_script
+from utils.errors import run_script
 from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
@@ -29,16 +29,12 @@ from utils.plane.tables import to_markdown
 def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--run_batch_name", nargs="+",
         help="the batch: a folder of runs under --runs_dir; several are compared at equal rates",
     )  # fmt: skip
-    parser.add_argument(
-        "--traverse",
-        nargs="+",
-        metavar="RUN",
-        help="draw what z and y of these runs (folders) encode, side by side, instead of the batch's figures",
-    )
+    what.add_argument("--traverse", nargs="+", metavar="RUN", help="draw what z and y of these run folders encode")
     parser.add_argument(
         "--metrics", nargs="+", help="columns of eval_results.csv to draw, or all (default: one for each task)"
     )
@@ -61,10 +57,7 @@ def parse_args(argv=None):
     group.add_argument("--max_rate", type=positive, metavar="RATE", help="upper limit on R(z) + R(y|z)")
     group.add_argument("--max_rate_z", type=positive, metavar="RATE", help="upper limit on R(z)")
     group.add_argument("--max_rate_y", type=positive, metavar="RATE", help="upper limit on R(y|z)")
-    args = parser.parse(argv)
-    if args.run_batch_name is None and args.traverse is None:
-        raise UserError("--run_batch_name: is needed, or runs to --traverse")
-    return args
+    return parser.parse(argv)
 
 
 def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
@@ -109,8 +102,7 @@ def main(argv=None) -> int:
     if args.traverse:
         from utils.plane.traversals import traverse
 
-        print("written:", *traverse(args), sep="\n  ")
-        return 0
+        return traverse(args)
     args.run_batch_name = list(dict.fromkeys(args.run_batch_name))
     folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
     planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}
@@ -121,8 +113,8 @@ def main(argv=None) -> int:
     if len(planes) > 1:
         print(write_comparison(out, args.format, planes, names or ["rate"]), end="")
         return 0
-    budget = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
-    budget = {name: most for name, most in budget.items() if most is not None}
+    limits = (("rate", args.max_rate), ("kl_z", args.max_rate_z), ("kl_y", args.max_rate_y))
+    budget = {name: most for name, most in limits if most is not None}
     terms = terms_for(plane)
     advised = advice(plane, terms=terms) + (within := advice(plane, budget, terms) if budget else [])
     if budget and not within:

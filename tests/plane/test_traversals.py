@@ -84,7 +84,7 @@ def test_what_cannot_be_drawn_is_one_line(trained, script):
         status, _, err = script(plot_eval.main, "--traverse", *paths, *PNG)
         assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
     status, _, err = script(plot_eval.main)
-    assert status == 2 and err == "error: --run_batch_name: is needed, or runs to --traverse\n"
+    assert status == 2 and err == "error: one of the arguments --run_batch_name --traverse is required\n"
 
 
 def test_names_are_what_differs():

@@ -18,7 +18,7 @@ from utils.explore import Loaded, load
 from utils.files import check_writable, write_atomic
 from utils.images import tiled
 from utils.names import what_differs
-from utils.plane.figures import rendered
+from utils.plane.drawing import rendered
 
 STEPS = 7  # images of a walk, and of a sweep from -3 to 3
 MOST = 8  # dimensions of z that are swept: those of the largest rates
@@ -27,10 +27,11 @@ WIDTH = 3.4  # inches of a cell's panel
 Rows = list[tuple[str, Tensor]]  # what each row shows, and its images (n, C, H, W)
 
 
-def traverse(args) -> list[Path]:
+def traverse(args) -> int:
     """Draws the traversals of the runs in `args.traverse` into `args.out`, or figures/traversals in their batch.
 
-    Returns the files. Raises UserError for runs whose z has no continuous dimensions, or that are of different data.
+    Prints the files; returns the exit status. Raises UserError for runs whose z has no continuous dimensions, or that
+    are of different data.
     """
     paths = [path for path in map(Path, args.traverse) if len(args.traverse) == 1 or is_cell(path)]  # of a shell's *
     cells = [load(path, args.data_dir, args.device, args.dataset) for path in paths]
@@ -44,12 +45,12 @@ def traverse(args) -> list[Path]:
     folder = Path(args.out) if args.out else cells[0].run.path.resolve().parent / "figures" / "traversals"
     check_writable(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    print("written:")
     for name, rows in (("between", between), ("dimensions", dimensions), ("redrawn", redrawn)):
         for form, content in rendered(side_by_side(cells, rows, args.images), args.format).items():
-            written.append(folder / f"{name}.{form}")
-            write_atomic(written[-1], content)
-    return written
+            write_atomic(folder / f"{name}.{form}", content)
+            print(f"  {folder / f'{name}.{form}'}", flush=True)
+    return 0
 
 
 def side_by_side(cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows], n: int) -> Figure:
