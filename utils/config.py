@@ -61,7 +61,7 @@ class Config:
     batch_size: int = _usual("batch_size", "images per batch", "training")
     learning_rate: float = _usual("learning_rate", "Adam's learning rate", "training")
     warmup_epochs: int | None = _flag(
-        None, "epochs over which the weight of both rates rises from 0 to 1 (default: LVAE "
+        None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "
         "num_epochs // 5, --multi_rate num_epochs // 10, others 0)",
         "training", type=int,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine
-from utils.training.loop import rate_weight
+from utils.training.loop import rate_weights
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -114,8 +114,10 @@ def test_perfect_reconstructions_have_an_infinite_psnr(script, monkeypatch):
 
 
 def test_warmup_weights(script, monkeypatch):
-    assert [rate_weight(e, 4) for e in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert rate_weight(0, 0) == 1
+    assert [rate_weights(Config(warmup_epochs=4), e)[1] for e in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert rate_weights(Config(warmup_epochs=0), 0) == (1, 1)
+    ends = {"multi_rate": True, "beta_max_y": 2.0, "beta_max_z": 2.0}
+    assert rate_weights(Config(warmup_epochs=4, **ends), 1) == (1, 0.25)
     seen, step = [], Stack.step
 
     def watching(self, optimizer, x, noise, beta_y, beta_z):

@@ -15,7 +15,7 @@ from datasets.loading import Data
 from models.conditioned import Conditioned
 from models.stack import TERMS
 from utils import locks
-from utils.config import FLAGS
+from utils.config import FLAGS, Config
 from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
@@ -69,9 +69,13 @@ def terms_at_points(model: Conditioned, x: torch.Tensor) -> dict[str, dict[str, 
     return result
 
 
-def rate_weight(epoch: int, warmup_epochs: int) -> float:
-    """Warm-up factor of both betas: rises linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`."""
-    return min(1.0, epoch / warmup_epochs) if warmup_epochs else 1.0
+def rate_weights(config: Config, epoch: int) -> tuple[float, float]:
+    """Warm-up factors of beta_y and beta_z: they rise linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`.
+
+    That of a conditioned model's beta_y is 1 from the start: while y is costly and z is free, z comes into use.
+    """
+    weight = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return (1.0 if config.is_conditioned else weight), weight
 
 
 def train(
@@ -105,7 +109,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
 
     started, seconds_before = time.monotonic(), chunk.seconds
     while chunk.live and chunk.epoch < config.num_epochs:
-        weight = rate_weight(chunk.epoch, config.warmup_epochs)
+        weight_y, weight_z = rate_weights(config, chunk.epoch)
         temperature = stack.model.family.temperature(chunk.epoch)
         if temperature is not None:
             temperature = torch.tensor(temperature, device=chunk.device)
@@ -119,7 +123,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
             noise = stack.model.noise(whole, chunk.noise, temperature, chunk.spread)
             chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
-            sums = chunk.engine.step(x, noise, weight * chunk.betas.y, weight * chunk.betas.z)
+            sums = chunk.engine.step(x, noise, weight_y * chunk.betas.y, weight_z * chunk.betas.z)
             chunk.history[chunk.step] = sums
             chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
             chunk.step += 1
