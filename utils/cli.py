@@ -49,7 +49,8 @@ class Parser(argparse.ArgumentParser):
             flag = argv[i].split("=")[0]
             if action is not None and action.nargs == "+" and action in given[:i]:
                 raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
-            if action is None and i and given[i - 1] is not None and given[i - 1].nargs == 0:
+            is_flag = flag.startswith("--")  # of no such name, which is told of later
+            if action is None and not is_flag and i and given[i - 1] is not None and given[i - 1].nargs == 0:
                 raise UserError(f"{argv[i - 1]}: {NO_VALUE}, got {argv[i]!r}")
 
     def _add_machine_flags(self):
