@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from models.stack import Stack
 from tests.conftest import TINY, start, weights
-from tests.reliability.trials import times
+from tests.reliability.trials import there, times
 from tests.training.test_chunk import in_training
 from utils.config import Config
 from utils.errors import UserError
@@ -28,10 +28,10 @@ def wait_for(pattern: str, process, seconds=60) -> bool:
     """Whether a file appeared before the process ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.poll() is None:
-        if list(Path("runs").rglob(pattern)):
+        if there(pattern):
             return True
         time.sleep(0.005)
-    return bool(list(Path("runs").rglob(pattern)))
+    return bool(there(pattern))
 
 
 def uninterrupted(script) -> str:
