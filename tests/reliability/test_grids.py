@@ -311,8 +311,9 @@ def test_a_grids_read_only_cell_does_not_keep_the_others_from_training(for_anyon
     """It became so after the check at the start: the others are trained, and it is named at the end."""
     grid = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu", "--beta_y", "1", "2", "3"]
     before = (
-        "import train; real = train.train_all\ndef later(runs, *rest):\n    runs[1].create()\n"
-        "    runs[1].path.chmod(0o555)\n    return real(runs, *rest)\ntrain.train_all = later"
+        "from utils.training import schedule\nreal = schedule.train_all\ndef later(runs, *rest):\n"
+        "    runs[1].create()\n"
+        "    runs[1].path.chmod(0o555)\n    return real(runs, *rest)\nschedule.train_all = later"
     )
     process = launch("train.py", *grid, before=before, prefix=as_nobody(), cwd=for_anyone)
     status, out, err = ended(process)
