@@ -15,6 +15,7 @@ import train
 from tests.conftest import ROOT, TINY, python, start
 from utils.distributed import share
 from utils.files import load_tensors
+from utils.training.schedule import check_data_parallel
 
 GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
 
@@ -109,7 +110,7 @@ def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch
     with pytest.raises(Exception, match="--batch_size: leaves a last batch of 1 images for 2 processes"):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
-        train.check_data_parallel(1437, 360, 718)
+        check_data_parallel(1437, 360, 718)
 
 
 def test_the_tasks_of_an_array_share_by_their_variables(alone, script, monkeypatch):
