@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from datasets.loading import Data
@@ -117,20 +117,14 @@ def test_only_long_trainings_are_compiled_and_on_a_gpu_measured(monkeypatch):
     assert measured.backend == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
 
 
-def test_operations_of_a_step():
-    """Counted by hand: 2 a product; a convolution has 16 products per output, input and output channel."""
-    c = Config(dataset="CIFAR10", conv_channels=16, z_dims=8)
-    model, layers = build_model(c), []
-
-    def count(layer, inputs, out):
-        smaller = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else out
-        layers.append(2 * layer.weight.numel() * smaller[0, 0].numel())  # every weight is used once a pixel
-
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    model(torch.rand(1, *c.image_shape), model.noise(1, torch.Generator()))
-    assert operations(c) == 3 * sum(layers)
+@pytest.mark.parametrize("settings", [{}, {"vae_type": "LVAE", "use_conv_z": True}, {"linear_y_with_dims": 4}])
+def test_operations_of_a_step(settings):
+    """As torch counts them."""
+    c = Config(dataset="CIFAR10", conv_channels=16, z_dims=8, **settings)
+    model = build_model(c)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, *c.image_shape), model.noise(1, torch.Generator()))
+    assert operations(c) == 3 * counter.get_total_flops()
 
 
 def test_kernels_are_refused_without_a_gpu(script):
