@@ -102,8 +102,7 @@ class Loaded:
 
     def show(self, images: Tensor, columns: int = 8):
         """The images (B, C, H, W) in one picture of Pillow, in rows of so many."""
-        missing = -len(images) % columns
-        return to_pil(tiled(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]), columns))
+        return to_pil(tiled(images, columns))
 
     def _noise(self, n: int, seed: int | None):
         return None if seed is None else self.model.noise(n, generator(self.device, seed, "explore"))

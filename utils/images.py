@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def tiled(images: Tensor, columns: int, value: float = 0.0) -> Tensor:
-    """Images (B, C, H, W) in rows of so many, with lines of 2 pixels around each: one picture (3, H', W').
+def tiled(images: Tensor, columns: int, value: float = 0.0, line: int = 2) -> Tensor:
+    """Images (B, C, H, W) in rows of so many, with lines of so many pixels around each: one picture (3, H', W').
 
-    B must be a multiple of `columns`.
+    Lines, and what the last row lacks, are of that value.
     """
-    framed = F.pad(images.expand(-1, 3, -1, -1), (2, 0, 2, 0), value=value)
+    framed = F.pad(images.expand(-1, 3, -1, -1), (line, 0, line, 0), value=value)
+    framed = F.pad(framed, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=value)
     rows = framed.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # 3, rows, height, columns, width
-    return F.pad(rows.flatten(3, 4).flatten(1, 2), (0, 2, 0, 2), value=value)
+    return F.pad(rows.flatten(3, 4).flatten(1, 2), (0, line, 0, line), value=value)
 
 
 def to_pil(picture: Tensor) -> "Image":

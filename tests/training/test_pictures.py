@@ -1,12 +1,15 @@
 """The pictures that a training leaves in its run folder."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torchvision.utils import make_grid
 
 import train
 from datasets.loading import load_data
 from tests.training.test_unfold import FLAGS, GRID, cells_of
+from utils.images import tiled
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
@@ -20,6 +23,12 @@ def tiles(path, rows):
     return np.array(
         [[pixels[30 * r + 2 : 30 * r + 30, 30 * c + 2 : 30 * c + 30] for c in range(16)] for r in range(rows)]
     )
+
+
+@pytest.mark.parametrize("n, channels, columns, line", [(16, 1, 8, 2), (5, 3, 3, 1), (2, 1, 2, 1)])
+def test_images_are_tiled_as_torchvision_does(n, channels, columns, line):
+    images = torch.rand(n, channels, 5, 7)
+    assert torch.equal(tiled(images, columns, 0.5, line), make_grid(images, columns, line, pad_value=0.5))
 
 
 def test_they_are_the_models_own(trained):

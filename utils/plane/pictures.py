@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torchvision.utils import make_grid
 
 from datasets.loading import load_data
 from utils.distributed import progress
 from utils.errors import UserError
+from utils.images import tiled
 from utils.plane.advice import TASKS
 from utils.plane.cells import Plane
 from utils.plane.drawing import COLUMN, DIAGONAL, MARKERS, TEXT, Drawn, legend, rate_axis, say, table
@@ -33,9 +33,10 @@ def thinned(values: np.ndarray) -> np.ndarray:
     return distinct[(len(distinct) // 2) % step :: step]
 
 
-def tiled(images: torch.Tensor, nrow: int) -> np.ndarray:
-    """The images (B, C, H, W) tiled into one, (height, width, 3)."""
-    return make_grid(images, nrow, padding=1, pad_value=0.5).permute(1, 2, 0).cpu().numpy()
+def together(images: torch.Tensor, columns: int) -> np.ndarray:
+    """The images (B, C, H, W) as one, (height, width, 3), with grey lines between several."""
+    picture = tiled(images, min(columns, len(images)), 0.5, line=1 if len(images) > 1 else 0)
+    return picture.permute(1, 2, 0).cpu().numpy()
 
 
 def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
@@ -49,7 +50,7 @@ def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
         try:
             run = Run.open(folder / cell.runs[0])
             if tile is None:
-                tile = partial(tiled, nrow=math.ceil(args.images**0.5))
+                tile = partial(together, columns=math.ceil(args.images**0.5))
                 shape, x = run.config.image_shape, test_images(run, args, plane, args.images)
             if run.config.image_shape != shape or key in samples:
                 continue
@@ -101,7 +102,7 @@ def overview(plane: Plane, names: Sequence[str], folder: Path, args) -> dict[str
         at = (plane.scale(n) * cell.median[n] for n in ("kl_z", "kl_y"))
         ax.plot(*at, "*", c=colour, ms=13, mec="w", mew=0.5, ls="none", zorder=3)
         picture = places[name]
-        picture.imshow(tiled(made[name], nrow=OVERVIEW).clip(0, 1), interpolation="nearest")
+        picture.imshow(together(made[name], OVERVIEW).clip(0, 1), interpolation="nearest")
         picture.set(xticks=[], yticks=[])
         picture.spines[:].set(color=colour, linewidth=2)
         kind = "samples" if x is None or name in GENERATION else "reconstructions"
