@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.plane.cells import Plane, reach
-from utils.plane.gains import LEAST_IMAGES, UNTESTED, equal, of_seeds, resamples, terms_of, value_of
+from utils.plane.gains import UNTESTED, equal, of_seeds, resamples, terms_of, tested_images, value_of
 from utils.plane.metrics import metric
 
 OF_DATA = ("dataset", "image_size", "image_channels")
@@ -119,11 +119,8 @@ def _difference(name: str, rates: list, values: list, at: np.ndarray) -> np.ndar
 def _of_images(name: str, a: Plane, b: Plane, rates: list, at: np.ndarray) -> np.ndarray | None:
     """The differences at the rates for resampled test images, the same for both, (resamples, rates); None: untested."""
     terms = [terms_of(p, [name])[name] for p in (a, b)]
-    every = [t for of_batch in terms for t in of_batch]
-    if any(t is None for t in every) or len({t.shape[1] for t in every}) > 1:
-        return None
-    tested = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in every], axis=0))
-    if len(tested) < LEAST_IMAGES:
+    tested = tested_images([t for of_batch in terms for t in of_batch])
+    if tested is None:
         return None
     counts = resamples(len(tested), 0)[1:201]
     values = [

@@ -73,6 +73,14 @@ def _terms(run: dict[str, np.ndarray], name: str) -> np.ndarray | None:
     return values.astype(np.float64) if values.ndim == 1 else None
 
 
+def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """The images that all cells were tested on; None if a cell has no terms, or there are too few to compare by."""
+    if any(t is None for t in terms) or len({t.shape[1] for t in terms}) > 1:
+        return None
+    tested = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in terms], axis=0))
+    return tested if len(tested) >= LEAST_IMAGES else None
+
+
 def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], among, few, rates) -> Gain | None:
     """The best of the cells in the mask `among` (N,) against the best of those also in `few`; None if untestable.
 
@@ -82,10 +90,8 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     `rates` are of each cell, see `terms_of`; ties go to the lowest rate.
     """
     mine, few = np.flatnonzero(among), np.asarray(few) & among
-    if not few.any() or any(terms[i] is None for i in mine) or len({terms[i].shape[1] for i in mine}) > 1:
-        return None
-    tested = np.flatnonzero(np.all([np.isfinite(terms[i]).all(0) for i in mine], axis=0))
-    if len(tested) < LEAST_IMAGES:
+    tested = tested_images([terms[i] for i in mine]) if few.any() else None
+    if tested is None:
         return None
     order = np.random.default_rng(0).permutation(tested)
     halves, better = np.array_split(order, 2), metric(name).better
