@@ -50,7 +50,7 @@ def load(path: str | Path, data_dir: str | None = None, device: str = "cpu", dat
     return Loaded(run, model, load_data(run.config, data_dir or default_data_dir(), device, moved_to=dataset))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """A trained model with its data; `model` has the distributions q_z, q_y, p_y and p_x themselves."""
 

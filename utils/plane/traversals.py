@@ -4,6 +4,7 @@ Chosen cells stand side by side, so that one sees information move from y to z a
 `own`, is explained in utils/explore.py.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def side_by_side(cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows]
     return figure
 
 
+@functools.cache  # every figure says them
 def rates_of_units(cell: Loaded) -> tuple[Tensor, Tensor]:
     """The rate of each dimension of z, (*z_shape,), and of y given z, (*y_shape,): nats, means over test images."""
     x, _ = cell.images(N_RATES)
@@ -103,7 +105,8 @@ def dimensions(cell: Loaded, n: int) -> Rows:
     A convolutional z has channels in place of dimensions, each set everywhere at once.
     """
     z = cell.encode(cell.images(1)[0]).z
-    rates = rates_of_units(cell)[0].flatten(1).sum(1) if z.dim() > 2 else rates_of_units(cell)[0]
+    rates, _ = rates_of_units(cell)
+    rates = rates.flatten(1).sum(1) if z.dim() > 2 else rates
     values, rows = torch.linspace(-3, 3, STEPS, device=cell.device), []
     for d in rates.argsort(descending=True, stable=True)[:MOST].tolist():
         swept = z.repeat(STEPS, *[1] * (z.dim() - 1))
