@@ -35,8 +35,10 @@ def one_thread_in_a_folder_of_its_own(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     yield
-    while STARTED:  # a test that failed leaves no process behind
-        STARTED.pop().kill()
+    while STARTED:  # no test leaves a process behind, or a pipe
+        process = STARTED.pop()
+        process.kill()
+        process.communicate(timeout=60)
 
 
 @pytest.fixture

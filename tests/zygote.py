@@ -42,7 +42,8 @@ class Process:
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self.status], [], [], 0)[0]:
-            self.returncode = int.from_bytes(self.status.read(4), signed=True)
+            with self.status:
+                self.returncode = int.from_bytes(self.status.read(4), signed=True)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -66,6 +67,7 @@ class Process:
     def _read(self, name: str) -> None:
         stream = getattr(self, name)
         self.read[name] = "" if stream.closed else stream.read()
+        stream.close()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

@@ -173,7 +173,7 @@ def test_a_slow_taker_gives_way(no_flock, monkeypatch):
 TAKER = """
 import sys, os, time
 sys.path.insert(0, sys.argv[1])
-{no_flock}{quick}
+{no_flock}
 from pathlib import Path
 from utils.locks import locked, Held, check
 end = time.monotonic() + 6
@@ -197,7 +197,7 @@ def test_of_many_takers_one_is_in_at_a_time(trial):
     other(1, f"pid 999999999 on host x\n{locks._machine()}")
     from tests.conftest import ROOT, python
 
-    code = TAKER.format(no_flock=NO_FLOCK, quick=QUICK)
+    code = TAKER.format(no_flock=NO_FLOCK)
     takers = [python("-c", code, ROOT) for _ in range(5)]
     results = [ended(taker) for taker in takers]
     assert all(status == 0 for status, _, _ in results), results
