@@ -248,7 +248,7 @@ def test_samples_are_clamped_before_any_metric_sees_them(batch, script, monkeypa
     subject = Subject(run, Bench(torch.device("cpu"), "data", "runs", n_samples=300))
     seen = []
     monkeypatch.setattr(type(subject.model), "p_x", lambda self, y: Wild(len(y)))
-    subject.samples("samples", lambda x: seen.append((x.min().item(), x.max().item())) or x)
+    subject.samples(lambda x: seen.append((x.min().item(), x.max().item())) or x)
     assert seen and all(low >= 0 and high <= 1 for low, high in seen)
 
 

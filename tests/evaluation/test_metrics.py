@@ -24,7 +24,9 @@ from utils.evaluation.metrics import (
     kernel_distance,
 )
 from utils.evaluation.probes import (
+    KERNELS,
     PROBES,
+    ROWS,
     accuracy_of,
     calibration_error,
     calibration_null,
@@ -33,6 +35,7 @@ from utils.evaluation.probes import (
     fit_probe,
     probe,
     split,
+    svm_labels,
     untrained,
 )
 from utils.seeds import generator
@@ -264,6 +267,17 @@ def test_probes_see_no_test_image_and_no_scale(name):
         raw, _ = fit_probe(name, (latents[300:] * 1e-4, labels[300:]), (latents[:300] * 1e-4, labels[:300]), "", False)
         assert raw["lr_nll"] > 1.3 > 0.5 > figures["lr_nll_sample"]
         assert figures["mi_z_low"] == pytest.approx(entropy(labels[:300]) - figures["lr_nll_sample"])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("gap", [0.1, 0.4, 5.0])
+def test_support_vector_machines_are_scikit_learns(name, gap):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, 9, 2300)
+    latents = (rng.normal(scale=gap, size=(9, 40))[labels] + rng.normal(size=(2300, 40))).astype(np.float32)
+    train, test = (latents[:800] * 50, labels[:800]), latents[800:] * 50
+    theirs = untrained(name, True).fit(*train).predict(test)
+    assert len(test) > ROWS and np.mean(svm_labels(name, train, test) == theirs) > 0.999
 
 
 def test_a_probe_of_many_dimensions_is_not_too_sure_to_certify_information():

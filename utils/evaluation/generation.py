@@ -24,8 +24,11 @@ def sample_quality(s: Subject) -> dict[str, float]:
     nets = [net for net, _ in s.bench.classifiers_of(s.config)]
     if not nets:
         return {}
-    log_p = s.samples("samples", lambda x: torch.stack([torch.log_softmax(net(x).double(), 1) for net in nets], 1))
-    scores = [inception_score(part) for part in log_p.unbind(1)]
+    log_p = [
+        torch.log_softmax(net.head(features.to(s.bench.device)).double(), 1)
+        for net, features in zip(nets, s.sample_features.unbind(1), strict=True)
+    ]
+    scores = [inception_score(part) for part in log_p]
     result = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
     if len(nets) > 1:
         result["is_mean_se"] = standard_error(np.array([score["is_mean"] for score in scores]))
@@ -35,7 +38,9 @@ def sample_quality(s: Subject) -> dict[str, float]:
 def fid(s: Subject) -> dict[str, float | str]:
     """Frechet distance between samples and test images in Inception-v3 features."""
     features = inception_features(s.bench)
-    return {} if features is None else _distances(s, features, "fid", "kid", "inception-v3-compat")
+    if features is None:
+        return {}
+    return _distances(s, "fid", "kid", "inception-v3-compat", features, s.samples(features))
 
 
 def fid_classifier(s: Subject) -> dict[str, float | str]:
@@ -43,24 +48,25 @@ def fid_classifier(s: Subject) -> dict[str, float | str]:
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
-    source = f"{s.config.data_name} classifier {found[1]}"
-    return _distances(s, found[0].features, "fid_classifier", "kid_classifier", source)
+    net, source = found[0], f"{s.config.data_name} classifier {found[1]}"
+    return _distances(s, "fid_classifier", "kid_classifier", source, net.features, s.sample_features[:, 0])
 
 
 @torch.no_grad()
-def _distances(s: Subject, features: Callable[[Tensor], Tensor], name: str, kernel: str, source: str) -> dict:
-    data, known, most = s.bench.data(s.config), s.bench.features, s.bench.n_samples
-    if (key := (s.config.data_name, source)) not in known:
-        real = [torch.cat([features(x) for x, _ in data.test.batches(BATCH)]).cpu().numpy()]
+def _distances(
+    s: Subject, name: str, kernel: str, source: str, features: Callable[[Tensor], Tensor], of_samples: Tensor
+) -> dict:
+    data, floors, most = s.bench.data(s.config), s.bench.floors, s.bench.n_samples
+    real, fake = s.bench.test_features(s.config, features).numpy(), of_samples.numpy()
+    if (key := (s.config.data_name, features)) not in floors:
         batches = itertools.islice(data.train.batches(BATCH, (0, 0)), math.ceil(most / BATCH))
-        real.append(torch.cat([features(x) for x, _ in batches]).cpu().numpy()[:most])
-        known[key] = real[0], frechet_distance(*real)
-    real, floor = known[key]
-    fake = s.samples("samples", features).cpu().numpy()
+        floors[key] = frechet_distance(real, torch.cat([features(x).cpu() for x, _ in batches]).numpy()[:most])
     halves = [frechet_distance(real[i::2], fake[i::2]) for i in (0, 1)]
     distance, se = kernel_distance(real, fake)
     return {
-        **{name: frechet_distance(real, fake), f"{name}_se": abs(halves[0] - halves[1]) / 2, f"{name}_floor": floor},
+        name: frechet_distance(real, fake),
+        f"{name}_se": abs(halves[0] - halves[1]) / 2,
+        f"{name}_floor": floors[key],
         **{f"{name}_features": source, f"{name}_samples": len(fake), kernel: distance, f"{kernel}_se": se},
     }
 

@@ -139,12 +139,13 @@ def reconstructions(s: Subject) -> dict[str, float]:
     found = s.bench.classifier_of(s.config)
     if found is None:
         return {}
-    log_p, on_images, labels = [], [], []
+    net, log_p, labels = found[0], [], []
     for x, label in s.test.batches(BATCH):
-        log_p.append(torch.log_softmax(found[0](s.model.reconstruct(x)).double(), 1))
-        on_images.append(torch.softmax(found[0](x).double(), 1).cpu())
+        log_p.append(torch.log_softmax(net(s.model.reconstruct(x)).double(), 1))
         labels.append(label)
-    log_p, labels, on_images = torch.cat(log_p), torch.cat(labels).cpu().numpy(), torch.cat(on_images).numpy()
+    features = s.bench.test_features(s.config, net.features)
+    on_images = torch.softmax(net.head(features.to(s.bench.device)).double(), 1).cpu().numpy()
+    log_p, labels = torch.cat(log_p), torch.cat(labels).cpu().numpy()
     correct, without = log_p.argmax(1).cpu().numpy() == labels, on_images.argmax(1) == labels
     return {
         "recons_acc": float(correct.mean()),

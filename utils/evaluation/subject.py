@@ -63,7 +63,8 @@ class Bench:
     y_samples: int = 4
     probe_images: int = 10_000
     notes: set[str] = field(default_factory=set)
-    features: dict = field(default_factory=dict)  # of test images, and the Frechet distance of training images to them
+    floors: dict = field(default_factory=dict)  # Frechet distances of training images to test images
+    _test_features: dict = field(default_factory=dict)
     _data: dict = field(default_factory=dict)
     _classifiers: dict = field(default_factory=dict)
 
@@ -115,9 +116,17 @@ class Bench:
             ]
         return self._classifiers[name]
 
+    @torch.no_grad()
+    def test_features(self, config: Config, features: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a network makes of a Config's test images, (N, F) on the CPU; computed once for all runs."""
+        if (key := (config.data_name, features)) not in self._test_features:
+            batches = self.data(config).test.batches(BATCH)
+            self._test_features[key] = torch.cat([features(x).cpu() for x, _ in batches])
+        return self._test_features[key]
+
 
 class Subject:
-    """A run under evaluation; its model and latents are loaded on first use."""
+    """A run under evaluation; its model, its latents and the features of its samples are made on first use."""
 
     def __init__(self, run: Run, bench: Bench):
         self.run, self.config, self.bench = run, run.config, bench
@@ -155,17 +164,23 @@ class Subject:
             raise UserError(f"{path}: missing, damaged or stale; run eval_beta_grid.py --exclude_mi first")
         return read_arrays(path)
 
+    @functools.cached_property
+    def sample_features(self) -> Tensor:
+        """What each classifier of the data set makes of n_samples samples: (n_samples, classifiers, F), on the CPU."""
+        nets = [net for net, _ in self.bench.classifiers_of(self.config)]
+        return self.samples(lambda x: torch.stack([net.features(x) for net in nets], 1))
+
     def forget(self) -> None:
-        """Frees the memory of the model and the latents."""
-        for name in ("model", "latents"):
+        """Frees the memory of what is made on first use."""
+        for name in ("model", "latents", "sample_features"):
             self.__dict__.pop(name, None)
 
     @torch.no_grad()
-    def samples(self, name: str, consume: Callable[[Tensor], Tensor]) -> Tensor:
-        """Applies `consume` to n_samples ancestral samples, batch by batch; returns the concatenated results."""
-        g, n = self.generator(name), self.bench.n_samples
+    def samples(self, consume: Callable[[Tensor], Tensor]) -> Tensor:
+        """Applies `consume` to n_samples ancestral samples, batch by batch; the concatenated results, on the CPU."""
+        g, n = self.generator("samples"), self.bench.n_samples
         sizes = [min(BATCH, n - i) for i in range(0, n, BATCH)]
-        return torch.cat([consume(self.model.sample(size, generator=g)) for size in sizes])
+        return torch.cat([consume(self.model.sample(size, generator=g)).cpu() for size in sizes])
 
 
 @contextlib.contextmanager
