@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from .folders import open_image, threads
 
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
+GRACE = 1.0  # seconds in which a signal that workers died of comes to this process, too
 SHARED = "/dev/shm"  # where worker processes put what they read
 
 
@@ -156,5 +158,6 @@ class Streamed:
             problem = _lost_workers(e)
             if problem is None:
                 raise
+            time.sleep(GRACE)
         if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
             raise UserError(problem)

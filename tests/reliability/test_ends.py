@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_a_worker_that_is_killed_while_others_start_is_told_of(pets, monkeypatch
     split = Streamed([(str(path), 0) for path in pets.rglob("*.png")], (3, 256, 256), torch.device("cpu"))
     with pytest.raises(UserError, match="a process that reads images was killed"):
         list(split.batches(2))
+
+
+@pytest.mark.parametrize("seconds, seen", [(0.3, KeyboardInterrupt), (60, UserError)])
+def test_a_signal_that_comes_to_workers_first_ends_this_process_as_ever(seconds, seen, pets, monkeypatch):
+    """Sent to all processes, it kills those that are not yet prepared for it."""
+    signaller = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+
+    def start(self):
+        signaller.start()
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    monkeypatch.setattr("datasets.batches.DataLoader.__iter__", start)
+    split = Streamed([(str(path), 0) for path in pets.rglob("*.png")], (3, 256, 256), torch.device("cpu"))
+    with pytest.raises(seen):
+        list(split.batches(2))
+    signaller.cancel()
 
 
 @needs_proc
