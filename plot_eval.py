@@ -1,11 +1,12 @@
 """Plots the rate plane of an evaluated batch, and finds the best cell for each task.
 
-    python plot_eval.py --run_batch_name B                    figures, advice and report.html in runs/B/figures/
+    python plot_eval.py --run_batch_name B                    report.html, figures and advice in runs/B/figures/
     python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
     python plot_eval.py --run_batch_name B C                  what B and C reach at equal rates, in runs/B/figures/
     python plot_eval.py --traverse RUN [RUN ...]              what z and what y of these runs encode, side by side
 
-Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions.
+Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions. The
+report is one page, which works offline: the rate plane to explore, and below it all tables and figures.
 """
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
-def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args) -> dict:
+def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args, made) -> dict:
     """Draws all figures for which the batch has data; returns them, with their data, by name."""
     from utils.evaluation.information import accuracy_bound, entropy
     from utils.plane import figures, maps
@@ -93,7 +94,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args)
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
     if args.overview:
         drawn |= overview(plane, first_of(plane.names, FOUR[:3]), folder, args)
-    return drawn | sheets(plane, folder, args)
+    return drawn | sheets(plane, made)
 
 
 def main(argv=None) -> int:
@@ -119,8 +120,13 @@ def main(argv=None) -> int:
     advised = advice(plane, terms=terms) + (within := advice(plane, budget, terms) if budget else [])
     if budget and not within:
         plane.notes.append("no evaluated cell is within the budget")
+    from utils.plane.explorer import explorer
+    from utils.plane.pictures import pictures
+
     found = slopes(plane)
-    write_report(out, args, plane, advised, found, draw(plane, found, names, folder, args))
+    made = pictures(plane, folder, args)
+    drawn = draw(plane, found, names, folder, args, made)
+    write_report(out, args, plane, advised, found, drawn, explorer(plane, names, terms, made))
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")

@@ -13,7 +13,7 @@ SCRIPTS = ("train", "train_classifier", "eval_beta_grid", "eval_beta_single", "p
 WINGS = ("utils.training", "utils.evaluation", "utils.plane", "utils.benchmark")
 ABOVE = ("utils.plane", "utils.benchmark")  # these show and measure what the other wings do
 LEAVES = ("utils.errors", "utils.seeds", "utils.files", "utils.locks")
-HEAVY = ("torch", "torchvision", "sklearn", "scipy", "matplotlib", "tensorboard", "joblib")
+HEAVY = ("torch", "torchvision", "sklearn", "scipy", "matplotlib", "bokeh", "tensorboard", "joblib")
 MODULES = sorted(p.relative_to(ROOT) for d in ("datasets", "models", "utils") for p in (ROOT / d).rglob("*.py"))
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import plot_eval
 from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv, write_terms
-from utils.plane.advice import ADVICE, advice, headings_of
-from utils.plane.cells import Plane
+from utils.plane.advice import ADVICE, advice, headings_of, training
+from utils.plane.cells import Cell, Plane
 from utils.plane.report import to_markdown
 
 
@@ -78,3 +78,22 @@ def test_the_advice_of_a_batch_with_terms_of_single_images(script):
     assert status == 0 and "note: no per_image.npz for 1 of 25 cells: the advice's differences are untested" in out, err
     (line,) = [line for line in out.splitlines() if "| psnr" in line]
     assert "untested" in line and f"{max(row['psnr'] for row in rows):.4g}" in line
+
+
+@pytest.mark.parametrize(
+    "settings, seeds, betas, command",
+    [
+        ({"num_epochs": "7"}, ("2",), (1, 1), "python train.py --num_epochs 7"),
+        ({}, ("2", "5", "2"), (10**-0.5, 3), f"python train.py --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
+        ({"target_rate_z": "8.0"}, ("4",), (0.123456789, 1), "python train.py --beta_y 0.123457 --seed 4"),
+        ({"multi_rate": "True", "source": "x"}, ("?",), (1, 1 / 3), "python train.py --beta_z 0.333333"),
+        ({"vae_type": "LVAE", "use_conv_z": "True", "run_name": "a b"}, (), (1, 1),
+         "python train.py --vae_type LVAE --use_conv_z --run_name 'a b'"),
+        ({"init_from": "0f"}, ("2",), (1, 1), ""),
+        ({"z_dims": "many"}, ("2",), (1, 1), ""),
+        ({"dataset": "no/such/folder"}, ("2",), (1, 1), ""),
+    ],
+)  # fmt: skip
+def test_the_command_of_a_cell(settings, seeds, betas, command):
+    row = dict(zip(("beta_y", "beta_z"), map(float, betas), strict=True))
+    assert training(Cell(settings, ("r",), (row,), seeds)) == command

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.plane.gains import gain
+from utils.plane.gains import gain, scores
 
 CELLS, DIAGONAL = 49, np.eye(7, dtype=bool).ravel()
 EVERY, RATES = np.ones(CELLS, bool), np.arange(CELLS)
@@ -88,3 +88,20 @@ def test_what_cannot_be_compared_is_not():
     part = whole.copy()
     part[0, 5:] = np.nan
     assert found([whole, part]) is None and found([whole, None], (True, False)) is not None
+
+
+@pytest.mark.parametrize("name, make, seeds", [("psnr", errors, 1), ("psnr", errors, 3), ("lr_nll", accuracies, 2)])
+def test_scores_choose_and_tell_what_the_gain_does(name, make, seeds):
+    """Also with a cell without terms, which is not among those chosen from, and one with a further seed."""
+    terms, of_cell = make(np.random.default_rng(1), seeds=seeds, spread=0.2), [tuple("abc"[:seeds])] * CELLS
+    terms[5], of_cell[5] = np.concatenate([terms[5], terms[5][:1]]), (*of_cell[5], "d")
+    terms[9] = None
+    among = EVERY & (RATES != 9)
+    found, (chosen, reported) = gain(name, terms, of_cell, among, DIAGONAL, RATES), scores(name, terms, of_cell)
+    assert chosen.shape == reported.shape == (2 * seeds, CELLS) and np.isnan(chosen[:, 9]).all()
+    sign = -1 if name == "lr_nll" else 1
+    for group, value in ((among, found.value), (among & DIAGONAL, found.other)):
+        best = [max(np.flatnonzero(group), key=lambda i: (sign * score[i], -RATES[i])) for score in chosen]  # noqa: B023
+        assert np.mean([row[i] for row, i in zip(reported, best, strict=True)]) == pytest.approx(value)
+    (none, nothing) = scores(name, [None] * CELLS, of_cell)
+    assert none.shape == nothing.shape == (0, CELLS)

@@ -1,13 +1,14 @@
 """The advice: for each task the best cell, the best ordinary beta-VAE, and whether the former is really better."""
 
 import dataclasses
+import functools
 import shlex
 
 import numpy as np
 
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
-from utils.plane.cells import Cell, Plane
+from utils.plane.cells import ASKED, BETAS, Cell, Plane
 from utils.plane.gains import UNTESTED, equal, gain, terms_of
 from utils.plane.metrics import PROBES, metric
 
@@ -90,22 +91,43 @@ def terms_for(plane: Plane) -> dict:
 
 def own_training(cell: Cell) -> str:
     """The command that trains the point of an unfolded cell on its own; empty for other cells."""
-    if cell.settings.get("multi_rate") != "True":
+    return training(cell) if cell.settings.get("multi_rate") == "True" else ""
+
+
+def training(cell: Cell) -> str:
+    """The command that trains a cell on its own: one of a grid as it was trained, with all of its seeds.
+
+    Empty if its settings are not those of a training any more, or it started from other weights.
+    """
+    unfolded = cell.settings.get("multi_rate") == "True"
+    found = unfolded or any(cell.settings.get(rate) for rate in ASKED.values())
+    flags = _flags(tuple((k, v) for k, v in cell.settings.items() if v and k in FLAGS and k not in (*BETAS, "seed")))
+    if flags is None or (cell.settings.get("init_from") and not unfolded):
         return ""
+    words = list(flags)
+    for name in BETAS:  # those that were found have more digits than they are known to
+        beta = float(f"{cell.median[name]:.6g}") if found else cell.median[name]
+        words += [f"--{name}", f"{beta}"] if beta != getattr(Config, name) else []
+    seeds = [seed for seed in dict.fromkeys(cell.seeds) if seed.isdecimal()]
+    words += ["--seed", *seeds] if seeds not in ([], [str(Config.seed)]) else []
+    return shlex.join(["python", "train.py", *words])
+
+
+@functools.lru_cache(maxsize=64)  # the same for all cells of a grid
+def _flags(settings: tuple[tuple[str, str], ...]) -> tuple[str, ...] | None:
+    """The flags of a training with these settings that are not the default; None if there can be none."""
+    texts = {name: text for name, text in settings if name not in ("no_warmup", "multi_rate")}
     kinds = {f.name: kind_of(f) for f in dataclasses.fields(Config) if f.name in FLAGS}
-    texts = {name: cell.settings.get(name) or "" for name in kinds if name not in ("no_warmup", "multi_rate")}
-    given = {k: text == "True" if kinds[k] is bool else kinds[k](text) for k, text in texts.items() if text}
-    given |= {name: float(f"{cell.median[name]:.6g}") for name in ("beta_y", "beta_z")}
     try:
+        given = {k: text == "True" if kinds[k] is bool else kinds[k](text) for k, text in texts.items()}
         config = Config(**given)
         for name in list(given):  # only what is not the default
             fewer = {k: v for k, v in given.items() if k != name}
             if Config(**fewer) == config:
                 given = fewer
-    except UserError:  # of data that is not there any more
-        return ""
-    words = [w for k, v in given.items() for w in (f"--{k}", *([] if v is True else [f"{v}"]))]
-    return shlex.join(["python", "train.py", *words])
+    except (UserError, ValueError):  # of data that is not there any more
+        return None
+    return tuple(w for k, v in given.items() for w in (f"--{k}", *([] if v is True else [f"{v}"])))
 
 
 def commands(advised: list[dict]) -> list[dict[str, str]]:

@@ -64,14 +64,19 @@ def say(figure: Figure, about: str) -> None:
 def rate_axis(ax: Axes, which: str, plane: Plane, name: str) -> None:
     """Labels an axis as a rate; where most of the rates would crowd at 0, it is logarithmic from 1 nat on."""
     getattr(ax, f"set_{which}label")(plane.title(name))
-    rates = plane.values(name)
-    if np.median(rates) < rates.max() / 5 and rates.max() > 10 * UNITS[plane.unit]:
+    if crowded(plane, name):
         getattr(ax, f"set_{which}scale")("symlog", linthresh=UNITS[plane.unit])
         axis = getattr(ax, f"{which}axis")
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
         low = -0.1 * UNITS[plane.unit]
-        getattr(ax, f"set_{which}lim")(low, 1.5 * rates.max())
+        getattr(ax, f"set_{which}lim")(low, 1.5 * plane.values(name).max())
+
+
+def crowded(plane: Plane, name: str) -> bool:
+    """Whether most of the rates would crowd at 0 on a linear axis."""
+    rates = plane.values(name)
+    return bool(np.median(rates) < rates.max() / 5 and rates.max() > 10 * UNITS[plane.unit])
 
 
 def bar_of(figure: Figure, shown, axes, name: str | None, **how) -> None:

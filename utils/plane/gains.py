@@ -93,34 +93,68 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     tested = tested_images([terms[i] for i in mine]) if few.any() else None
     if tested is None:
         return None
-    order = np.random.default_rng(0).permutation(tested)
-    halves, better = np.array_split(order, 2), metric(name).better
-
-    def values(cell: int, images: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """The metric of each seed, (seeds, resamples), signed so that more is better."""
-        means = terms[cell][:, images] @ counts.T / len(images)
-        return better * value_of(name, means)
-
-    shared = [s for s in seeds[mine[0]] if all(s in seeds[i] for i in mine)]
-    folds = [(s, [r for r in shared if r != s]) for s in shared] if len(shared) > 1 else [(None, None)]
     groups, found, firsts = (mine, np.flatnonzero(few)), [], set()
-    for k, (here, there) in enumerate((halves, halves[::-1])):
-        of_cell = {i: values(i, here, np.ones((1, len(here))))[:, 0] for i in mine}
-        for seed, others in folds:
-            rows = {i: slice(None) if others is None else [seeds[i].index(s) for s in others] for i in mine}
-            score = {i: np.median(of_cell[i][rows[i]]) for i in mine}
-            pair = [max(group, key=lambda i: (score[i], -rates[i])) for group in groups]
-            told = [values(i, there, resamples(len(there), k)) for i in pair]
-            kept = [v if seed is None else v[[seeds[i].index(seed)]] for i, v in zip(pair, told, strict=True)]
-            found.append([np.median(v, axis=0) for v in kept])
-            firsts.add(pair[0])
-    found = np.array(found).reshape(2, len(folds), 2, -1).mean(0)  # (seeds, pair, resamples)
+    made = choices(name, terms, seeds, mine, tested)
+    for score, there, half, kept in made:
+        pair = [max(group, key=lambda i: (score[i], -rates[i])) for group in groups]
+        told = [_signed(name, terms[i][:, there], resamples(len(there), half))[kept[i]] for i in pair]
+        found.append([np.median(v, axis=0) for v in told])
+        firsts.add(pair[0])
+    better, folds = metric(name).better, len(made) // 2
+    found = np.array(found).reshape(2, folds, 2, -1).mean(0)  # (seeds, pair, resamples)
     gains = found[:, 0] - found[:, 1]
     (value, other), mean = found[:, :, 0].mean(0), gains.mean(0)
     low, high = np.quantile(mean[1:], (0.025, 0.975)) - mean[0]
     extra = of_seeds(gains[:, 0])
     ends = mean[0] - math.hypot(low, extra), mean[0] + math.hypot(high, extra)
-    return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1, len(folds))
+    return Gain(better * value, better * other, float(mean[0]) + 0.0, *map(float, ends), len(firsts) == 1, folds)
+
+
+class Choice(NamedTuple):
+    """One choice among cells: the scores by cell that it is made by, and the images and seeds it is reported on."""
+
+    score: dict[int, float]  # signed so that more is better
+    there: np.ndarray
+    half: int
+    kept: dict[int, list[int] | slice]
+
+
+def choices(name: str, terms: Sequence, seeds: Sequence[tuple], mine: Sequence[int], tested: np.ndarray):
+    """The Choices among the cells `mine`: on each half of the images, and on all of their shared seeds but one."""
+    halves, made = np.array_split(np.random.default_rng(0).permutation(tested), 2), []
+    shared = [s for s in seeds[mine[0]] if all(s in seeds[i] for i in mine)]
+    folds = [([s], [r for r in shared if r != s]) for s in shared] if len(shared) > 1 else [(None, None)]
+    for half, (here, there) in enumerate((halves, halves[::-1])):
+        of_cell = {i: _signed(name, terms[i][:, here], np.ones((1, len(here))))[:, 0] for i in mine}
+        for seed, others in folds:
+            on, kept = (
+                {i: slice(None) if of is None else [seeds[i].index(s) for s in of] for i in mine}
+                for of in (others, seed)
+            )
+            made.append(Choice({i: np.median(of_cell[i][on[i]]) for i in mine}, there, half, kept))
+    return made
+
+
+def scores(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """What each cell would be chosen by, and what would then be reported of it, (choices, N) each.
+
+    As `gain` does it among all cells that have terms, on the images that all of these were tested on; NaN for other
+    cells, and no choices where `gain` would make none.
+    """
+    mine = [i for i, of_cell in enumerate(terms) if of_cell is not None]
+    tested = tested_images([terms[i] for i in mine]) if mine else None
+    made = [] if tested is None else choices(name, terms, seeds, mine, tested)
+    chosen, told = np.full((2, len(made), len(terms)), np.nan)
+    for k, (score, there, _, kept) in enumerate(made):
+        for i in mine:
+            chosen[k, i] = score[i]
+            told[k, i] = np.median(_signed(name, terms[i][:, there], np.ones((1, len(there))))[kept[i]])
+    return metric(name).better * chosen, metric(name).better * told
+
+
+def _signed(name: str, of_cell: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """A metric of each seed, (seeds, resamples), signed so that more is better, from a cell's terms (seeds, images)."""
+    return metric(name).better * value_of(name, of_cell @ counts.T / of_cell.shape[1])
 
 
 def value_of(name: str, means: np.ndarray) -> np.ndarray:

@@ -1,9 +1,12 @@
-"""Image sheets: samples and reconstructions of the cells over the grid of betas."""
+"""Samples and reconstructions of the cells: one picture each, and image sheets over the grid of betas."""
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from matplotlib.figure import Figure
 from datasets.loading import load_data
 from utils.distributed import progress
 from utils.errors import UserError
-from utils.images import tiled
+from utils.images import tiled, to_pil
 from utils.plane.advice import TASKS
 from utils.plane.cells import Plane
 from utils.plane.drawing import COLUMN, DIAGONAL, MARKERS, TEXT, Drawn, legend, rate_axis, say, table
@@ -24,6 +27,7 @@ from utils.seeds import generator
 OVERVIEW = 10  # pictures in a row of the overview
 GENERATION = TASKS["generation"]
 MOST_CELLS = 9  # along each axis of an image sheet
+MOST_PIXELS = 256  # along each side of a cell's picture in the page
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
@@ -39,37 +43,66 @@ def together(images: torch.Tensor, columns: int) -> np.ndarray:
     return picture.permute(1, 2, 0).cpu().numpy()
 
 
-def sheets(plane: Plane, folder: Path, args) -> dict[str, Drawn]:
-    """Image sheets of samples and reconstructions, by name; cells that fail are noted in `plane.notes`."""
+class Pictures(NamedTuple):
+    """What the cells make, by their index in the plane: pictures (H, W, 3) for the sheets, images for the page."""
+
+    samples: dict[int, np.ndarray]
+    reconstructions: dict[int, np.ndarray]
+    originals: np.ndarray | None  # the test images that are reconstructed
+    shown: dict[str, dict[int, str]]  # samples and reconstructions of all cells, as data: URIs
+
+
+def pictures(plane: Plane, folder: Path, args) -> Pictures:
+    """Loads each cell's first run once, and pictures what it makes; cells that fail are noted in `plane.notes`."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
     chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
-    samples, reconstructions, failures, rows, x, tile = {}, {}, [], [], None, None
-    for i in progress(np.flatnonzero(chosen), unit="cell", desc="pictures"):
-        cell = plane.cells[i]
-        key = (cell.median["beta_y"], cell.median["beta_z"])
+    made, failures, x, tile = Pictures({}, {}, None, {"samples": {}, "reconstructions": {}}), [], None, None
+    for i, cell in enumerate(progress(plane.cells, unit="cell", desc="pictures")):
         try:
             run = Run.open(folder / cell.runs[0])
             if tile is None:
                 tile = partial(together, columns=math.ceil(args.images**0.5))
                 shape, x = run.config.image_shape, test_images(run, args, plane, args.images)
-            if run.config.image_shape != shape or key in samples:
+            if run.config.image_shape != shape:
                 continue
             model = load_model(run, args.device)
             drawn = model.sample(args.images, generator=generator(args.device, run.config.seed, "sheet"))
-            samples[key] = tile(drawn)
-            rows.append({"beta_y": key[0], "beta_z": key[1], "run": run.path.name})
-            if x is not None:
-                reconstructions[key] = tile(model.reconstruct(x))
+            kinds = {"samples": drawn} if x is None else {"samples": drawn, "reconstructions": model.reconstruct(x)}
+            for kind, images in kinds.items():
+                made.shown[kind][i] = to_uri(picture := tile(images))
+                if chosen[i]:
+                    getattr(made, kind)[i] = picture
         except UserError as e:
             failures.append(str(e))
     if failures:
         plane.notes.append(f"no pictures of {len(failures)} cell(s): {failures[0]}" + ", ..." * (len(failures) > 1))
-    drawn = {"samples": sheet(samples, "samples")} if samples else {}
-    if reconstructions:
-        drawn["reconstructions"] = sheet(reconstructions, "reconstructions", originals=tile(x))
-    for figure in drawn.values():
-        say(figure, plane.about)
-    return {name: Drawn(figure, rows) for name, figure in drawn.items()}
+    return made._replace(originals=None if x is None else tile(x))
+
+
+def to_uri(picture: np.ndarray) -> str:
+    """A picture (H, W, 3) as a data: URI of a WebP, without loss if it is grey: a seventh of a PNG in colour."""
+    image, buffer = to_pil(torch.from_numpy(picture).permute(2, 0, 1)), io.BytesIO()
+    grey = bool((picture == picture[:, :, :1]).all())
+    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.save(buffer, "WEBP", quality=90, lossless=grey)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def sheets(plane: Plane, made: Pictures) -> dict[str, Drawn]:
+    """Image sheets of samples and reconstructions, by name; of cells with the same betas, the first."""
+    drawn, beta_y, beta_z = {}, plane.values("beta_y"), plane.values("beta_z")
+    for kind in ("samples", "reconstructions"):
+        of_betas, rows = {}, []
+        for i, picture in getattr(made, kind).items():
+            key = (beta_y[i], beta_z[i])
+            if key not in of_betas:
+                of_betas[key] = picture
+                rows.append({"beta_y": key[0], "beta_z": key[1], "run": plane.cells[i].runs[0]})
+        if of_betas:
+            figure = sheet(of_betas, kind, made.originals if kind == "reconstructions" else None)
+            say(figure, plane.about)
+            drawn[kind] = Drawn(figure, rows)
+    return drawn
 
 
 def overview(plane: Plane, names: Sequence[str], folder: Path, args) -> dict[str, Drawn]:

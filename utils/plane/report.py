@@ -39,34 +39,9 @@ CAPTIONS = {
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
+LARGE = '<dialog id="large"><form method="dialog"><button>close</button></form><img alt=""></dialog>'
 TO_TRAIN = {"metrics": "best for", "command": "command"}
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --mark: #0072b2; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1280px; padding: 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-figure { margin: 1.5rem 0; } figcaption { max-width: 46rem; margin-top: .3rem; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.table { overflow-x: auto; max-height: 34rem; border: 1px solid var(--line); border-radius: 4px; }
-table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-.text { text-align: left; } thead th { position: sticky; top: 0; background: Canvas; }
-th button { all: unset; cursor: pointer; font-weight: 600; }
-th button:focus-visible { outline: 2px solid var(--mark); }
-th[aria-sort=ascending] button::after { content: " \\2191"; }
-th[aria-sort=descending] button::after { content: " \\2193"; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-SCRIPT = """
-for (const button of document.querySelectorAll("th button")) button.onclick = () => {
-  const th = button.parentElement, body = th.closest("table").tBodies[0];
-  const up = th.ariaSort !== "ascending", value = row => row.cells[th.cellIndex].textContent;
-  for (const other of th.parentElement.cells) other.ariaSort = null;
-  th.ariaSort = up ? "ascending" : "descending";
-  const order = (a, b) => a === "" || b === "" ? (a === "") - (b === "") :
-    (up ? 1 : -1) * (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
-  body.append(...[...body.rows].sort((a, b) => order(value(a), value(b))));
-};
-"""
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
 
 
 def page(
@@ -75,9 +50,13 @@ def page(
     notes: Sequence[str],
     tables: Mapping[str, str],
     images: Mapping[str, bytes],
+    explorer: tuple[str, str] = ("", ""),
 ) -> str:
-    """A self-contained HTML page; `tables` are HTML by heading, `images` are PNGs by figure name."""
-    parts = [f"<h1>{html.escape(title)}</h1>"]
+    """A self-contained HTML page; `tables` are HTML by heading, `images` are PNGs by figure name.
+
+    `explorer` is HTML for the head and for the top of the body.
+    """
+    parts = [f"<h1>{html.escape(title)}</h1>", explorer[1]]
     if notes:
         parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
     first, *others = tables.items()
@@ -86,17 +65,20 @@ def page(
         source = "data:image/png;base64," + base64.b64encode(png).decode()
         base = next(known for known in CAPTIONS if name.startswith(known))
         caption = f"<figcaption>{CAPTIONS[base]}{html.escape(name[len(base) :].replace('_', ' '))}</figcaption>"
-        parts.append(f'<figure id="{name}"><img alt="{name}" src="{source}">{caption}</figure>')
+        picture = f'<button class="picture" type="button" title="enlarge"><img alt="{name}" src="{source}"></button>'
+        parts.append(f'<figure id="{name}">{picture}{caption}</figure>')
     parts += [f"<h2>{html.escape(heading)}</h2>{table}" for heading, table in others]
     parts.append("<h2>Settings</h2><dl>")
     parts += [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items()]
-    parts.append("</dl>")
+    parts.append(f"</dl>{LARGE}")
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<title>{html.escape(title)}</title><style>{STYLE.read_text()}</style>{explorer[0]}"
     )
     body = "\n".join(parts)
-    html_of = f'<html lang="en"><head>{head}</head>\n<body>\n{body}\n<script>{SCRIPT}</script></body></html>'
+    html_of = (
+        f'<html lang="en"><head>{head}</head>\n<body>\n{body}\n<script>{SCRIPT.read_text()}</script></body></html>'
+    )
     return f"<!doctype html>\n{html_of}\n"
 
 
@@ -110,7 +92,9 @@ def settings(plane: Plane) -> dict[str, str]:
     return values
 
 
-def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict) -> None:
+def write_report(
+    out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict, explorer: tuple[str, str]
+) -> None:
     """Writes the figures in the requested formats, their data, the tables and the page; removes stale figures."""
     from utils.plane.drawing import headings, table
 
@@ -137,7 +121,7 @@ def write_report(out: Path, args, plane: Plane, advised: list[dict], found: list
         "Slopes": to_html(checked, SLOPES),
         **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),
     }
-    report = page(f"Batch {args.run_batch_name[0]}", settings(plane), plane.notes, tables, images)
+    report = page(f"Batch {args.run_batch_name[0]}", settings(plane), plane.notes, tables, images, explorer)
     write_text(out / "report.html", report)
 
 

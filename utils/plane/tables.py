@@ -28,15 +28,15 @@ def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
 def to_html(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
     """The rows as an HTML table, without empty columns, which a click on a heading sorts."""
     columns = columns_of(rows, headings)
-    texts = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
+    longest = {
+        name: max((len(row[name]) for row in rows if isinstance(row.get(name), str)), default=0) for name in columns
+    }
+    kinds = {name: ' class="text long"' if n > 40 else " class=text" if n else "" for name, n in longest.items()}
 
     def line(tag: str, row: Mapping, inner: str) -> str:
-        cells = [
-            f"<{tag}{' class=text' if name in texts else ''}>{inner.format(html.escape(shown(row.get(name))))}</{tag}>"
-            for name in columns
-        ]
+        cells = [f"<{tag}{kinds[name]}>{inner.format(html.escape(shown(row.get(name))))}</{tag}>" for name in columns]
         return "<tr>" + "".join(cells) + "</tr>"
 
     head = line("th", headings, '<button type="button">{}</button>')
     body = "\n".join(line("td", row, "{}") for row in rows)
-    return f'<div class="table"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+    return f'<div class="table" tabindex="0"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
