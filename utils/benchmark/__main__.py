@@ -9,6 +9,8 @@
     python -m utils.benchmark loader      throughput of ImageNet's data loader, compared with the training step
     python -m utils.benchmark threads     one step with one and several threads, on an idle and on a loaded machine
     python -m utils.benchmark precision RUNS   effect of --precision on the test metrics, compared with the seed's
+    python -m utils.benchmark pipeline    a cell from training to figures, and what is like the paper's code
+    python -m utils.benchmark growth      how the evaluation grows with images, classes and cells
     python -m utils.benchmark evaluate    every step of the evaluation of one run
     python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
 
@@ -27,7 +29,8 @@ from utils.errors import UserError, run_script
 
 BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "plane", "step", "profile", "layers", "loader", "threads", "precision")},
-    **{"streams": "step", **dict.fromkeys(("evaluate", "mi", "probes", "inception"), "evaluation")},
+    **{"streams": "step", **dict.fromkeys(("pipeline", "growth"), "pipeline")},
+    **dict.fromkeys(("evaluate", "mi", "probes", "inception"), "evaluation"),
 }
 
 
@@ -51,7 +54,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--images",
         type=whole,
-        help="number of images (default: grid, plane 50000, evaluate, mi, inception 10000, others 2000)",
+        help="number of images (default: grid, plane 50000, growth 60000, others of the evaluation 10000, others 2000)",
     )
     parser.add_argument(
         "--cells", type=whole, nargs="+", help="numbers of stacked cells (default: set by the benchmark)"

@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 from torch.distributions import Normal
 
 from datasets.batches import Resident
@@ -23,7 +24,7 @@ from utils.config import Config
 from utils.evaluation.fits import TAILS, probe_latents
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import inception_score
-from utils.evaluation.probes import PROBES, fit_probe, split
+from utils.evaluation.probes import KERNELS, PROBES, fit_probe, split
 from utils.evaluation.steps import STEPS
 from utils.evaluation.subject import Bench, Subject
 from utils.seeds import generator
@@ -39,20 +40,24 @@ def mi(args: argparse.Namespace) -> None:
     stds = torch.full_like(means, 0.1)
     labels = torch.randint(0, 10, (n,), generator=g, device=args.device)
     samples = means + stds * torch.randn(means.shape, generator=g, device=args.device)
-
-    def plain():
-        values = []
-        for i in range(few):
-            log_p = Normal(means, stds).log_prob(samples[i]).double().sum(1)
-            own = log_p[labels == labels[i]]
-            values.append((own.logsumexp(0) - math.log(len(own))) - (log_p.logsumexp(0) - math.log(n)))
-        return torch.stack(values).mean()
-
     name = f"plain loop (of {few} images, x {n / few:g})"
-    candidates = {name: plain, "gaussian_mi": lambda: gaussian_mi(samples, means[:, None], stds[:, None], labels)}
+    candidates = {
+        name: partial(plain_mi, samples, means, stds, labels, few),
+        "gaussian_mi": lambda: gaussian_mi(samples, means[:, None], stds[:, None], labels),
+    }
     print(f"mutual information for {n:,} images and a {d}-dimensional z, with standard error and shuffled labels:")
     report(measure(candidates, args.n, args.device, warmup=1), {name: few / n, "gaussian_mi": 1}, baseline=name)
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+def plain_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, few: int) -> Tensor:
+    """The mutual information of the first few of N images by a loop over them, like the paper's code."""
+    values = []
+    for i in range(few):
+        log_p = Normal(means, stds).log_prob(samples[i]).double().sum(1)
+        own = log_p[labels == labels[i]]
+        values.append((own.logsumexp(0) - math.log(len(own))) - (log_p.logsumexp(0) - math.log(len(labels))))
+    return torch.stack(values).mean()
 
 
 def probes(args: argparse.Namespace) -> None:
@@ -63,13 +68,7 @@ def probes(args: argparse.Namespace) -> None:
     latents = (rng.normal(size=(10, d))[labels] + rng.normal(size=(n, d))).astype(np.float32)
     train_part, test_part = split(n)
     train, test = ((latents[part], labels[part]) for part in (train_part, test_part))
-
-    def plain():
-        for seed in range(5):
-            model = LogisticRegression(solver="saga", max_iter=100, random_state=seed)
-            model.fit(*train).score(*test)
-
-    candidates = {"saga, 5 seeds": plain} | {
+    candidates = {"saga, 5 seeds": partial(saga, train, test)} | {
         name: lambda name=name: fit_probe(name, train, test, "", False) for name in PROBES
     }
     print(f"probes on {n:,} latents of {d} dimensions:")
@@ -77,6 +76,12 @@ def probes(args: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")
         seconds = measure(candidates, args.n, args.device, warmup=1)
     report(seconds, dict.fromkeys(candidates, 1), baseline="saga, 5 seeds")
+
+
+def saga(train: tuple, test: tuple) -> None:
+    """The paper's logistic regression: 100 iterations of saga, five times."""
+    for seed in range(5):
+        LogisticRegression(solver="saga", max_iter=100, random_state=seed).fit(*train).score(*test)
 
 
 def inception(args: argparse.Namespace) -> None:
@@ -98,24 +103,24 @@ def inception(args: argparse.Namespace) -> None:
 
 
 class Made(Subject):
-    """A run of random weights, and images of 10 noisy patterns; its results are kept here, not in files."""
+    """A run of random weights, and images of noisy patterns, one a class; its results are kept here, not in files."""
 
     metrics: dict = {}  # of the steps so far; other steps read them
 
-    def __init__(self, config: Config, n: int, device: torch.device):
+    def __init__(self, config: Config, n: int, device: torch.device, classes: int = 10):
         self.config, self.bench, self.metrics = config, Bench(device, "", "", n_samples=n), {}
         rng = np.random.default_rng(0)
-        patterns = rng.normal(scale=40, size=(10, *config.image_shape))
+        patterns = rng.normal(scale=40, size=(classes, *config.image_shape))
 
         def images():
-            labels = rng.integers(0, 10, n)
+            labels = rng.integers(0, classes, n)
             x = (128 + patterns[labels] + rng.normal(scale=40, size=(n, *config.image_shape))).clip(0, 255)
             return Resident(torch.from_numpy(x.astype(np.uint8)), torch.from_numpy(labels), device)
 
         torch.manual_seed(0)
         self.model = build_model(config).to(device).eval()
-        self.bench._data[config.dataset, config.image_shape] = Data(images(), images(), 10)
-        net = build_classifier(config, 10).to(device).eval()
+        self.bench._data[config.dataset, config.image_shape] = Data(images(), images(), classes)
+        net = build_classifier(config, classes).to(device).eval()
         self.bench._classifiers[config.data_name] = [(net, "random")]
 
     def compute(self, name: str) -> None:
@@ -123,6 +128,12 @@ class Made(Subject):
         self.metrics |= STEPS[name].compute(self)
         if name == "rates":
             self.latents = dict(np.load(io.BytesIO(self.metrics["latents.npz"])))
+
+    def anew(self, *names: str) -> None:
+        """Computes steps as of a run that follows others, with what all of them share."""
+        self.__dict__.pop("sample_features", None)
+        for name in names:
+            self.compute(name)
 
     def fit(self, name: str, key: str) -> None:
         """Fits a probe, as the evaluation does."""
@@ -133,13 +144,23 @@ class Made(Subject):
         """Computes the latents that probes are fitted to."""
         self.probes = probe_latents(self)
 
+    def plain_probes(self) -> None:
+        """Fits probes like the paper's code: raw means of 80 % of the test images, saga, scikit-learn's own kernels."""
+        for key in ("qz_mu", "qy_mu"):
+            latents, labels = self.latents[key].reshape(len(self.latents["labels"]), -1), self.latents["labels"]
+            train, test = ((latents[part], labels[part]) for part in split(len(labels)))
+            saga(train, test)
+            for name in KERNELS | {"kNN": None}:
+                fit_probe(name, train, test, "", False)
+
 
 def evaluate(args: argparse.Namespace) -> None:
     """Every step of the evaluation of one run, and the time that a grid takes."""
     config = Config(dataset=args.dataset, conv_channels=args.conv_channels, z_dims=args.z_dims)
     n = args.images or 10_000
     made = Made(config, n, args.device)
-    steps = {name: partial(made.compute, name) for name in ("rates", "is", "fid_classifier", "mi_z", "mi_y", "recons")}
+    names = (["rates"], ["is", "fid_classifier"], ["mi_z"], ["mi_y"], ["recons"])
+    steps = {", ".join(some): partial(made.anew, *some) for some in names}
     steps |= {"latents of the probes": made.prepare}
     fits = {f"{name}, {key}": partial(made.fit, name, key) for key in TAILS for name in PROBES}
     print(f"evaluation of a run of {args.dataset}, {n:,} test images, as many for training and as many samples:")

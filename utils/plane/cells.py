@@ -129,7 +129,8 @@ class Plane:
     def grids(self) -> dict[str, "Plane"]:
         """The cells of each grid of betas, by what tells its settings from others'; without betas that were found."""
         fixed = np.isnan(self.asked).all(1)
-        keys = [_slug({n: cell.settings.get(n) for n in self.differing}) for cell in self.cells]
+        differing = self.differing
+        keys = [_slug({n: cell.settings.get(n) for n in differing}) for cell in self.cells]
         found = {key: self.where(fixed & np.array([k == key for k in keys])) for key in dict.fromkeys(keys)}
         return {key: plane for key, plane in found.items() if plane.cells}
 

@@ -137,11 +137,15 @@ def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
 
 def table(plane: Plane, names: Sequence[str]) -> list[dict]:
     """What a figure of cells shows: for each the median of the metrics, and its runs where there are several."""
-    rows, columns = [], list(dict.fromkeys(("beta_y", "beta_z", "kl_z", "kl_y", "rate", *names)))
+    rows, differing, columns = (
+        [],
+        plane.differing,
+        list(dict.fromkeys(("beta_y", "beta_z", "kl_z", "kl_y", "rate", *names))),
+    )
     for cell in plane.cells:
         several = len(cell.runs) > 1
         known = {n: plane.scale(n) * cell.median[n] for n in columns if n in cell.median}
-        of_cell = {n: cell.settings.get(n) for n in plane.differing}
+        of_cell = {n: cell.settings.get(n) for n in differing}
         rows.append({"what": "median" if several else "run", "runs": " ".join(cell.runs), **of_cell, **known})
         for run, row in zip(cell.runs, cell.repeats, strict=True) if several else ():
             known = {n: plane.scale(n) * row[n] for n in columns if not math.isnan(row.get(n, math.nan))}
