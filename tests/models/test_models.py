@@ -154,10 +154,16 @@ def train_run(config, data, where, interrupt=False) -> Run:
     return run
 
 
+def timed(settings):
+    """The largest model takes minutes; the others tell the default suite as much."""
+    largest = settings["px_y_family_ll"] == "MoL" and settings["dataset"] == "ImageNet"
+    return pytest.param(settings, marks=[pytest.mark.slow] if largest else [], id=label(settings))
+
+
 DISTINCT = [s for s in combinations() if allowed(s) and (s["use_conv_z"] or s["dataset"] != "ImageNet")]
 
 
-@pytest.mark.parametrize("settings", DISTINCT, ids=label)
+@pytest.mark.parametrize("settings", map(timed, DISTINCT))
 def test_allowed_combinations_train_resume_stack_reload_and_sample(settings, monkeypatch):
     monkeypatch.setattr("utils.training.pictures.N", 1)
     config = Config(**settings)

@@ -20,6 +20,7 @@ from tests.reliability.trials import (
     are_gone,
     children,
     ended,
+    first,
     folder_of_images,
     kill,
     launch,
@@ -274,7 +275,7 @@ def test_nohup_is_heeded():
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
-@pytest.mark.parametrize("locale", [ASCII, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+@pytest.mark.parametrize("locale", first(1, ASCII, {k: v for k, v in ASCII.items() if k != "PYTHONIOENCODING"}))
 def test_an_ascii_locale_takes_any_name(locale):
     Path("größe").mkdir()
     flags = [*CELL[:4], "--num_epochs", "1", "--batch_size", "2000", "--device", "cpu"]
@@ -343,7 +344,7 @@ def test_variables_that_are_left_over_are_told(script):
     assert status == 0 and "WORLD_SIZE" not in out
 
 
-@pytest.mark.parametrize("where", [">&-", "2>&-", ">/dev/full", "2>/dev/full", ">&- 2>&-"])
+@pytest.mark.parametrize("where", first(2, ">&- 2>&-", ">/dev/full", ">&-", "2>&-", "2>/dev/full"))
 def test_outputs_that_are_closed_or_full_do_not_end_a_training(where):
     command = ["sh", "-c", f'exec "$@" {where}', "sh", sys.executable, str(ROOT / "train.py"), *CELL]
     process = popen(command, OMP_NUM_THREADS="1", TQDM_DISABLE=None)

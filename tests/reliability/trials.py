@@ -18,10 +18,14 @@ CELL = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "6", "--batch_s
 CELL += ["--save_every", "1"]
 
 
+def first(n: int, *values) -> list:
+    """Values of a parameter, of which the default suite takes the first n."""
+    return [pytest.param(value, marks=[pytest.mark.slow] if i >= n else []) for i, value in enumerate(values)]
+
+
 def times(n: int, few: int = 2) -> pytest.MarkDecorator:
     """A test's `trial`: 0 to n - 1, of which the default suite makes the first few."""
-    trials = [pytest.param(i, marks=[pytest.mark.slow] if i >= few else []) for i in range(n)]
-    return pytest.mark.parametrize("trial", trials)
+    return pytest.mark.parametrize("trial", first(few, *range(n)))
 
 
 def launch(name, *argv, before="", prefix=(), **where):
