@@ -27,6 +27,7 @@ from utils.errors import UserError
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EINVAL)
 BEAT = 5.0  # seconds between the touches of a lock file
 STALE = 60.0  # seconds without one, after which the holder is taken for dead
+GLANCE = 0.2  # seconds in which whoever only asks for the holder has let go again
 FREE = "free"  # what a lock file says once its holder is done
 _held: dict[Path, "_LockFile"] = {}  # of this process, by the folder's real path
 
@@ -45,7 +46,7 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
     Raises Held when another process holds it, after so many seconds.
     """
-    end = time.monotonic() + patience
+    began = time.monotonic()
     with open(folder / ".lock", "a+", encoding="utf-8", errors="replace") as file:
         while True:
             try:
@@ -57,13 +58,13 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
                     break
                 if e.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
-                if time.monotonic() >= end:
+                if time.monotonic() >= began + max(patience, GLANCE):
                     file.seek(0)
                     raise Held(f"{folder}: locked by {file.read().strip() or 'another process'}") from e
                 time.sleep(0.05)
         if file is None:
             _tell_of_lock_files()
-            with _LockFile(folder).held(end):
+            with _LockFile(folder).held(began + patience):
                 _remove_unfinished(folder)
                 yield
             return

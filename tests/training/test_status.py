@@ -1,8 +1,10 @@
 """--dry_run: where each cell stands, and how long the rest takes; nothing is trained or written."""
 
+import fcntl
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,15 @@ def test_holders_by_lock_files(monkeypatch, tmp_path):
     with locks.locked(tmp_path):
         assert locks.holder(tmp_path).startswith("pid ")
     assert locks.holder(tmp_path) is None and locks.holder(tmp_path / "nowhere") is None
+
+
+def test_whoever_asks_for_the_holder_keeps_no_training_from_starting(tmp_path):
+    (tmp_path / ".lock").touch()
+    with open(tmp_path / ".lock") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with locks.locked(tmp_path):
+            assert (tmp_path / ".lock").read_text().startswith("pid ")
 
 
 def no_flock(*_):
