@@ -9,7 +9,7 @@ import numpy as np
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import ASKED, BETAS, Cell, Plane
-from utils.plane.gains import UNTESTED, equal, gain, terms_of
+from utils.plane.gains import UNTESTED, equal, gain, shown, terms_of
 from utils.plane.metrics import PROBES, metric
 
 ADVICE = {  # columns of the advice and their headings
@@ -75,7 +75,7 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
                 row["gain"] = round(metric(name).better * (row["value"] - row["diagonal_value"]), 12) + 0.0  # never -0
                 among = within & np.isfinite(plane.values(name))
                 known = name in terms and gain(name, terms[name], seeds, among, plane.diagonal, plane.values("rate"))
-                row["told"] = UNTESTED if not known else "yes" if known.told else equal(known.seeds)
+                row["told"] = UNTESTED if not known else shown("yes", known.seeds) if known.told else equal(known.seeds)
                 if known:
                     row |= {"value": unit * known.value, "diagonal_value": unit * known.other}
                     row |= {"gain": unit * known.gain, "low": unit * known.low, "high": unit * known.high}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.plane.cells import Plane, reach
-from utils.plane.gains import UNTESTED, equal, of_seeds, resamples, terms_of, tested_images, value_of
+from utils.plane.gains import UNTESTED, equal, of_seeds, resamples, shown, terms_of, tested_images, value_of
 from utils.plane.metrics import metric
 
 OF_DATA = ("dataset", "image_size", "image_channels")
@@ -100,7 +100,8 @@ def _compared(name: str, a: Plane, b: Plane) -> list[dict]:
             extra = of_seeds(by_seed[:, i].reshape(len(shared), -1).mean(1)) if len(shared) > 1 else 0.0
             below, above = (unit * math.hypot(end, extra) for end in ends)
             row |= {"low": told - below, "high": told + above}
-            row["told"] = equal(len(shared)) if row["low"] <= 0 <= row["high"] else "better" if told > 0 else "worse"
+            words = shown("better" if told > 0 else "worse", len(shared))
+            row["told"] = equal(len(shared)) if row["low"] <= 0 <= row["high"] else words
         rows.append(row)
     return rows
 

@@ -35,6 +35,11 @@ class Gain(NamedTuple):
         return self.low > 0
 
 
+def shown(words: str, seeds: int) -> str:
+    """The words for an interval that does not cover 0: of a single seed it is over images only, and says no more."""
+    return words if seeds > 1 else f"{words} (one seed)"
+
+
 def equal(seeds: int) -> str:
     """The words for an interval that covers 0."""
     return f"no difference that these images{' and seeds' * (seeds > 1)} show"
