@@ -39,14 +39,14 @@ def rates(s: Subject) -> dict[str, float]:
     of_image = {}
     for x, label in s.test.batches(BATCH):
         terms = model(x, model.noise(len(x), g))
-        error = ((model.reconstruct(x) - x) ** 2).double().mean((1, 2, 3))
+        q_z = model.q_z(x)
+        q_y = model.q_y(q_z.mode, x)
+        error = ((model.p_x(q_y.mode).mean.clamp(0, 1) - x) ** 2).double().mean((1, 2, 3))
         floor = model.likelihood.floor(x)
         found = {"loss": terms.loss(s.config.beta_y, s.config.beta_z), **terms._asdict(), "mse": error, "floor": floor}
         for name, value in found.items():
             if value is not None:
                 of_image.setdefault(name, []).append(value.double().cpu())
-        q_z = model.q_z(x)
-        q_y = model.q_y(q_z.mode, x)
         z_std = q_z.std if isinstance(q_z, Gaussian) else torch.zeros_like(q_z.mean)
         for name, value in zip(latents, (q_z.mean, z_std, q_y.mean, q_y.std, label), strict=True):
             latents[name].append(value.cpu())
