@@ -9,13 +9,14 @@ seed_<seed> there. Repeating a command resumes an unfinished training and skips 
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
 
+import sys
 from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, whole
 from utils.config import Config
 from utils.errors import UserError, run_script
 from utils.files import check_writable, read_json, save_tensors, write_json
-from utils.locks import locked
+from utils.locks import Held, locked
 
 
 def parse_args(argv=None):
@@ -46,15 +47,32 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     from models.classifiers import folder_of  # imports torch, which takes seconds: only for flags that are right
 
-    for seed in dict.fromkeys(args.seed):
-        make(args, seed, folder_of(seed, Path(args.runs_dir) / "classifiers" / args.config.data_name))
+    seeds = list(dict.fromkeys(args.seed))
+    for seed in seeds:
+        try:
+            make(args, seed, folder_of(seed, Path(args.runs_dir) / "classifiers" / args.config.data_name))
+        except Held as e:
+            if len(seeds) == 1:  # which leaves nothing to do, and its user should notice
+                raise
+            print(f"note: {e}; it trains that one", file=sys.stderr)
     return 0
+
+
+def is_complete(folder: Path, args) -> bool:
+    """Whether the classifier is there, and not to be trained again; says so. Raises UserError if it is damaged."""
+    from models.classifiers import load_classifier
+
+    if not (folder / "classifier.pth").exists() or args.overwrite:
+        return False
+    load_classifier(folder, args.config, args.device)
+    print(f"already complete: {folder}, test accuracy {read_json(folder / 'config.json').get('test_accuracy')}")
+    return True
 
 
 def make(args, seed: int, folder: Path) -> None:
     """Trains the classifier of one seed and saves it in its folder, unless it is there."""
     from datasets.loading import load_data
-    from models.classifiers import accuracy, load_classifier
+    from models.classifiers import accuracy
     from utils.training.classifier import train
 
     config = args.config
@@ -67,9 +85,7 @@ def make(args, seed: int, folder: Path) -> None:
         raise UserError(
             f"{folder}: trained with another --{different[0]} ({before.get(different[0])}); --overwrite retrains it"
         )
-    if (folder / "classifier.pth").exists() and not args.overwrite:
-        load_classifier(folder, config, args.device)  # raises UserError if it is damaged
-        print(f"already complete: {folder}, test accuracy {before.get('test_accuracy')}")
+    if is_complete(folder, args):
         return
     check_writable(folder)
     data = load_data(config, args.data_dir, args.device, args.download)
@@ -77,6 +93,8 @@ def make(args, seed: int, folder: Path) -> None:
         raise UserError(f"--dataset: {args.dataset} has no classes that a classifier could learn")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if is_complete(folder, args):  # by now, by another process
+            return
         if args.overwrite:
             for name in ("classifier.pth", "resume.pth"):
                 (folder / name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import ENDING_SIGNALS, UserError
+from utils.errors import ENDING_SIGNALS, UserError, one_line
 from utils.seeds import generator
 
 from .folders import open_image, threads
@@ -72,12 +72,15 @@ class _Decoded(Dataset):
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
         index, seed = key
         path, label = self.samples[index]
-        image = open_image(path, self.channels)
-        if seed is None:
-            return self.centre_crop(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.random_crop(image), label
+        try:
+            image = open_image(path, self.channels)
+            if seed is None:
+                return self.centre_crop(image), label
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.random_crop(image), label
+        except (MemoryError, OSError, RuntimeError, ValueError) as e:
+            raise UserError(f"{path}: cannot be cropped ({one_line(e)})") from e
 
 
 def _worker_signals(_: int) -> None:
@@ -98,6 +101,8 @@ def _lost_workers(e: Exception) -> str | None:
     if "shared memory" in str(e) or "Bus error" in str(e):
         size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
         return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
+    if "Too many open files" in str(e):
+        return "too many open files for processes that read images; raise the limit (ulimit -n) or lower --threads"
     handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
     ended = "exited unexpectedly" in str(e) or "killed by signal" in str(e)
     if handing_over or "DataLoader worker" in str(e) and ended:

@@ -120,7 +120,7 @@ def load_classifier(
     try:
         model = build_classifier(config, int(known["n_classes"]))
         model.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as e:
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError) as e:
         raise UserError(f"{file}: does not fit {settings} ({e})") from e
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{file}: holds weights that are not finite")

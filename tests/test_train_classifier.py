@@ -1,5 +1,7 @@
 """train_classifier.py, and the classifiers that it makes."""
 
+import json
+import math
 import time
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from models.classifiers import augmented, load_classifier
 from tests.conftest import start
 from tests.datasets.files import write_cifar10, write_svhn
 from utils.config import Config
+from utils.errors import UserError
 from utils.evaluation.subject import Bench
 from utils.files import read_json
+from utils.locks import locked
 
 
 def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
@@ -44,6 +48,34 @@ def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
     out, err = again.communicate()
     assert again.returncode == 0 and "resuming at epoch" in out, err
     assert Path("killed/classifiers/Digits/classifier.pth").read_bytes() == (folder / "classifier.pth").read_bytes()
+
+
+def test_a_classifier_that_another_process_trains_is_left_to_it(script):
+    flags = ["--device", "cpu", "--num_epochs", "1", "--batch_size", "1000"]
+    folder = Path("runs/classifiers/Digits")
+    folder.mkdir(parents=True)
+    settings = {
+        "dataset": "Digits",
+        "num_epochs": 1,
+        "batch_size": 1000,
+        "learning_rate": Config().recipe.learning_rate,
+    }
+    (folder / "config.json").write_text(json.dumps(settings | {"seed": 2}))
+    with locked(folder):
+        status, _, err = script(train_classifier.main, *flags, "--seed", "2", "3")
+        assert status == 0 and f"note: {folder}: locked by pid" in err and "it trains that one" in err
+        assert (folder / "seed_3/classifier.pth").exists() and not (folder / "classifier.pth").exists()
+        status, _, err = script(train_classifier.main, *flags)
+        assert status == 2 and err.count("\n") == 1 and "locked by pid" in err
+
+
+@pytest.mark.parametrize("n_classes", [math.inf, math.nan, -1, 2**50, "ten", None, []])
+def test_a_damaged_number_of_classes_is_told(n_classes, script):
+    assert script(train_classifier.main, "--device", "cpu", "--num_epochs", "1", "--batch_size", "1000")[0] == 0
+    path = Path("runs/classifiers/Digits/config.json")
+    path.write_text(json.dumps(read_json(path) | {"n_classes": n_classes}))
+    with pytest.raises(UserError, match="classifier.pth: does not fit .*config.json|config.json"):
+        load_classifier(path.parent, Config(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dataset", ["SVHN", "CIFAR10"])

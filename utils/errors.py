@@ -38,6 +38,13 @@ def end_quietly(number, _) -> NoReturn:
     os._exit(128 + number)
 
 
+def _let_end_quietly() -> None:
+    """Lets signals end the process at once from now on, when all that is left is to leave the interpreter."""
+    if threading.current_thread() is threading.main_thread():
+        for number in heeded_signals():
+            signal.signal(number, end_quietly)
+
+
 def heeded_signals() -> list[int]:
     """The signals that end this process; not SIGHUP where it was started by nohup."""
     return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
@@ -55,6 +62,20 @@ def handled_by(handler, *numbers: int) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextlib.contextmanager
+def held_back(*numbers: int) -> Iterator[None]:
+    """Lets these signals come to this process afterwards, and never to the processes that it starts meanwhile."""
+    came = set()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of this thread, which started processes inherit
+    try:
+        with handled_by(lambda number, _: came.add(number), *numbers):  # where another thread receives it
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -143,6 +164,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             status = main()
         finally:
             sys.stdout.flush()
+            _let_end_quietly()
         sys.exit(status)
     except UserError as e:
         message = str(e)

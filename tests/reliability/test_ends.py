@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from datasets.batches import Streamed
-from tests.conftest import ROOT, popen
+from tests.conftest import ROOT, popen, python
 from tests.reliability.trials import (
     CELL,
     are_gone,
@@ -31,8 +32,9 @@ from tests.reliability.trials import (
     times,
     wait_until,
 )
-from utils.errors import UserError
+from utils.errors import UserError, held_back
 from utils.files import load_tensors
+from utils.training.chunk import Chunk
 
 WITHIN = 10  # seconds in which a process ends, after whatever it was
 STREAMED = ["--dataset", "pets", "--image_size", "256", "--conv_channels", "2", "--device", "cpu"]
@@ -153,6 +155,56 @@ def test_a_signal_that_comes_to_workers_first_ends_this_process_as_ever(seconds,
     with pytest.raises(seen):
         list(split.batches(2))
     signaller.cancel()
+
+
+@pytest.mark.parametrize(
+    "e, told", [(RuntimeError("Too many open files. Communication"), "ulimit -n"), (None, "cropped")]
+)
+def test_whatever_is_raised_while_images_are_read_is_one_line(e, told, pets, monkeypatch):
+    def fail(*_):
+        raise e or MemoryError
+
+    split = Streamed([(str(path), 0) for path in pets.rglob("*.png")], (3, 256, 256), torch.device("cpu"))
+    if e is None:
+        split.decoded.centre_crop = fail
+    else:
+        monkeypatch.setattr("datasets.batches.DataLoader.__iter__", fail)
+    with pytest.raises(UserError, match=told):
+        list(split.batches(2))
+
+
+def test_a_signal_that_is_held_back_comes_later_and_to_no_process_started_meanwhile():
+    seen, shows = [], "import signal; print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("here"))
+    try:
+        with held_back(signal.SIGUSR1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            shown = subprocess.run([sys.executable, "-c", shows], capture_output=True, text=True).stdout
+            assert not seen and shown == "True\n"
+        assert seen == ["here"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_signal_while_the_interpreter_is_left_ends_it_quietly():
+    code = "import atexit, os, signal, sys; sys.path.insert(0, sys.argv[1]); from utils.errors import run_script\n"
+    code += "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM)); run_script(lambda: 0)"
+    status, _, err = ended(python("-c", code, ROOT))
+    assert status == 128 + signal.SIGTERM and err == ""
+
+
+def test_a_signal_in_the_last_save_of_a_multi_rate_model_ends_before_its_cells_unfold(script, monkeypatch):
+    real, flags = Chunk.finish, [*CELL, "--num_epochs", "2", "--multi_rate", "--force", "--beta_y", "1", "2"]
+
+    def finish(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(Chunk, "finish", finish)
+        status, _, err = script(train.main, *flags)
+    assert status == 128 + signal.SIGTERM and "rerun to continue" in err and len(there("vae.pth")) == 1
+    assert script(train.main, *flags)[0] == 0 and len(there("vae.pth")) == 3
 
 
 @needs_proc

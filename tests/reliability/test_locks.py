@@ -191,6 +191,18 @@ while time.monotonic() < end:
 """
 
 
+def test_a_held_cell_is_a_note_where_it_is_all_of_a_processs_share(script, monkeypatch):
+    grid = [*CELL, "--num_epochs", "1", "--beta_y", "1", "2", "3"]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert script(train.main, *grid)[0] == 0
+    (first,) = Path("runs/singles").iterdir()
+    (first / "vae.pth").unlink()
+    with locked(first):
+        status, _, err = script(train.main, *grid, "--overwrite")
+    assert status == 0 and "locked by" in err and "it trains that one" in err and "error" not in err
+
+
 @times(20, few=1)
 def test_of_many_takers_one_is_in_at_a_time(trial):
     """Five processes take and leave one lock for six seconds; a dead one's file is there at first."""

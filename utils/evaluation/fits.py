@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from utils.distributed import progress
-from utils.errors import handled_by
+from utils.errors import held_back
 from utils.evaluation.probes import PROBES, accuracy_of, probe
 from utils.evaluation.subject import BATCH, Step, Subject, can_do, is_done, listed, record
 from utils.files import npz, write_atomic
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # set to 1 in the workers
-UNHEEDED = (signal.SIG_IGN, signal.SIGHUP, signal.SIGUSR1)  # by loky's processes, which this one ends
+UNHEEDED = (signal.SIGHUP, signal.SIGUSR1)  # by loky's processes, which this one ends
 TAILS = {"qz_mu": "", "qy_mu": "_y", "z": "_sample", "y": "_sample_y"}  # of the columns, by the key of the latents
 TAILS_PAPER = {"qz_mu": "_paper", "qy_mu": "_y_paper"}
 
@@ -72,7 +72,7 @@ def run_probes(subjects: list[Subject], step: Step, args, problems: dict[Path, s
         with listed(problems, subject.run.path):
             if can_do(subject, step) and (args.force or not is_done(subject, step)):
                 todo.append(subject)
-    with handled_by(*UNHEEDED):
+    with held_back(*UNHEEDED):
         executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
     unfinished = {subject.run.path for subject in todo}
     try:
@@ -82,7 +82,7 @@ def run_probes(subjects: list[Subject], step: Step, args, problems: dict[Path, s
                 with listed(problems, subject.run.path):
                     fits, jobs = prepare(subject, step, Path(folder, f"{n}.npz"))
                 subject.forget()
-                with handled_by(*UNHEEDED):
+                with held_back(*UNHEEDED):
                     pending |= {executor.submit(probe, *job): (fits, job) for job in jobs}
                 while len(pending) > 2 * args.cpu_n or n == len(todo) - 1 and pending:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:

@@ -244,16 +244,19 @@ def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[t
                 problems += wrong
                 bar.skip(len(together) - len(cells))
                 trainer.train(cells)
-            if signals.received and runs:
+            if signals.received and (runs or args.multi_rate):  # whose cells are still to be unfolded
                 raise Interrupted(signals.received, together[0].config.num_epochs)
     return problems
 
 
-def report(problems: list[tuple[Run, UserError]], runs: list[Run]) -> int:
-    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
+def report(problems: list[tuple[Run, UserError]], runs: list[Run], single: bool) -> int:
+    """Prints the problems of this process and those of its `runs` that failed; returns the exit status.
+
+    A `single` run, of no grid, that is held leaves nothing to do, which its user should notice.
+    """
     problems = [e for run, e in problems if run.status != "finished"]  # another process may have finished it
     held = [e for e in problems if isinstance(e, Held)]
-    if len(runs) > 1:  # a single run that is held leaves nothing to do, which its user should notice
+    if not single:
         for e in held:
             print(f"note: {e}; it trains that one", file=sys.stderr)
         problems = [e for e in problems if e not in held]
