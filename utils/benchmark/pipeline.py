@@ -1,8 +1,6 @@
 """What a cell costs from training to figures, and how the costs of evaluation grow."""
 
 import argparse
-import contextlib
-import io
 import itertools
 import math
 import statistics
@@ -16,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import plot_eval
 from utils.benchmark.evaluation import CORES, GRID, Made, plain_mi
 from utils.benchmark.grid import EPOCHS
 from utils.benchmark.loops import config_of, like_the_papers, random_split, stepper
@@ -33,6 +30,7 @@ STEPS = {  # of the evaluation, as the README counts them
     "step 4, reconstructions": ("recons",),
 }
 TRAINING, SOME = 50_000, 100  # images; those of which a plain loop is timed
+ROOT = Path(__file__).parents[2]
 SIZES = (1_000, 3_000, 10_000, 30_000, 60_000)
 
 
@@ -61,8 +59,7 @@ def pipeline(args: argparse.Namespace) -> None:
     theirs = seconds(made.plain_probes, 2, device)
     found["step 3, simple classifiers"] = ours + seconds(made.prepare, args.n, device), theirs
     start = [sys.executable, "-c", "import eval_beta_single, utils.evaluation.steps"]
-    here = Path(plot_eval.__file__).parent
-    started = seconds(partial(subprocess.run, start, check=True, cwd=here), args.n, device)
+    started = seconds(partial(subprocess.run, start, check=True, cwd=ROOT), args.n, device)
     found["start of Python"] = started / GRID, started
     found["figures and tables"] = seconds(partial(plots, GRID), 2, device) / GRID, None
     print(f"\n{'':38} {'s a cell':>10} {f'h for {GRID}':>10} {'like the paper, s':>18} {'times':>7}")
@@ -118,7 +115,8 @@ def plots(cells: int) -> None:
         rates = {"kl_z": 5 / beta_z, "ll": -20 * math.log(20 * beta_y) - 5 * math.log(5 * beta_z) - 300}
         scores = dict(zip(("psnr", "is_mean", "svm_rbf_acc", "svm_rbf_acc_y"), rng.random(4), strict=True))
         rows.append({**of_betas, **rates, **scores, "status": "finished", "vae_type": "HVAE"})
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "b").mkdir()
         write_text(Path(folder, "b", "eval_results.csv"), to_csv(rows, rows[0]))
-        plot_eval.main(["--runs_dir", folder, "--run_batch_name", "b", "--device", "cpu"])
+        plot = [sys.executable, ROOT / "plot_eval.py", "--runs_dir", folder, "--run_batch_name", "b", "--device", "cpu"]
+        subprocess.run(plot, check=True, capture_output=True)
