@@ -42,10 +42,13 @@ def browser():
     there = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if there is None or importlib.util.find_spec("playwright") is None:
         pytest.skip("needs Chromium (Debian's package chromium) and Playwright (requirements-dev.txt)")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=there)
+        try:
+            started = playwright.chromium.launch(executable_path=there, args=["--disable-dev-shm-usage"])
+        except Error as e:  # of a machine that lets no browser start
+            pytest.skip(f"{there} does not start: {str(e).splitlines()[0]}")
         yield started
         started.close()
 
