@@ -9,14 +9,13 @@ seed_<seed> there. Repeating a command resumes an unfinished training and skips 
 
 import utils.threads  # noqa: F401  isort: skip  (before torch)
 
-import sys
 from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, whole
 from utils.config import Config
 from utils.errors import UserError, run_script
 from utils.files import check_writable, read_json, save_tensors, write_json
-from utils.locks import Held, locked
+from utils.locks import Held, left_to, locked
 
 
 def parse_args(argv=None):
@@ -54,7 +53,7 @@ def main(argv=None) -> int:
         except Held as e:
             if len(seeds) == 1:  # which leaves nothing to do, and its user should notice
                 raise
-            print(f"note: {e}; it trains that one", file=sys.stderr)
+            left_to(e)
     return 0
 
 

@@ -139,11 +139,15 @@ class HVAE(nn.Module):
         z = self.family.noise((n, *self.z_shape), generator)
         return Noise(z, Gaussian.noise((n, *self.y_shape), generator), temperature)
 
+    def mean_x(self, y: Tensor) -> Tensor:
+        """The mean images (B, C, H, W) of p(x|y), in [0, 1]."""
+        return self.p_x(y).mean.clamp(0, 1)
+
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Deterministic reconstructions from the posterior modes: images (B, C, H, W) in [0, 1]."""
         z = self.q_z(x).mode
-        return self.p_x(self.q_y(z, x).mode).mean.clamp(0, 1)
+        return self.mean_x(self.q_y(z, x).mode)
 
     @torch.no_grad()
     def psnr(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

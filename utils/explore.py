@@ -88,7 +88,7 @@ class Loaded:
         p_y = self.model.p_y(z)
         if own is None:
             own = 0.0 if seed is None else self._noise(len(z), seed).y
-        return self.model.p_x(p_y.mean + p_y.std * own).mean.clamp(0, 1)
+        return self.model.mean_x(p_y.mean + p_y.std * own)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n images (n, C, H, W) of the generative model p(z) p(y|z) p(x|y)."""

@@ -36,6 +36,11 @@ class Held(UserError):
     """Another process holds the folder; the message tells which."""
 
 
+def left_to(e: Held) -> None:
+    """Says that what another process holds is left to it."""
+    print(f"note: {e}; it trains that one", file=sys.stderr)
+
+
 class Lost(UserError):
     """Another process has taken over a folder that this one held."""
 

@@ -150,7 +150,7 @@ class Made(Subject):
             latents, labels = self.latents[key].reshape(len(self.latents["labels"]), -1), self.latents["labels"]
             train, test = ((latents[part], labels[part]) for part in split(len(labels)))
             saga(train, test)
-            for name in KERNELS | {"kNN": None}:
+            for name in (*KERNELS, "kNN"):
                 fit_probe(name, train, test, "", False)
 
 

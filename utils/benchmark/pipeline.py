@@ -21,7 +21,7 @@ from utils.benchmark.measuring import measure
 from utils.evaluation.fits import TAILS
 from utils.evaluation.probes import PROBES
 from utils.files import to_csv, write_text
-from utils.training.engine import Engine, clock
+from utils.training.engine import Engine
 
 STEPS = {  # of the evaluation, as the README counts them
     "step 1, rates, PSNR, latents": ("rates", "units"),
@@ -98,12 +98,7 @@ def table(what: str, of_size: dict[int, dict[str, float]]) -> None:
 
 def seconds(call: Callable[[], object], n: int, device: torch.device) -> float:
     """The median time of n calls."""
-    took = []
-    for _ in range(n):
-        began = clock(device)
-        call()
-        took.append(clock(device) - began)
-    return statistics.median(took)
+    return statistics.median(measure({"": call}, n, device, warmup=0)[""])
 
 
 def plots(cells: int) -> None:

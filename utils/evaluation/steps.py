@@ -41,7 +41,7 @@ def rates(s: Subject) -> dict[str, float]:
         terms = model(x, model.noise(len(x), g))
         q_z = model.q_z(x)
         q_y = model.q_y(q_z.mode, x)
-        error = ((model.p_x(q_y.mode).mean.clamp(0, 1) - x) ** 2).double().mean((1, 2, 3))
+        error = ((model.mean_x(q_y.mode) - x) ** 2).double().mean((1, 2, 3))
         floor = model.likelihood.floor(x)
         found = {"loss": terms.loss(s.config.beta_y, s.config.beta_z), **terms._asdict(), "mse": error, "floor": floor}
         for name, value in found.items():

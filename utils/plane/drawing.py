@@ -137,11 +137,8 @@ def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
 
 def table(plane: Plane, names: Sequence[str]) -> list[dict]:
     """What a figure of cells shows: for each the median of the metrics, and its runs where there are several."""
-    rows, differing, columns = (
-        [],
-        plane.differing,
-        list(dict.fromkeys(("beta_y", "beta_z", "kl_z", "kl_y", "rate", *names))),
-    )
+    columns = list(dict.fromkeys(("beta_y", "beta_z", "kl_z", "kl_y", "rate", *names)))
+    rows, differing = [], plane.differing
     for cell in plane.cells:
         several = len(cell.runs) > 1
         known = {n: plane.scale(n) * cell.median[n] for n in columns if n in cell.median}

@@ -124,5 +124,5 @@ def redrawn(cell: Loaded, n: int) -> Rows:
         p_y, noise = cell.model.p_y(zs), cell.model.noise(STEPS, torch.Generator(cell.device).manual_seed(i)).y
         q_y = cell.model.q_y(zs, one.expand(STEPS, *one.shape[1:]))
         for label, y in (("y from q(y|z,x)", q_y.sample(noise)), ("y from p(y|z)", p_y.sample(noise))):
-            rows.append((label, torch.cat([one, cell.model.p_x(y).mean.clamp(0, 1)])))
+            rows.append((label, torch.cat([one, cell.model.mean_x(y)])))
     return rows

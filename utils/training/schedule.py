@@ -19,7 +19,7 @@ from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
-from utils.locks import Held, remove_abandoned
+from utils.locks import Held, left_to, remove_abandoned
 from utils.runs import Run
 from utils.training.bar import GridBar
 from utils.training.chunk import Chunk
@@ -258,7 +258,7 @@ def report(problems: list[tuple[Run, UserError]], runs: list[Run], single: bool)
     held = [e for e in problems if isinstance(e, Held)]
     if not single:
         for e in held:
-            print(f"note: {e}; it trains that one", file=sys.stderr)
+            left_to(e)
         problems = [e for e in problems if e not in held]
     lines, failed = [str(e) for e in problems], [r for r in runs if r.status == "failed"]
     lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
