@@ -16,27 +16,31 @@ from .hvae import HVAE, Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
+PLACES = torch.cartesian_prod(*[torch.arange(0.5, 8) / 8] * 2)  # (64, 2), all over the range of betas, and evenly
 
 
 class Conditioned(nn.Module):
     """A model and the hypernetwork that scales and shifts its layers, given the betas of each image.
 
     `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for. At `start`,
-    log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. There,
-    scales are 1 and shifts 0, whatever the hypernetwork, so that it learns as an ordinary model does; with gates of its
-    own at that point, z collapsed before it came into use.
+    log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. In
+    training, betas are drawn around it, from the share `spread` of the range. Over that part of the range, scales are 1
+    and shifts 0 on average, whatever the hypernetwork: what all betas share is left to the layers, which learn it as an
+    ordinary model does. Free to move all scales together, the hypernetwork made z collapse before it came into use.
     """
 
     def __init__(self, model: nn.Module, log_range: Tensor):
         super().__init__()
-        self.model, self.log_range = model, log_range.double()
-        self.start = torch.stack([self.log_range[:, 0].mean(), self.log_range[0, 1]])
+        self.model = model
+        start = torch.stack([log_range[:, 0].mean(), log_range[0, 1]])
+        for name, value in {"log_range": log_range, "start": start, "spread": torch.ones(())}.items():
+            self.register_buffer(name, value, persistent=False)
         self.layers = [name for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
         within = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
         self.others = [name for name, _ in model.named_parameters() if name not in within]  # a learned sigma
         self.sizes = [model.get_submodule(name).bias.numel() for name in self.layers]
         self.sizes += [model.get_parameter(name).numel() for name in self.others]
-        self.hidden = nn.Sequential(nn.Linear(2, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
+        self.hypernetwork = nn.Sequential(nn.Linear(2, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
         self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes), bias=False)
         nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
         self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
@@ -47,11 +51,16 @@ class Conditioned(nn.Module):
     def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
         low, high = self.log_range.to(log_betas)
-        places = log_betas, self.start.to(log_betas).expand_as(log_betas)  # of one shape, for the same rounding
-        here, start = (self.hidden(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)  # of -1 to 1
-        scales, shifts = self.gates(here - start).chunk(2, -1)
+        places = log_betas, self.drawn(PLACES.to(log_betas))
+        here, everywhere = (self.hypernetwork(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)
+        scales, shifts = self.gates(here - everywhere.mean(0)).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
+
+    def drawn(self, u: Tensor) -> Tensor:
+        """log10 of the betas at places u (..., 2), of 0 to 1, in the range shrunk by `spread` towards `start`."""
+        (low, high), start = self.log_range.to(u), self.start.to(u)
+        return start + self.spread.to(u) * (low + (high - low) * u - start)
 
     def _gated(self, name: str, out: Tensor) -> Tensor:
         if not self.now:
@@ -59,14 +68,19 @@ class Conditioned(nn.Module):
         scale, shift = (t.to(out.dtype).view(*t.shape, *[1] * (out.dim() - 2)) for t in self.now[name])
         return torch.addcmul(shift, out, scale)
 
-    def noise(
-        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, spread: float = 1.0
-    ) -> Noise:
-        """The model's noise, and betas: log-uniform over the range, shrunk towards `start` if `spread` is below 1."""
+    def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
+        """The model's noise, and betas: log-uniform over the range, shrunk by `spread` towards the start."""
         noise = self.model.noise(n, generator, temperature)
-        (low, high), start = self.log_range.to(noise.y), self.start.to(noise.y)
-        drawn = low + (high - low) * torch.rand(n, 2, generator=generator, device=generator.device)
-        return noise._replace(log_betas=start + spread * (drawn - start))
+        u = torch.rand(n, 2, generator=generator, device=generator.device)
+        return noise._replace(log_betas=self.drawn(u))
+
+    @staticmethod
+    def weights(log_betas: Tensor) -> Tensor:
+        """Weights (B,) of images in the objective: beta_y ** -1/2, as their gradients grow with beta_y; rates do not.
+
+        Without them, small beta_y, at which a model has most to learn, are learnt last.
+        """
+        return 10 ** (-0.5 * log_betas[:, 0])
 
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""

@@ -129,13 +129,8 @@ class HVAE(nn.Module):
         y = q_y.sample(noise.y)
         return Terms(ll=self.p_x(y).log_prob(x), kl_y=q_y.kl(p_y), kl_z=q_z.rate())
 
-    def noise(
-        self, n: int, generator: torch.Generator, temperature: Tensor | None = None, spread: float = 1.0
-    ) -> Noise:
-        """The noise for a forward pass over n images, on the generator's device.
-
-        `spread`, the share of the range over which betas are drawn, matters to conditioned models only.
-        """
+    def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
+        """The noise for a forward pass over n images, on the generator's device."""
         z = self.family.noise((n, *self.z_shape), generator)
         return Noise(z, Gaussian.noise((n, *self.y_shape), generator), temperature)
 

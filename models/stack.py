@@ -78,8 +78,9 @@ class Stack:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.low):
             terms = (self.parallel or self.fast_terms)(x, noise)
         loss = _loss(terms, noise, beta_y, beta_z)
+        objective = loss if noise.log_betas is None else loss * self.model.weights(noise.log_betas)
         optimizer.zero_grad()
-        (loss.sum() * (self.world / n)).backward()
+        (objective.sum() * (self.world / n)).backward()
         optimizer.step()
         return self._of_all(_sums(loss, terms))
 

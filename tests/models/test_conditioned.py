@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from models.build import build_model
 from models.conditioned import Conditioned
+from models.stack import TERMS, Stack
 from utils.config import Config
 from utils.seeds import generator
 from utils.training.chunk import COLLAPSED
@@ -110,7 +111,8 @@ def test_training_lowers_the_loss_at_every_corner(kind, precision):
     temperature = None if temperature is None else torch.tensor(temperature)
     steps = 10 if kind == "MoL" else 40
     for step in range(steps):
-        engine.step(x, engine.stack.model.noise(32, noise, temperature, step / steps), one, one)
+        engine.stack.model.spread.fill_(min(1.0, 2 * step / steps))
+        engine.step(x, engine.stack.model.noise(32, noise, temperature), one, one)
     after = terms_at_points(engine.stack.plain(0), x)
     assert len(after) >= 2
     for name, terms in after.items():
@@ -119,21 +121,54 @@ def test_training_lowers_the_loss_at_every_corner(kind, precision):
 
 
 def test_at_the_start_it_is_the_ordinary_model_whatever_its_gates():
-    """There it learns as such a model does: its gates neither act nor learn."""
+    """While all betas are there, it learns as such a model does: its gates neither act nor learn."""
     model = conditioned()
+    model.spread.zero_()
     assert model.start.tolist() == [0, -1]
     for name, p in model.at(model.start).items():
-        assert torch.equal(p, model.model.get_parameter(name))
+        torch.testing.assert_close(p, model.model.get_parameter(name), rtol=1e-14, atol=1e-14)
     x, noise = inputs(Config(conv_channels=3, z_dims=4), model, 5)
     terms = model(x, noise._replace(log_betas=model.start.expand(5, 2)))
     (gradient,) = torch.autograd.grad(terms.loss().sum(), [model.gates.weight])
-    assert not gradient.any()
+    assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
+    """On the grid that is averaged, exactly; over many drawn betas, by far less than at one of them."""
+    model = conditioned()
+    model.spread.fill_(spread)
+    middles = 2 * spread * torch.tensor([1, 3, 5, 7, 9, 11, 13, 15]).double() / 16
+    grid = torch.cartesian_prod(middles - spread, middles - 1)
+    scales, shifts = (torch.cat(t, -1) for t in zip(*model.scales_and_shifts(grid).values(), strict=True))
+    torch.testing.assert_close(scales.mean(0), torch.ones_like(scales[0]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shifts.mean(0), torch.zeros_like(shifts[0]), rtol=1e-6, atol=1e-6)
+    drawn = model.scales_and_shifts(model.noise(4000, generator("cpu", 0)).log_betas.double())
+    many = torch.cat([scale for scale, _ in drawn.values()], -1) - 1
+    assert many.mean(0).square().mean() < 0.1 * many.square().mean()
+
+
+def test_images_of_large_beta_y_weigh_less_and_what_is_reported_does_not():
+    """A step of gradient descent follows the mean of loss / sqrt(beta_y); the sums that it returns are of the loss."""
+    model = conditioned()
+    x, noise = inputs(Config(conv_channels=3, z_dims=4), model, 3)
+    noise = noise._replace(log_betas=torch.tensor([[-1.0, 1.0], [0.2, 0.1], [0.9, -1.0]], dtype=torch.float64))
+    beta_y, beta_z = (10**noise.log_betas).unbind(1)
+    loss = model(x, noise).loss(beta_y, beta_z)
+    gradients = torch.autograd.grad((loss / beta_y.sqrt()).mean(), [*model.parameters()])
+    before = [p.detach().clone() for p in model.parameters()]
+    stack, one = Stack(model, 1), torch.ones(1, dtype=torch.float64)
+    sums = stack.step(torch.optim.SGD(stack.parameters.values(), lr=0.1), x, noise, one, one)
+    assert sums[0, TERMS.index("loss")].item() == pytest.approx(loss.sum().item(), rel=1e-12)
+    for old, new, gradient in zip(before, stack.parameters.values(), gradients, strict=True):
+        torch.testing.assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
 
 
 def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range():
     model = conditioned()
     for spread in (0.0, 0.25, 1.0):
-        log_betas = model.noise(4000, generator("cpu", 0), spread=spread).log_betas
+        model.spread.fill_(spread)
+        log_betas = model.noise(4000, generator("cpu", 0)).log_betas
         assert (log_betas >= torch.tensor([-spread, -1.0])).all()
         assert (log_betas <= torch.tensor([spread, 2 * spread - 1])).all()
         assert log_betas.std(0).tolist() == pytest.approx([2 * spread / math.sqrt(12)] * 2, rel=0.05)
@@ -161,8 +196,8 @@ def test_two_hundred_steps_lower_the_loss_at_every_corner(kind):
         x = images[torch.randint(0, 1280, (32,), generator=g)]
         temperature = stack.model.family.temperature(i // 20)
         temperature = None if temperature is None else torch.tensor(temperature)
-        noise = stack.model.noise(32, g, temperature, min(1.0, 2 * i / steps))
-        engine.step(x, noise, one, min(1.0, 10 * i / steps) * one)
+        stack.model.spread.fill_(min(1.0, 2 * i / steps))
+        engine.step(x, stack.model.noise(32, g, temperature), one, min(1.0, 10 * i / steps) * one)
     for name, terms in curves[-1].items():
         assert terms["loss"] < curves[0][name]["loss"] - 1, name
     rates = [terms["kl_z" if config.vae_type != "BVAE" else "kl_y"] for terms in curves[-1].values()]

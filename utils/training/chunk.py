@@ -34,13 +34,13 @@ class Chunk:
         self.runs, self.config, self.device = runs, runs[0].config, engine.device
         self.engine, self.stack = engine, engine.stack
         engine.restart(self.config.seed)
-        self.spread = 0.0  # of a conditioned model's betas, over its range
         self.betas = Betas([r.config for r in runs], self.stack.m, engine.device)
         self.live = dict(enumerate(runs))  # the cells that have not failed, by model index
         self.epoch = self.step = 0
         self.seconds = 0.0  # training time per cell
         self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
         self.at_points: dict[str, dict[str, float]] = {}  # of a conditioned model, after the last epoch
+        self._spread_to(0.0)
         self.saving, self.cost_of_save = None, 0.0  # the pending write; the seconds that the last one took
         if states[0] is not None:
             self._load(states)
@@ -52,7 +52,7 @@ class Chunk:
             self.betas.load(m, state)
         first = states[0]
         self.epoch, self.step, self.seconds = first["epoch"], first["step"], first["seconds"]
-        self.spread = first.get("spread", 0.0)
+        self._spread_to(first.get("spread", 0.0))
         if self.step:
             self.history = torch.zeros(len(first["history"]), self.stack.m, len(TERMS), device=self.device)
             self.history[:, : len(states)] = torch.stack([s["history"] for s in states], 1)
@@ -74,7 +74,13 @@ class Chunk:
         has_z = math.prod(self.stack.model.z_shape) > 0
         in_use = not has_z or train[:, TERMS.index("kl_z")].min() >= IN_USE
         if in_use or 2 * self.epoch >= self.config.num_epochs:
-            self.spread = min(1.0, self.spread + 1 / (SPREAD * self.config.num_epochs))
+            self._spread_to(min(1.0, self.spread + 1 / (SPREAD * self.config.num_epochs)))
+
+    def _spread_to(self, share: float) -> None:
+        """Sets the share of its range over which a conditioned model's betas are drawn."""
+        self.spread = share
+        if self.config.is_conditioned:
+            self.stack.model.spread.fill_(share)
 
     @property
     def collapsed(self) -> bool:

@@ -121,7 +121,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
         for x, _ in batches:
             whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
-            noise = stack.model.noise(whole, chunk.noise, temperature, chunk.spread)
+            noise = stack.model.noise(whole, chunk.noise, temperature)
             chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
             sums = chunk.engine.step(x, noise, weight_y * chunk.betas.y, weight_z * chunk.betas.z)
             chunk.history[chunk.step] = sums
