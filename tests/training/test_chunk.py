@@ -18,7 +18,7 @@ from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training.chunk import Chunk
 from utils.training.engine import Engine
-from utils.training.loop import rate_weights
+from utils.training.loop import lr_factor, rate_weights
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -133,6 +133,21 @@ def test_warmup_weights(script, monkeypatch):
     assert seen == [(3, 1)] * 10
 
 
+@pytest.mark.parametrize("schedule, start", [("constant", 10), ("cosine", 0), ("tail", 7)])
+@pytest.mark.parametrize("multi_rate", [False, True])
+def test_the_learning_rate_follows_its_schedule(schedule, start, multi_rate):
+    """As torch's scheduler: constant, then down to 0 along a cosine; a conditioned model's is twice as large."""
+    ends = {"multi_rate": True, "beta_max_y": 10.0, "beta_max_z": 10.0} if multi_rate else {}
+    config = Config(lr_schedule=schedule, **ends)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0 if multi_rate else 1.0)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, 10 - start))
+    for step in range(10):
+        assert lr_factor(config, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        if step >= start:
+            optimizer.step()
+            falling.step()
+
+
 def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
     (run,), chunk = in_training(1)
     chunk.step, chunk.history = 1, torch.zeros(3, 1, 4)
@@ -152,7 +167,7 @@ def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
         chunk.epoch += 1
         chunk.widen(torch.tensor([[300.0, -290.0, 8.0, rate]]))
         spreads.append(chunk.spread)
-    assert spreads == pytest.approx([0, 0, 1 / 6, 2 / 6, 2 / 6, 2 / 6])
+    assert spreads == pytest.approx([0, 0, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
     chunk.epoch = 10
     for _ in range(9):
         chunk.widen(torch.zeros(1, 4))

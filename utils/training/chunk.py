@@ -17,7 +17,7 @@ from utils.training.engine import MOMENTS, Engine
 SAVING_SHARE = 0.05  # the largest share of the training time that automatic checkpoints may take
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
 IN_USE = 2.0  # nats of R(z): more than noise keeps for a while
-SPREAD = 0.3  # of the training, in which a conditioned model's betas fill their range
+SPREAD = 0.15  # of the training, in which a conditioned model's betas fill their range
 COLLAPSED = 0.1  # nats: a conditioned model whose R(z) is smaller at all betas does not use z
 SAVER = ThreadPoolExecutor(1)  # writes the checkpoints in the background
 

@@ -24,6 +24,7 @@ from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
+FASTER = 2.0  # a conditioned model's learning rate, of --learning_rate: an ordinary one's z would collapse at it
 N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
@@ -51,10 +52,15 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
 
-def lr_factor(schedule: str, progress: float) -> float:
+def lr_factor(config: Config, progress: float) -> float:
     """What the learning rate is multiplied by, after that share of the training."""
-    start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
-    return 1.0 if progress < start or start == 1 else 0.5 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+    start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[config.lr_schedule]
+    peak = FASTER if config.is_conditioned else 1.0
+    return (
+        peak
+        if progress < start or start == 1
+        else peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
+    )
 
 
 @torch.no_grad()
@@ -122,7 +128,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
             whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
             noise = stack.model.noise(whole, chunk.noise, temperature)
-            chunk.engine.set_lr(config.learning_rate * lr_factor(config.lr_schedule, done))
+            chunk.engine.set_lr(config.learning_rate * lr_factor(config, done))
             sums = chunk.engine.step(x, noise, weight_y * chunk.betas.y, weight_z * chunk.betas.z)
             chunk.history[chunk.step] = sums
             chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
