@@ -25,8 +25,9 @@ class Conditioned(nn.Module):
     `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for. At `start`,
     log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. In
     training, betas are drawn around it, from the share `spread` of the range. Over that part of the range, scales are 1
-    and shifts 0 on average, whatever the hypernetwork: what all betas share is left to the layers, which learn it as an
-    ordinary model does. Free to move all scales together, the hypernetwork made z collapse before it came into use.
+    and shifts 0 on average, as images weigh in the objective, whatever the hypernetwork: what all betas share is left
+    to the layers, which learn it as an ordinary model does. Free to move all scales together, the hypernetwork made z
+    collapse before it came into use; with another average, a learned sigma fell at small betas at others' cost.
     """
 
     def __init__(self, model: nn.Module, log_range: Tensor):
@@ -53,7 +54,8 @@ class Conditioned(nn.Module):
         low, high = self.log_range.to(log_betas)
         places = log_betas, self.drawn(PLACES.to(log_betas))
         here, everywhere = (self.hypernetwork(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)
-        scales, shifts = self.gates(here - everywhere.mean(0)).chunk(2, -1)
+        shares = self.weights(places[1]) / self.weights(places[1]).sum()
+        scales, shifts = self.gates(here - shares @ everywhere).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
 

@@ -135,17 +135,20 @@ def test_at_the_start_it_is_the_ordinary_model_whatever_its_gates():
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
-    """On the grid that is averaged, exactly; over many drawn betas, by far less than at one of them."""
+    """As images weigh: exactly on the grid that is averaged; over drawn betas, by far less than at one of them."""
     model = conditioned()
     model.spread.fill_(spread)
     middles = 2 * spread * torch.tensor([1, 3, 5, 7, 9, 11, 13, 15]).double() / 16
     grid = torch.cartesian_prod(middles - spread, middles - 1)
     scales, shifts = (torch.cat(t, -1) for t in zip(*model.scales_and_shifts(grid).values(), strict=True))
-    torch.testing.assert_close(scales.mean(0), torch.ones_like(scales[0]), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(shifts.mean(0), torch.zeros_like(shifts[0]), rtol=1e-6, atol=1e-6)
-    drawn = model.scales_and_shifts(model.noise(4000, generator("cpu", 0)).log_betas.double())
-    many = torch.cat([scale for scale, _ in drawn.values()], -1) - 1
-    assert many.mean(0).square().mean() < 0.1 * many.square().mean()
+    weights = 10 ** -(grid[:, :1] / 2)
+    mean = (weights * scales).sum(0) / weights.sum()
+    torch.testing.assert_close(mean, torch.ones_like(mean), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((weights * shifts).sum(0), torch.zeros_like(mean), rtol=1e-5, atol=1e-5)
+    log_betas = model.noise(4000, generator("cpu", 0)).log_betas.double()
+    drawn = model.scales_and_shifts(log_betas)
+    many, weights = torch.cat([scale for scale, _ in drawn.values()], -1) - 1, 10 ** -(log_betas[:, :1] / 2)
+    assert (weights / weights.mean() * many).mean(0).square().mean() < 0.02 * many.square().mean()
 
 
 def test_images_of_large_beta_y_weigh_less_and_what_is_reported_does_not():
