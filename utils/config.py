@@ -181,11 +181,9 @@ class Config:
                 raise UserError(f"--target_rate_{layer}: must be > 0, got {target:g}")
         if self.target_rate_z is not None and self.vae_type == "BVAE":
             raise UserError("--target_rate_z: BVAE has no z")
-        most = math.log(self.z_dims) if self.qz_family == "GumbelSoftmax" else math.inf
-        if (self.target_rate_z or 0) >= most:
-            raise UserError(
-                f"--target_rate_z: {self.z_dims} categories hold less than {most:.4g} nats, got {self.target_rate_z:g}"
-            )
+        if (self.target_rate_z or 0) >= self.most_rate_z:
+            most = f"{self.z_dims} categories hold less than {self.most_rate_z:.4g} nats"
+            raise UserError(f"--target_rate_z: {most}, got {self.target_rate_z:g}")
 
     def _check_warmup(self) -> None:
         if self.no_warmup and self.warmup_epochs:
@@ -208,6 +206,11 @@ class Config:
     def has_target(self) -> bool:
         """Whether its betas are those of rates that were asked for."""
         return self.target_rate_y is not None or self.target_rate_z is not None
+
+    @property
+    def most_rate_z(self) -> float:
+        """What z can hold, in nats."""
+        return math.log(self.z_dims) if self.qz_family == "GumbelSoftmax" else math.inf
 
     @property
     def is_extendable(self) -> bool:

@@ -158,6 +158,15 @@ def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
         Chunk([run], [run.load_state()[0]], chunk.engine)
 
 
+def test_a_categorical_z_is_in_use_at_half_of_what_it_can_hold():
+    ends = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "beta_max_z": 10.0}
+    config = Config(conv_channels=2, z_dims=4, qz_family="GumbelSoftmax", num_epochs=20, **ends)
+    chunk = Chunk([Run.of(config, "runs")], [None], Engine(config, 1, torch.device("cpu")))
+    for rate, spread in ((0.69, 0), (0.7, 1 / 3)):  # of ln 4 = 1.386 nats
+        chunk.widen(torch.tensor([[300.0, -290.0, 8.0, rate]]))
+        assert chunk.spread == pytest.approx(spread)
+
+
 def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
     ends = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "beta_max_z": 10.0}
     config = Config(conv_channels=2, z_dims=3, num_epochs=20, **ends)

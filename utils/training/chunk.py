@@ -16,7 +16,7 @@ from utils.training.engine import MOMENTS, Engine
 
 SAVING_SHARE = 0.05  # the largest share of the training time that automatic checkpoints may take
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
-IN_USE = 2.0  # nats of R(z): more than noise keeps for a while
+IN_USE = 2.0  # nats of R(z), or half of what it can hold: more than noise keeps for a while
 SPREAD = 0.15  # of the training, in which a conditioned model's betas fill their range
 COLLAPSED = 0.1  # nats: a conditioned model whose R(z) is smaller at all betas does not use z
 SAVER = ThreadPoolExecutor(1)  # writes the checkpoints in the background
@@ -72,7 +72,8 @@ class Chunk:
         if not self.config.is_conditioned:
             return
         has_z = math.prod(self.stack.model.z_shape) > 0
-        in_use = not has_z or train[:, TERMS.index("kl_z")].min() >= IN_USE
+        enough = min(IN_USE, self.config.most_rate_z / 2)
+        in_use = not has_z or train[:, TERMS.index("kl_z")].min() >= enough
         if in_use or 2 * self.epoch >= self.config.num_epochs:
             self._spread_to(min(1.0, self.spread + 1 / (SPREAD * self.config.num_epochs)))
 
