@@ -60,7 +60,7 @@ class Config:
     num_epochs: int = _usual("num_epochs", "epochs to train", "training")
     batch_size: int = _usual("batch_size", "images per batch", "training")
     learning_rate: float = _usual(
-        "learning_rate", "Adam's learning rate, of which --multi_rate takes twice", "training"
+        "learning_rate", "Adam's learning rate, of which --multi_rate takes three times", "training"
     )
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "

@@ -136,10 +136,10 @@ def test_warmup_weights(script, monkeypatch):
 @pytest.mark.parametrize("schedule, start", [("constant", 10), ("cosine", 0), ("tail", 7)])
 @pytest.mark.parametrize("multi_rate", [False, True])
 def test_the_learning_rate_follows_its_schedule(schedule, start, multi_rate):
-    """As torch's scheduler: constant, then down to 0 along a cosine; a conditioned model's is twice as large."""
+    """As torch's scheduler: constant, then down to 0 along a cosine; a conditioned model's is three times as large."""
     ends = {"multi_rate": True, "beta_max_y": 10.0, "beta_max_z": 10.0} if multi_rate else {}
     config = Config(lr_schedule=schedule, **ends)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0 if multi_rate else 1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3.0 if multi_rate else 1.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, 10 - start))
     for step in range(10):
         assert lr_factor(config, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)

@@ -24,7 +24,7 @@ from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
-FASTER = 2.0  # a conditioned model's learning rate, of --learning_rate: an ordinary one's z would collapse at it
+FASTER = 3.0  # a conditioned model's learning rate, of --learning_rate: an ordinary one's z would collapse at it
 N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
