@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from utils.cli import Parser, add_bench_flags
-from utils.distributed import progress
+from utils.distributed import progress, share
 from utils.errors import run_script
 
 
@@ -31,10 +31,11 @@ def main(argv=None) -> int:
     from utils.evaluation.batch import gather, is_cell  # imports torch, which takes seconds: only for right flags
     from utils.evaluation.subject import Bench, listed
 
-    bench, problems = Bench.of(args), {}
+    bench, problems, asked = Bench.of(args), {}, share(args.run_path)
     if len(args.run_path) == 1:
-        step_2(args.run_path[0], bench, args.force)
-    paths = [p for p in args.run_path if len(args.run_path) > 1 and is_cell(p)]  # a shell's * finds figures, too
+        for path in asked:
+            step_2(path, bench, args.force)
+    paths = [p for p in asked if len(args.run_path) > 1 and is_cell(p)]  # a shell's * finds figures, too
     for path in progress(paths, unit="run"):
         with listed(problems, path):
             step_2(path, bench, args.force)

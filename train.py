@@ -104,10 +104,10 @@ def main(argv=None) -> int:
         if is_first() or not args.data_parallel:
             print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
-    status = report(problems, mine, len(plan) == 1)
+    status = report(problems, mine, len(cells) == 1, args.overwrite)
     if args.multi_rate and (is_first() or not args.data_parallel):
         runs, problems = unfold_all({run: plan[run] for run in mine if run.status == "finished"}, data, args)
-        status = max(status, report(problems, runs, len(cells) == 1))
+        status = max(status, report(problems, runs, len(cells) == 1, args.overwrite))
     wait_for_all()
     if is_first() and runs:
         summarise(runs, args)

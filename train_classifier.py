@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, whole
 from utils.config import Config
+from utils.distributed import share
 from utils.errors import UserError, run_script
 from utils.files import check_writable, read_json, save_tensors, write_json
 from utils.locks import Held, left_to, locked
@@ -47,7 +48,7 @@ def main(argv=None) -> int:
     from models.classifiers import folder_of  # imports torch, which takes seconds: only for flags that are right
 
     seeds = list(dict.fromkeys(args.seed))
-    for seed in seeds:
+    for seed in share(seeds, "classifiers"):
         try:
             make(args, seed, folder_of(seed, Path(args.runs_dir) / "classifiers" / args.config.data_name))
         except Held as e:

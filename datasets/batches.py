@@ -2,10 +2,12 @@
 
 import atexit
 import contextlib
+import io
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 
@@ -83,7 +85,8 @@ class _Decoded(Dataset):
             raise UserError(f"{path}: cannot be cropped ({one_line(e)})") from e
 
 
-def _worker_signals(_: int) -> None:
+def _quiet_worker(_: int) -> None:
+    sys.stderr = io.StringIO()  # what fails reaches the training process; tracebacks of its threads, no user
     for number in ENDING_SIGNALS:  # the training process decides when they end
         signal.signal(number, signal.SIG_IGN)
 
@@ -102,7 +105,7 @@ def _lost_workers(e: Exception) -> str | None:
         size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
         return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
     if "Too many open files" in str(e):
-        return "too many open files for processes that read images; raise the limit (ulimit -n) or lower --threads"
+        return "too many open files for the processes that read images; raise the limit (ulimit -n)"
     handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
     ended = "exited unexpectedly" in str(e) or "killed by signal" in str(e)
     if handing_over or "DataLoader worker" in str(e) and ended:
@@ -147,7 +150,7 @@ class Streamed:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4,
-            worker_init_fn=_worker_signals,
+            worker_init_fn=_quiet_worker,
         )
         problem = None
         try:

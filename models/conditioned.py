@@ -16,7 +16,6 @@ from .hvae import HVAE, Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
-PLACES = torch.cartesian_prod(*[torch.arange(0.5, 8) / 8] * 2)  # (64, 2), all over the range of betas, and evenly
 
 
 class Conditioned(nn.Module):
@@ -26,15 +25,17 @@ class Conditioned(nn.Module):
     log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. In
     training, betas are drawn around it, from the share `spread` of the range. Over that part of the range, scales are 1
     and shifts 0 on average, as images weigh in the objective, whatever the hypernetwork: what all betas share is left
-    to the layers, which learn it as an ordinary model does. Free to move all scales together, the hypernetwork made z
-    collapse before it came into use; with another average, a learned sigma fell at small betas at others' cost.
+    to the layers, which learn it as an ordinary model does. With gates that could move all scales together, z collapsed
+    before it came into use; with other averages, they lowered a learned sigma at some betas and raised it at others.
     """
 
     def __init__(self, model: nn.Module, log_range: Tensor):
         super().__init__()
         self.model = model
         start = torch.stack([log_range[:, 0].mean(), log_range[0, 1]])
-        for name, value in {"log_range": log_range, "start": start, "spread": torch.ones(())}.items():
+        places = torch.cartesian_prod(*[torch.arange(0.5, 8) / 8] * 2)  # (64, 2), all over the range, and evenly
+        buffers = {"log_range": log_range, "start": start, "spread": torch.ones(()), "places": places}
+        for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
         self.layers = [name for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
         within = {f"{name}.{part}" for name in self.layers for part in ("weight", "bias")}
@@ -52,10 +53,11 @@ class Conditioned(nn.Module):
     def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
         low, high = self.log_range.to(log_betas)
-        places = log_betas, self.drawn(PLACES.to(log_betas))
+        places = log_betas, self.drawn(self.places.to(log_betas))
         here, everywhere = (self.hypernetwork(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)
         shares = self.weights(places[1]) / self.weights(places[1]).sum()
-        scales, shifts = self.gates(here - shares @ everywhere).chunk(2, -1)
+        wide = self.spread > 0  # else Adam would make full steps of what is left by rounding
+        scales, shifts = self.gates(wide * (here - shares @ everywhere)).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
 

@@ -76,7 +76,7 @@ def test_a_killed_ranks_cells_are_completed_by_the_same_command(alone):
     assert all_weights("runs") == all_weights("whole") and len(all_weights("runs")) == 4
 
 
-@pytest.mark.parametrize("more", [[], ["--multi_rate", "--force"]])
+@pytest.mark.parametrize("more", [[], ["--multi_rate", "--force", "--learning_rate", "1e-4"]])
 def test_processes_share_every_batch_of_a_cell(script, more):
     """360 test images leave a last batch of 110: each process has its part, the sum is that of one process."""
     flags = [*TINY, "--beta_y", "0.5", "2", "--batch_size", "250", "--run_batch_name", "b", *more]

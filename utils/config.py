@@ -59,9 +59,7 @@ class Config:
     z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model")
     num_epochs: int = _usual("num_epochs", "epochs to train", "training")
     batch_size: int = _usual("batch_size", "images per batch", "training")
-    learning_rate: float = _usual(
-        "learning_rate", "Adam's learning rate, of which --multi_rate takes three times", "training"
-    )
+    learning_rate: float = _usual("learning_rate", "Adam's learning rate; --multi_rate uses three times it", "training")
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "
         "num_epochs // 5, --multi_rate num_epochs // 10, others 0)",

@@ -34,11 +34,11 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
-def share(items: list) -> list:
+def share(items: list, named: str = "runs") -> list:
     """Every WORLD_SIZE-th item, from the RANK-th on; says so, lest the variables are left over from something else."""
     rank, world = place()
     if world > 1:
-        print(f"RANK {rank} of WORLD_SIZE {world}: takes {len(items[rank::world])} of {len(items)} runs", flush=True)
+        print(f"RANK {rank} of WORLD_SIZE {world}: takes {len(items[rank::world])} of {len(items)} {named}", flush=True)
     return items[rank::world]
 
 

@@ -214,7 +214,8 @@ class _LockFile:
             text = self._path(number).read_text(encoding="utf-8", errors="replace")
         except OSError:
             text = ""
-        return text.partition("\n")[0] or "another process"
+        first = text.partition("\n")[0]
+        return first if first and first != FREE else "another process"  # which may be done by now
 
     def _can_be_taken(self, number: int) -> bool:
         path = self._path(number)

@@ -22,7 +22,7 @@ from utils.training.targets import Search
 CPU = torch.device("cpu")
 GRID = ["--beta_y", "0.1:10:3", "--beta_z", "0.5", "2"]
 LONGER = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "40", "--batch_size", "100", "--device", "cpu"]
-LONGER += ["--learning_rate", "2e-3", "--run_batch_name", "m"]
+LONGER += ["--learning_rate", "7e-4", "--run_batch_name", "m"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
-FASTER = 3.0  # a conditioned model's learning rate, of --learning_rate: an ordinary one's z would collapse at it
+FASTER = 3.0  # times --learning_rate, for a conditioned model; at twice of it, ordinary ones lost z
 N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
@@ -56,11 +56,9 @@ def lr_factor(config: Config, progress: float) -> float:
     """What the learning rate is multiplied by, after that share of the training."""
     start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[config.lr_schedule]
     peak = FASTER if config.is_conditioned else 1.0
-    return (
-        peak
-        if progress < start or start == 1
-        else peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
-    )
+    if progress < start or start == 1:
+        return peak
+    return peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
 
 
 @torch.no_grad()

@@ -249,12 +249,13 @@ def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[t
     return problems
 
 
-def report(problems: list[tuple[Run, UserError]], runs: list[Run], single: bool) -> int:
+def report(problems: list[tuple[Run, UserError]], runs: list[Run], single: bool, overwrite: bool) -> int:
     """Prints the problems of this process and those of its `runs` that failed; returns the exit status.
 
     A `single` run, of no grid, that is held leaves nothing to do, which its user should notice.
     """
-    problems = [e for run, e in problems if run.status != "finished"]  # another process may have finished it
+    # another process may have finished it since, unless it was finished before, and was to be trained again
+    problems = [e for run, e in problems if overwrite or run.status != "finished"]
     held = [e for e in problems if isinstance(e, Held)]
     if not single:
         for e in held:

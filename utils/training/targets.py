@@ -93,14 +93,14 @@ def near(runs: list[Run], data: Data, device: torch.device) -> list[Run]:
     found = {}
     for source in runs_in(new[0].path.parent) if new else ():
         if source.config.is_conditioned and source.status == "finished" and not source.result.get("collapsed"):
-            model = load_model(source, device)
-            search = Search(model, data, source.config.batch_size)
-            for run in new:
-                if run.path not in found and settings(run.config, *FREE) == settings(source.config, *FREE):
-                    log_betas, *_ = search.find(*_asked(run.config))
-                    betas = {f"beta_{n}": float(f"{10**u:.6g}") for n, u in zip("yz", log_betas, strict=True)}
-                    found[run.path] = dataclasses.replace(run, config=dataclasses.replace(run.config, **betas))
-                    print(f"{run.path}: starts at the betas of {source.path.name}", flush=True)
+            alike = [run for run in new if settings(run.config, *FREE) == settings(source.config, *FREE)]
+            alike = [run for run in alike if run.path not in found]
+            search = Search(load_model(source, device), data, source.config.batch_size) if alike else None
+            for run in alike:
+                log_betas, *_ = search.find(*_asked(run.config))
+                betas = {f"beta_{n}": float(f"{10**u:.6g}") for n, u in zip("yz", log_betas, strict=True)}
+                found[run.path] = dataclasses.replace(run, config=dataclasses.replace(run.config, **betas))
+                print(f"{run.path}: starts at the betas of {source.path.name}", flush=True)
     return [found.get(run.path, run) for run in runs]
 
 
