@@ -12,6 +12,7 @@ import torch
 
 import eval_beta_grid
 import train
+import train_classifier
 from tests.conftest import ROOT, TINY, python, start
 from utils.distributed import share
 from utils.files import load_tensors
@@ -111,6 +112,13 @@ def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
         check_data_parallel(1437, 360, 718)
+
+
+def test_a_classifier_is_trained_by_one_task_of_an_array(script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    status, out, _ = script(train_classifier.main, "--dataset", "Digits", "--seed", "1")
+    assert status == 0 and out == "RANK 1 of WORLD_SIZE 2: takes 0 of 1 classifiers\n" and not Path("runs").exists()
 
 
 def test_the_tasks_of_an_array_share_by_their_variables(alone, script, monkeypatch):

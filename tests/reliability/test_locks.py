@@ -159,6 +159,13 @@ def test_whoever_was_taken_for_dead_writes_nothing(no_flock):
     write_atomic(Path("a"), b"3")  # held no more, so no concern of the lock's
 
 
+def test_a_taker_that_is_done_by_now_is_another_process(no_flock):
+    with locked(Path()):
+        other(2, locks.FREE)
+        with pytest.raises(Lost, match="taken over by another process while"):
+            locks.check(Path())
+
+
 def test_a_slow_taker_gives_way(no_flock, monkeypatch):
     """It saw number 3 dead; meanwhile another took 4, ended, and a third took 5: its own 4 is no lock."""
     other(5, elsewhere())
@@ -201,6 +208,14 @@ def test_a_held_cell_is_a_note_where_it_is_all_of_a_processs_share(script, monke
     with locked(first):
         status, _, err = script(train.main, *grid, "--overwrite")
     assert status == 0 and "locked by" in err and "it trains that one" in err and "error" not in err
+
+
+def test_a_finished_run_that_is_held_is_told_of_if_it_is_to_be_trained_again(script):
+    assert script(train.main, *CELL, "--num_epochs", "1")[0] == 0
+    (run,) = Path("runs/singles").iterdir()
+    with locked(run):
+        status, _, err = script(train.main, *CELL, "--num_epochs", "1", "--overwrite")
+    assert status == 1 and err.startswith("error: ") and "locked by" in err
 
 
 @times(20, few=1)
