@@ -55,9 +55,9 @@ class Conditioned(nn.Module):
         low, high = self.log_range.to(log_betas)
         places = log_betas, self.drawn(self.places.to(log_betas))
         here, everywhere = (self.hypernetwork(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)
-        shares = self.weights(places[1]) / self.weights(places[1]).sum()
+        weights = self.weights(places[1])
         wide = self.spread > 0  # else Adam would make full steps of what is left by rounding
-        scales, shifts = self.gates(wide * (here - shares @ everywhere)).chunk(2, -1)
+        scales, shifts = self.gates(wide * (here - weights @ everywhere / weights.sum())).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
 
