@@ -86,7 +86,9 @@ def test_processes_share_every_batch_of_a_cell(script, more):
     paths = list(Path("runs/b").iterdir())
     for path in paths:
         ours, theirs = load_tensors(path / "vae.pth"), load_tensors(Path("alone/b", path.name, "vae.pth"))
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert ours.keys() == theirs.keys()
+        for name, weights in theirs.items():  # as wholes: of a gradient that is almost 0, Adam's steps are rounding
+            assert (ours[name] - weights).norm() <= 1e-5 * weights.norm(), name
     assert len(paths) == 2 + bool(more)  # and the multi-rate model
 
 
