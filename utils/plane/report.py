@@ -9,9 +9,10 @@ from pathlib import Path
 
 from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
-from utils.plane.advice import ADVICE, commands, headings_of
+from utils.plane.advice import ADVICE, TASKS, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
+from utils.plane.drivers import DRIVERS, drivers
 from utils.plane.excess import EXCESS, excess_rows, pairs
 from utils.plane.metrics import metric
 from utils.plane.slopes import SLOPES, Slope, slope_rows
@@ -109,6 +110,9 @@ def write_report(
     write_text(out / "advice.csv", to_csv(advised, {**ADVICE, **dict.fromkeys(plane.differing), "command": None}))
     write_text(out / "advice.md", to_markdown(advised, advice_headings))
     write_text(out / "slopes.csv", to_csv(checked, SLOPES))
+    driven = drivers(plane, [name for names in TASKS.values() for name in names if name in plane.names])
+    of_grids = DRIVERS | {name: name for name in plane.differing}
+    write_text(out / "drivers.csv", to_csv(driven, of_grids))
     compared = excess_rows(pairs(plane))
     if compared:
         write_text(out / "excess.csv", to_csv(compared, EXCESS))
@@ -117,6 +121,7 @@ def write_report(
     tables = {
         "Advice": to_html(advised, advice_headings),
         **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
+        **({"Rank correlations with the rates": to_html(driven, of_grids)} if driven else {}),
         "Cells": to_html(cells, headings(cells, plane)),
         "Slopes": to_html(checked, SLOPES),
         **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),

@@ -1,0 +1,58 @@
+"""Which of the rates each metric of a batch goes with."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from utils.plane.cells import Plane
+from utils.plane.metrics import metric
+
+RATES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R(z) + R(y|z)"}
+DRIVERS = {
+    "metric": "metric",
+    "n": "cells",
+    "seeds": "seeds",
+    **{k: v for name, label in RATES.items() for k, v in ((name, f"with {label}"), (f"{name}_se", f"+- of {label}"))},
+}
+LEAST_CELLS = 4  # of fewer, ranks say nothing
+
+
+def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | int]]:
+    """Spearman's rank correlations of metrics with rates over each grid's cells; 1 if always better at more rate.
+
+    If all cells of a grid share several seeds, the mean of those of each seed with its standard error; else of the
+    cells' medians, without. Left out: metrics that fewer than LEAST_CELLS cells have, or that are equal in all.
+    """
+    rows = []
+    for grid in plane.grids.values():
+        settings = {name: grid.cells[0].settings.get(name) for name in plane.differing}
+        seeds = [seed for seed in grid.seeds if all(seed in cell.seeds for cell in grid.cells)]
+        repeats = [[cell.repeats[cell.seeds.index(seed)] for cell in grid.cells] for seed in seeds]
+        if len(seeds) < 2:
+            repeats = [[cell.median for cell in grid.cells]]
+        for name in names:
+            found = np.array([_correlations(name, cells) for cells in repeats])  # (seeds, rates)
+            if np.isnan(found).all():
+                continue
+            there = min(sum(math.isfinite(cell.get(name, math.nan)) for cell in cells) for cells in repeats)
+            row = {"metric": name, **settings, "n": there, "seeds": len(grid.seeds)}
+            for rate, values in zip(RATES, found.T, strict=True):
+                if np.isnan(values).any():  # of a rate that is the same in all cells
+                    continue
+                row[rate] = float(values.mean())
+                if len(repeats) > 1:
+                    row[f"{rate}_se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+            rows.append(row)
+    return rows
+
+
+def _correlations(name: str, cells: Sequence[dict[str, float]]) -> list[float]:
+    from scipy.stats import spearmanr
+
+    values = np.array([metric(name).better * cell.get(name, math.nan) for cell in cells])
+    there = np.isfinite(values)
+    if there.sum() < LEAST_CELLS or np.ptp(values[there]) == 0:
+        return [math.nan] * len(RATES)
+    rates = np.array([[cell[rate] for rate in RATES] for cell in cells])[there]
+    return [float(spearmanr(rate, values[there]).statistic) if np.ptp(rate) else math.nan for rate in rates.T]
