@@ -9,6 +9,7 @@ This is step 2 of the evaluation; eval_beta_grid.py runs step 1, which must come
 import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from utils.cli import Parser, add_bench_flags
@@ -31,13 +32,10 @@ def main(argv=None) -> int:
     from utils.evaluation.batch import gather, is_cell  # imports torch, which takes seconds: only for right flags
     from utils.evaluation.subject import Bench, listed
 
-    bench, problems, asked = Bench.of(args), {}, share(args.run_path)
-    if len(args.run_path) == 1:
-        for path in asked:
-            step_2(path, bench, args.force)
-    paths = [p for p in asked if len(args.run_path) > 1 and is_cell(p)]  # a shell's * finds figures, too
+    bench, problems, several = Bench.of(args), {}, len(args.run_path) > 1
+    paths = [p for p in share(args.run_path) if is_cell(p) or not several]  # a shell's * finds figures, too
     for path in progress(paths, unit="run"):
-        with listed(problems, path):
+        with listed(problems, path) if several else nullcontext():
             step_2(path, bench, args.force)
     for folder in dict.fromkeys(path.resolve().parent for path in args.run_path):
         print(f"results in {gather(str(folder.parent), folder.name)}")

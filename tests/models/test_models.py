@@ -163,7 +163,7 @@ def timed(settings):
 DISTINCT = [s for s in combinations() if allowed(s) and (s["use_conv_z"] or s["dataset"] != "ImageNet")]
 
 
-@pytest.mark.parametrize("settings", map(timed, DISTINCT))
+@pytest.mark.parametrize("settings", [timed(settings) for settings in DISTINCT])
 def test_allowed_combinations_train_resume_stack_reload_and_sample(settings, monkeypatch):
     monkeypatch.setattr("utils.training.pictures.N", 1)
     config = Config(**settings)

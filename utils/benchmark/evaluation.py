@@ -6,6 +6,7 @@ import math
 import resource
 import statistics
 import warnings
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -30,6 +31,8 @@ from utils.evaluation.subject import Bench, Subject
 from utils.seeds import generator
 
 GRID, CORES = 441, 16
+FEW = (100, 300)  # images through the classifier that are timed on a CPU, which takes minutes for 1,000
+OF_CLASSIFIER = ("is", "fid_classifier", "recons")
 
 
 def mi(args: argparse.Namespace) -> None:
@@ -109,6 +112,7 @@ class Made(Subject):
 
     def __init__(self, config: Config, n: int, device: torch.device, classes: int = 10):
         self.config, self.bench, self.metrics = config, Bench(device, "", "", n_samples=n), {}
+        self.classes = classes
         rng = np.random.default_rng(0)
         patterns = rng.normal(scale=40, size=(classes, *config.image_shape))
 
@@ -135,6 +139,14 @@ class Made(Subject):
         for name in names:
             self.compute(name)
 
+    def seconds(self, names: Sequence[str], n: int) -> list[float]:
+        """Seconds of n repetitions of steps; on a CPU, those of the classifier are extrapolated from few images."""
+        images, device = self.bench.n_samples, self.bench.device
+        if not set(names) & set(OF_CLASSIFIER) or device.type != "cpu" or images <= FEW[-1]:
+            return measure({"": partial(self.anew, *names)}, n, device, warmup=1)[""]
+        few, more = (Made(self.config, k, device, self.classes).seconds(names, n) for k in FEW)
+        return [a + (b - a) / (FEW[1] - FEW[0]) * (images - FEW[0]) for a, b in zip(few, more, strict=True)]
+
     def fit(self, name: str, key: str) -> None:
         """Fits a probe, as the evaluation does."""
         parts = [(self.probes[key + end], self.probes["labels" + end]) for end in ("_train", "")]
@@ -159,12 +171,15 @@ def evaluate(args: argparse.Namespace) -> None:
     config = Config(dataset=args.dataset, conv_channels=args.conv_channels, z_dims=args.z_dims)
     n = args.images or 10_000
     made = Made(config, n, args.device)
-    names = (["rates"], ["is", "fid_classifier"], ["mi_z"], ["mi_y"], ["recons"])
-    steps = {", ".join(some): partial(made.anew, *some) for some in names}
-    steps |= {"latents of the probes": made.prepare}
     fits = {f"{name}, {key}": partial(made.fit, name, key) for key in TAILS for name in PROBES}
     print(f"evaluation of a run of {args.dataset}, {n:,} test images, as many for training and as many samples:")
-    seconds = measure(steps | fits, args.n, args.device, warmup=0)
+    if n > FEW[-1] and args.device.type == "cpu":
+        print(f"those that pass the classifier ({', '.join(OF_CLASSIFIER)}) extrapolated from {FEW[0]} and {FEW[1]}")
+    names = (("rates",), ("is", "fid_classifier"), ("mi_z",), ("mi_y",), ("recons",))
+    steps = {", ".join(some): made.seconds(some, args.n) for some in names}
+    steps |= measure({"latents of the probes": made.prepare}, args.n, args.device, warmup=0)
+    fits = measure(fits, args.n, args.device, warmup=0)
+    seconds = steps | fits
     print(f"{'':24s} {'median':>9} {'quartiles':>20} {'n':>4}")
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4)
