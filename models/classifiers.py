@@ -1,5 +1,6 @@
 """The networks that label images. datasets/table.py says which one a data set has, and how it is trained."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,23 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
+
+
+class InParts(nn.Module):
+    """Any function of images (B, C, H, W), which on a CPU gets few of them at a time, in channels_last memory.
+
+    That is faster: `python -m utils.benchmark classifiers`.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], part: int = 32):
+        super().__init__()
+        self.network, self.part = network, part
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return self.network(x)
+        parts = x.contiguous(memory_format=torch.channels_last).split(self.part)
+        return torch.cat([self.network(part) for part in parts])
 
 
 def small_conv_net(shape: tuple[int, int, int], n_classes: int) -> Classifier:
@@ -94,6 +112,13 @@ def accuracy(model: Classifier, split) -> float:
     return sum((model(x).argmax(1) == label).sum().item() for x, label in split.batches(500)) / len(split)
 
 
+def evaluator(model: Classifier, device: torch.device) -> Classifier:
+    """A trained classifier on a device, in eval mode and in the form that is fastest there."""
+    if device.type == "cpu":
+        model.features = InParts(model.features.to(memory_format=torch.channels_last))
+    return model.to(device).eval()
+
+
 def folder_of(seed: int, folder: Path) -> Path:
     """Where the classifier of a seed is: in the data set's folder if that is free or its own, else in one below it."""
     path = folder / "config.json"
@@ -124,4 +149,4 @@ def load_classifier(
         raise UserError(f"{file}: does not fit {settings} ({e})") from e
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{file}: holds weights that are not finite")
-    return model.to(device).eval(), digest(file.read_bytes())
+    return evaluator(model, device), digest(file.read_bytes())

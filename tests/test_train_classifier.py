@@ -1,5 +1,6 @@
 """train_classifier.py, and the classifiers that it makes."""
 
+import copy
 import json
 import math
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import train_classifier
-from models.classifiers import augmented, load_classifier
+from models.classifiers import NETWORKS, augmented, evaluator, load_classifier
 from tests.conftest import start
 from tests.datasets.files import write_cifar10, write_svhn
 from utils.config import Config
@@ -76,6 +77,16 @@ def test_a_damaged_number_of_classes_is_told(n_classes, script):
     path.write_text(json.dumps(read_json(path) | {"n_classes": n_classes}))
     with pytest.raises(UserError, match="classifier.pth: does not fit .*config.json|config.json"):
         load_classifier(path.parent, Config(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_classifiers_say_the_same_of_images_in_parts(name):
+    plain, x = NETWORKS[name]((3, 32, 32), 10).eval(), torch.rand(70, 3, 32, 32)
+    with torch.no_grad():
+        expected = plain(x), plain.features(x)
+        net = evaluator(copy.deepcopy(plain), torch.device("cpu"))
+        for ours, theirs in zip((net(x), net.features(x)), expected, strict=True):
+            assert ours.shape == theirs.shape and (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @pytest.mark.parametrize("dataset", ["SVHN", "CIFAR10"])

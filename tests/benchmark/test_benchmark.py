@@ -31,6 +31,7 @@ SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch
         ("mi", 200, ["plain loop", "gaussian_mi", "peak memory"]),
         ("probes", 100, ["saga, 5 seeds", "svm_linear"]),
         ("inception", 100, ["plain loop", "inception_score"]),
+        ("classifiers", 4, ["small_conv_net, 4 images", "as evaluated"]),
     ],
 )
 def test_benchmarks_run(what, images, lines, script):

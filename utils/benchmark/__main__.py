@@ -12,7 +12,7 @@
     python -m utils.benchmark pipeline    a cell from training to figures, and what is like the paper's code
     python -m utils.benchmark growth      how the evaluation grows with images, classes and cells
     python -m utils.benchmark evaluate    every step of the evaluation of one run
-    python -m utils.benchmark mi|probes|inception   parts of the evaluation, compared with plain implementations
+    python -m utils.benchmark mi|probes|inception|classifiers   parts of it, compared with plain implementations
 
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
@@ -30,7 +30,7 @@ from utils.errors import UserError, run_script
 BENCHMARKS = {  # name: module
     **{name: name for name in ("grid", "plane", "step", "profile", "layers", "loader", "threads", "precision")},
     **{"streams": "step", **dict.fromkeys(("pipeline", "growth"), "pipeline")},
-    **dict.fromkeys(("evaluate", "mi", "probes", "inception"), "evaluation"),
+    **dict.fromkeys(("evaluate", "mi", "probes", "inception", "classifiers"), "evaluation"),
 }
 
 
@@ -54,7 +54,8 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--images",
         type=whole,
-        help="number of images (default: grid, plane 50000, growth 60000, others of the evaluation 10000, others 2000)",
+        help="number of images (default: grid, plane 50000, growth 60000, others of the evaluation 10000, classifiers "
+        "256, others 2000)",
     )
     parser.add_argument(
         "--cells", type=whole, nargs="+", help="numbers of stacked cells (default: set by the benchmark)"

@@ -1,6 +1,7 @@
 """The steps of the evaluation, and parts of it compared with plain implementations of their definitions."""
 
 import argparse
+import copy
 import io
 import math
 import resource
@@ -19,7 +20,7 @@ from torch.distributions import Normal
 from datasets.batches import Resident
 from datasets.loading import Data
 from models.build import build_model
-from models.classifiers import build_classifier
+from models.classifiers import NETWORKS, build_classifier, evaluator
 from utils.benchmark.measuring import measure, report
 from utils.config import Config
 from utils.evaluation.fits import TAILS, probe_latents
@@ -27,7 +28,7 @@ from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import inception_score
 from utils.evaluation.probes import KERNELS, PROBES, fit_probe, split
 from utils.evaluation.steps import STEPS
-from utils.evaluation.subject import Bench, Subject
+from utils.evaluation.subject import BATCH, Bench, Subject
 from utils.seeds import generator
 
 GRID, CORES = 441, 16
@@ -105,6 +106,20 @@ def inception(args: argparse.Namespace) -> None:
     report(measure(candidates, args.n, args.device, warmup=1), dict.fromkeys(candidates, 1), baseline="plain loop")
 
 
+@torch.no_grad()
+def classifiers(args: argparse.Namespace) -> None:
+    """The classifiers' networks on a batch of images, plain and as the evaluation uses them."""
+    shape, n = (3, 32, 32), args.images or BATCH
+    x = torch.rand(n, *shape, device=args.device)
+    for name, build in NETWORKS.items():
+        torch.manual_seed(0)
+        plain = build(shape, 10).to(args.device).eval()
+        ours = evaluator(copy.deepcopy(plain), args.device)
+        print(f"{name}, {n} images of {shape}:")
+        candidates = {"plain": partial(plain, x), "as evaluated": partial(ours, x)}
+        report(measure(candidates, args.n, args.device, warmup=1), dict.fromkeys(candidates, n), baseline="plain")
+
+
 class Made(Subject):
     """A run of random weights, and images of noisy patterns, one a class; its results are kept here, not in files."""
 
@@ -124,7 +139,7 @@ class Made(Subject):
         torch.manual_seed(0)
         self.model = build_model(config).to(device).eval()
         self.bench._data[config.dataset, config.image_shape] = Data(images(), images(), classes)
-        net = build_classifier(config, classes).to(device).eval()
+        net = evaluator(build_classifier(config, classes), device)
         self.bench._classifiers[config.data_name] = [(net, "random")]
 
     def compute(self, name: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.classifiers import InParts
 from utils.evaluation.metrics import frechet_distance, inception_score, kernel_distance
 from utils.evaluation.probes import standard_error
 from utils.evaluation.subject import BATCH, Bench, Subject
@@ -91,8 +92,10 @@ def inception_features(bench: Bench) -> Callable[[Tensor], Tensor] | None:
         )
         return None
     net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(bench.device).eval()
+    if bench.device.type == "cpu":
+        net = net.to(memory_format=torch.channels_last)
 
     def features(x):
         return net((x.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))[0]
 
-    return features
+    return InParts(features)
