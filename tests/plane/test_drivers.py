@@ -22,6 +22,21 @@ def test_a_metric_goes_with_the_rate_that_it_is_a_function_of():
     assert found["fid"]["kl_y"] == pytest.approx(-1)  # less is better
 
 
+def test_at_equal_rate_is_what_regressions_on_the_total_leave():
+    """The partial correlation of ranks is that of residuals, once both are regressed on the ranks of the total."""
+    rng = np.random.default_rng(0)
+    rows = [exponential(by, bz) for by in AXIS for bz in AXIS]
+    for row in rows:
+        row["rate"] = row["kl_y"] + row["kl_z"]
+        row["psnr"] = row["rate"] + 2 * row["kl_z"] + rng.normal()
+        row["fid"] = row["psnr"]  # of which less is better
+    z, total, m = (scipy.stats.rankdata([row[name] for row in rows]) for name in ("kl_z", "rate", "psnr"))
+    left = [v - np.polyval(np.polyfit(total, v, 1), total) for v in (z, m)]
+    expected = scipy.stats.pearsonr(*left)[0]
+    found = [row["kl_z_given_rate"] for row in drivers(plane_of(rows), ["psnr", "fid"])]
+    assert found == pytest.approx([expected, -expected]) and expected > 0.5
+
+
 def test_errors_are_over_the_seeds_that_all_cells_share():
     rng = np.random.default_rng(0)
     repeats = [{seed: exponential(by, bz) | {"psnr": rng.random()} for seed in "123"} for by in AXIS for bz in AXIS]

@@ -8,7 +8,7 @@ import numpy as np
 from utils.plane.cells import Plane
 from utils.plane.metrics import metric
 
-RATES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R(z) + R(y|z)"}
+RATES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R", "kl_z_given_rate": "R(z) at equal R"}  # R = R(z) + R(y|z)
 DRIVERS = {
     "metric": "metric",
     "n": "cells",
@@ -21,6 +21,7 @@ LEAST_CELLS = 4  # of fewer, ranks say nothing
 def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | int]]:
     """Spearman's rank correlations of metrics with rates over each grid's cells; 1 if always better at more rate.
 
+    "R(z) at equal R" is the partial rank correlation with R(z) given R: 1 if of equal rates more in z is always better.
     If all cells of a grid share several seeds, the mean of those of each seed with its standard error; else of the
     cells' medians, without. Left out: metrics that fewer than LEAST_CELLS cells have, or that are equal in all.
     """
@@ -48,11 +49,15 @@ def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | 
 
 
 def _correlations(name: str, cells: Sequence[dict[str, float]]) -> list[float]:
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     values = np.array([metric(name).better * cell.get(name, math.nan) for cell in cells])
     there = np.isfinite(values)
     if there.sum() < LEAST_CELLS or np.ptp(values[there]) == 0:
         return [math.nan] * len(RATES)
-    rates = np.array([[cell[rate] for rate in RATES] for cell in cells])[there]
-    return [float(spearmanr(rate, values[there]).statistic) if np.ptp(rate) else math.nan for rate in rates.T]
+    rates = np.array([[cell[rate] for cell in cells] for rate in ("kl_z", "kl_y", "rate")])
+    with np.errstate(invalid="ignore"):  # of a rate that is the same in all cells
+        found = np.corrcoef(rankdata([*rates[:, there], values[there]], axis=1))
+    (*_, of_z), (*_, of_y), (z_and_r, _, _, of_r), _ = found
+    left = (1 - of_r**2) * (1 - z_and_r**2)  # of both variances, once R is known
+    return [of_z, of_y, of_r, (of_z - of_r * z_and_r) / math.sqrt(left) if left > 1e-9 else math.nan]
