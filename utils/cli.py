@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import threads
+from utils import memory, threads
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError, end_quietly, handled_by, heeded_signals, nearest, one_line
 
@@ -84,6 +84,7 @@ class Parser(argparse.ArgumentParser):
             import torch  # takes seconds: only for flags that are right
         args.device = device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.set_num_threads(args.threads or threads.choose())
+        memory.keep_freed()
         return args
 
 

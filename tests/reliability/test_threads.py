@@ -1,6 +1,7 @@
 """Threads: as many as there are free cores; the number a training began with, whatever the machine does now."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -140,3 +141,23 @@ def test_the_benchmark_shows_an_idle_and_a_loaded_machine():
     assert status == 0, err
     assert "as the machine is" in out and re.search(r"beside \d+ busy processes", out)
     assert len(re.findall(r"^\d+ threads?.* ms ", out, re.MULTILINE)) == 6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+@pytest.mark.parametrize("kept, surroundings", [(True, {}), (False, {"MALLOC_ARENA_MAX": "8"})], ids=["kept", "asked"])
+def test_freed_memory_is_kept_unless_the_user_tunes_it(kept, surroundings):
+    """Resident bytes before, with and after 400 MB."""
+    code = """
+from utils.memory import keep_freed
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+keep_freed()
+print(resident(), end=" ")
+held = [b"1" * 40_000_000 for _ in range(10)]
+print(resident(), end=" ")
+del held
+print(resident())
+"""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    said = subprocess.check_output([sys.executable, "-c", code], env=others | surroundings, cwd=ROOT, text=True)
+    before, held, after = map(int, said.split())
+    assert held - before > 390e6 and (after - before > 390e6) is kept and (after - before < 50e6) is not kept

@@ -16,6 +16,9 @@ import json, sys
 import utils.threads
 import torch
 torch.set_num_threads(int(sys.argv[1]))
+from utils.memory import keep_freed
+if sys.argv[3] == "kept":
+    keep_freed()
 from types import SimpleNamespace
 from utils.benchmark.measuring import measure
 from utils.benchmark.loops import config_of, random_split, stepper
@@ -28,13 +31,13 @@ print(json.dumps(measure({"step": step}, settings.n, cpu)["step"]))
 OPENMPS = "300000"  # what it would spin by itself
 
 
-def seconds_of_steps(threads: int, spins: str, args) -> list[float]:
+def seconds_of_steps(threads: int, spins: str, freed: str, args) -> list[float]:
     """Seconds of each of n steps in a process of its own, since spinning is settled when torch is loaded."""
     names = ("dataset", "conv_channels", "z_dims", "batch_size", "precision", "n")
     settings = json.dumps({name: getattr(args, name) for name in names})
     surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
     surroundings |= {"GOMP_SPINCOUNT": spins, "TQDM_DISABLE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SECONDS, str(threads), settings]
+    command = [sys.executable, "-c", SECONDS, str(threads), settings, freed]
     return json.loads(subprocess.run(command, env=surroundings, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
@@ -51,18 +54,22 @@ def busy(processes: int):
 
 
 def threads(args) -> None:
-    """Steps of one cell on an idle and on a loaded machine; `brief` is how our threads wait, `long` how OpenMP's do."""
+    """Steps of one cell on an idle and on a loaded machine.
+
+    `brief` is how our threads wait, `long` how OpenMP's do; freed memory is kept, unless it is said to be given back.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     candidates = {
-        "1 thread": (1, SPINS),
-        f"{cores} threads, long waits": (cores, OPENMPS),
-        f"{cores} threads, brief waits": (cores, SPINS),
+        "1 thread": (1, SPINS, "kept"),
+        "1 thread, freed memory given back": (1, SPINS, "given back"),
+        f"{cores} threads, long waits": (cores, OPENMPS, "kept"),
+        f"{cores} threads, brief waits": (cores, SPINS, "kept"),
     }
     for others in (0, cores):
         head(f"beside {others} busy processes" if others else "as the machine is")
         base = None
-        for name, (n, spins) in candidates.items():
+        for name, settings in candidates.items():
             with busy(others):
-                seconds = seconds_of_steps(n, spins, args)
+                seconds = seconds_of_steps(*settings, args)
             base = base or statistics.median(seconds)
             row(name, seconds, 1, base)
