@@ -71,7 +71,9 @@ def test_a_real_batch_of_both_kinds(script):
     for cell in found:
         (config,) = grid_configs(train.parse_args(shlex.split(own_training(cell))[2:]))
         (run,) = [Run.open(Path("runs/b", name)) for name in cell.runs]
-        kept = {k: v for k, v in vars(config).items() if k not in ("multi_rate", "source", "run_batch_name")}
+        others = ("multi_rate", "source", "run_batch_name", "warmup_epochs")
+        kept = {k: v for k, v in vars(config).items() if k not in others}
+        assert config.warmup_epochs == config.default_warmup == 0 < run.config.warmup_epochs
         assert kept == {k: v for k, v in vars(run.config).items() if k in kept}
     command = own_training(found[0])
     assert "--multi_rate" not in command and "--learning_rate 0.0005" in command and "--vae_type" not in command

@@ -101,7 +101,8 @@ def training(cell: Cell) -> str:
     """
     unfolded = cell.settings.get("multi_rate") == "True"
     found = unfolded or any(cell.settings.get(rate) for rate in ASKED.values())
-    flags = _flags(tuple((k, v) for k, v in cell.settings.items() if v and k in FLAGS and k not in (*BETAS, "seed")))
+    left = (*BETAS, "seed", *["warmup_epochs"] * unfolded)  # a multi-rate model warms up another rate than its cells
+    flags = _flags(tuple((k, v) for k, v in cell.settings.items() if v and k in FLAGS and k not in left))
     if flags is None or (cell.settings.get("init_from") and not unfolded):
         return ""
     words = list(flags)
