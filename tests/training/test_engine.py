@@ -6,7 +6,7 @@ import torch
 from models.build import build_model
 from models.hvae import Terms
 from models.stack import Stack
-from models.tables import BACKENDS
+from models.tables import BACKENDS, LIKELIHOODS, MODELS
 from utils.config import Config
 from utils.errors import is_out_of_memory
 from utils.seeds import generator
@@ -70,6 +70,22 @@ def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, 
     history, engine = ten_steps(compile=compile, capture=True)
     assert engine.replay is not None and engine.adam_steps == 10
     torch.testing.assert_close(history, ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+ENDS = {"multi_rate": True, "beta_y": 0.1, "beta_z": 0.1, "beta_max_y": 10.0, "beta_max_z": 10.0}
+KINDS = [{"vae_type": name} for name in MODELS] + [{"px_y_family_ll": name} for name in LIKELIHOODS]
+KINDS += [{"qz_family": "GumbelSoftmax"}, ENDS, ENDS | {"px_y_family_ll": "GaussianLearnedSigma"}]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=lambda settings: "-".join(str(v) for v in settings.values()))
+def test_the_step_of_every_kind_of_model_can_be_captured(settings, monkeypatch, capsys):
+    """A learned sigma is one number a model, of which the comparison with the plain step made an error."""
+    monkeypatch.setattr(engine_module, "record", replaying)
+    engine = Engine(Config(**{"conv_channels": 2, "z_dims": 3, "batch_size": 8} | settings), 2, CPU, capture=True)
+    engine.restart(2)
+    x, noise, ones = torch.rand(8, 1, 28, 28), engine.stack.model.noise(8, generator(CPU, 0)), torch.ones(2)
+    assert engine.step(x, noise, ones, ones).isfinite().all()
+    assert engine.replay is not None and capsys.readouterr().out == ""
 
 
 def test_smaller_batches_are_neither_captured_nor_compiled(monkeypatch):

@@ -216,7 +216,7 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
     (`low`), rounding alone changes a layer's gradient by 5 to 10 %. Models with a non-finite loss are ignored.
     """
     each, together = (0.5, 0.05) if low else (0.1, 0.01) if torch.backends.cudnn.allow_tf32 else (0.01, 1e-3)
-    finite = torch.stack([t.flatten(1).isfinite().all(1) for t in expected]).all(0)  # (M,)
+    finite = torch.stack([t.reshape(len(t), -1).isfinite().all(1) for t in expected]).all(0)  # (M,)
     results, expected = ([t[finite] for t in tensors] for tensors in (results, expected))
     errors, sizes = (
         torch.stack([t.norm() for t in tensors]).tolist()
