@@ -32,8 +32,8 @@ def parse_args(argv=None):
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="on: run the training step through torch.compile; auto: only for trainings that are long enough for it to "
-        "pay; off: run it eagerly, without a CUDA graph (default: auto)",
+        help="on: run the training step through torch.compile; auto: only on a GPU, for trainings that are long enough "
+        "for it to pay; off: run it eagerly, without a CUDA graph (default: auto)",
     )
     group.add_argument(
         "--convolutions",

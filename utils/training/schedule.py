@@ -9,10 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from models.build import build_model
-from models.conditioned import LAYERS
 from models.tables import BACKENDS
 from utils import threads
 from utils.config import Config
@@ -28,7 +25,6 @@ from utils.training.loop import Interrupted, Signals, train
 from utils.training.start import begin
 
 LONG = 20_000  # model steps that take about as long as measuring and compiling, on a GPU
-LONG_ON_CPU = 3e13  # operations of one training, which take ten minutes at 50 GFLOP/s
 AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
 
 
@@ -119,25 +115,6 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
     return [(run, back(run, state)) for run, state in cells]
 
 
-def operations(config: Config) -> int:
-    """Floating-point operations of a training step per image: three times those of the forward pass's layers.
-
-    As torch's FlopCounterMode counts them, which takes a second of start-up.
-    """
-    model, counts = build_model(config), []
-
-    def count(layer, inputs, out):
-        smaller = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else out
-        counts.append(2 * layer.weight.numel() * smaller[0, 0].numel())  # every weight is used once a pixel
-
-    for layer in model.modules():
-        if isinstance(layer, LAYERS):
-            layer.register_forward_hook(count)
-    with torch.no_grad():
-        model(torch.zeros(1, *config.image_shape), model.noise(1, torch.Generator().manual_seed(0)))
-    return 3 * sum(counts)
-
-
 class Trainer:
     """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
 
@@ -148,11 +125,7 @@ class Trainer:
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
         steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
         long = on_gpu and steps >= LONG  # whether measuring and compiling pay off
-        # on a CPU it depends on one training alone, so that a grid that is interrupted continues as it began
-        self.compile = args.compile == "on"
-        if args.compile == "auto":
-            images = len(data.train) * config.num_epochs
-            self.compile = long if on_gpu else images * operations(config) >= LONG_ON_CPU
+        self.compile = args.compile == "on" or args.compile == "auto" and long  # no faster on a CPU
         self.capture = on_gpu and args.compile != "off"
         self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
         usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
