@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -130,10 +131,12 @@ def overview(plane: Plane, names: Sequence[str], folder: Path, args) -> dict[str
     ax.plot(r_z, r_y, "o", c="0.75", ms=3, mew=0, ls="none", label="all cells")
     line = np.flatnonzero(on)[np.argsort(r_y[on])]
     ax.plot(r_z[line], r_y[line], "o--", c="k", ms=4, mfc="w", lw=0.8, label=f"ordinary beta-VAEs, {DIAGONAL}")
+    stars = Counter()
     for (name, cell), (_, colour) in zip(best.items(), MARKERS, strict=False):
         task = next(task for task, metrics in TASKS.items() if name in metrics).replace(", ", " ")
         at = (plane.scale(n) * cell.median[n] for n in ("kl_z", "kl_y"))
-        ax.plot(*at, "*", c=colour, ms=13, mec="w", mew=0.5, ls="none", zorder=3)
+        ax.plot(*at, "*", c=colour, ms=15 / (1 + stars[cell.runs]), mec="w", mew=0.5, ls="none", zorder=3)
+        stars[cell.runs] += 1  # smaller, so that those of one cell are all seen
         picture = places[name]
         picture.imshow(together(made[name], OVERVIEW).clip(0, 1), interpolation="nearest")
         picture.set(xticks=[], yticks=[])
