@@ -32,7 +32,7 @@ from utils.evaluation.subject import BATCH, Bench, Subject
 from utils.seeds import generator
 
 GRID, CORES = 441, 16
-FEW = (100, 300)  # images through the classifier that are timed on a CPU, which takes minutes for 1,000
+FEW = (200, 1000)  # images through the classifier that are timed on a CPU, which takes minutes for 10,000
 OF_CLASSIFIER = ("is", "fid_classifier", "recons")
 
 
