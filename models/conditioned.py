@@ -16,6 +16,7 @@ from .hvae import HVAE, Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
+MARGIN = 0.15  # of the range of log betas, on either side: drawn as well, as gates are learnt worst at the edges
 
 
 class Conditioned(nn.Module):
@@ -62,9 +63,9 @@ class Conditioned(nn.Module):
         return dict(zip([*self.layers, *self.others], each, strict=True))
 
     def drawn(self, u: Tensor) -> Tensor:
-        """log10 of the betas at places u (..., 2), of 0 to 1, in the range shrunk by `spread` towards `start`."""
+        """log10 of the betas at places u (..., 2), 0 to 1, in the range and MARGIN, shrunk by `spread` to `start`."""
         (low, high), start = self.log_range.to(u), self.start.to(u)
-        return start + self.spread.to(u) * (low + (high - low) * u - start)
+        return start + self.spread.to(u) * (low + (high - low) * ((1 + 2 * MARGIN) * u - MARGIN) - start)
 
     def _gated(self, name: str, out: Tensor) -> Tensor:
         if not self.now:
@@ -73,7 +74,7 @@ class Conditioned(nn.Module):
         return torch.addcmul(shift, out, scale)
 
     def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
-        """The model's noise, and betas: log-uniform over the range, shrunk by `spread` towards the start."""
+        """The model's noise, and betas: log-uniform over the range and MARGIN, shrunk by `spread` towards the start."""
         noise = self.model.noise(n, generator, temperature)
         u = torch.rand(n, 2, generator=generator, device=generator.device)
         return noise._replace(log_betas=self.drawn(u))

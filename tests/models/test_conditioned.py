@@ -109,7 +109,7 @@ def test_training_lowers_the_loss_at_every_corner(kind, precision):
     before = terms_at_points(engine.stack.plain(0), x)
     temperature = engine.stack.model.family.temperature(0)
     temperature = None if temperature is None else torch.tensor(temperature)
-    steps = 10 if kind == "MoL" else 40
+    steps = {"MoL": 10, "learned sigma": 60}.get(kind, 40)  # sigma rises first, with all rates, and then falls
     for step in range(steps):
         engine.stack.model.spread.fill_(min(1.0, 2 * step / steps))
         engine.step(x, engine.stack.model.noise(32, noise, temperature), one, one)
@@ -144,8 +144,8 @@ def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
     """As images weigh: exactly on the grid that is averaged; over drawn betas, by far less than at one of them."""
     model = conditioned()
     model.spread.fill_(spread)
-    middles = 2 * spread * torch.tensor([1, 3, 5, 7, 9, 11, 13, 15]).double() / 16
-    grid = torch.cartesian_prod(middles - spread, middles - 1)
+    middles = 2.6 * spread * torch.tensor([1, 3, 5, 7, 9, 11, 13, 15]).double() / 16  # a margin of 0.3 on either side
+    grid = torch.cartesian_prod(middles - 1.3 * spread, middles - 0.3 * spread - 1)
     scales, shifts = (torch.cat(t, -1) for t in zip(*model.scales_and_shifts(grid).values(), strict=True))
     weights = 10 ** -(grid[:, :1] / 2)
     mean = (weights * scales).sum(0) / weights.sum()
@@ -173,15 +173,15 @@ def test_images_of_large_beta_y_weigh_less_and_what_is_reported_does_not():
         torch.testing.assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
 
 
-def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range():
+def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range_and_15_percent_beyond():
     model = conditioned()
     for spread in (0.0, 0.25, 1.0):
         model.spread.fill_(spread)
         log_betas = model.noise(4000, generator("cpu", 0)).log_betas
-        assert (log_betas >= torch.tensor([-spread, -1.0])).all()
-        assert (log_betas <= torch.tensor([spread, 2 * spread - 1])).all()
-        assert log_betas.std(0).tolist() == pytest.approx([2 * spread / math.sqrt(12)] * 2, rel=0.05)
-        assert log_betas.mean(0).tolist() == pytest.approx([0, spread - 1], abs=0.03)
+        assert (log_betas >= torch.tensor([-1.3 * spread, -1 - 0.3 * spread])).all()
+        assert (log_betas <= torch.tensor([1.3 * spread, 2.3 * spread - 1])).all()
+        assert log_betas.std(0).tolist() == pytest.approx([2.6 * spread / math.sqrt(12)] * 2, rel=0.05)
+        assert log_betas.mean(0).tolist() == pytest.approx([0, spread - 1], abs=0.04)
 
 
 @pytest.mark.slow
