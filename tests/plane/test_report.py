@@ -35,6 +35,11 @@ PLACES = """() => { const d = Bokeh.documents[0], f = Bokeh.index.get_one(d.get_
   const {x, y} = d.get_model_by_name("cells").data;
   return Array.from(x, (v, i) => [f.x_scale.compute(v), f.y_scale.compute(y[i])]); }"""
 
+FITS = """() => { const d = Bokeh.documents[0], f = Bokeh.index.get_one(d.get_model_by_name("plot")).frame;
+  const {x, side, align} = d.get_model_by_name("stars").data, wide = 90;
+  return Array.from(x, (v, i) => { const at = f.x_scale.compute(v) + side[i];
+    return align[i] === "left" ? at + wide <= f.bbox.right : at - wide >= f.bbox.left; }); }"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -299,6 +304,7 @@ def test_sliders_move_the_advice_as_a_budget_of_plot_eval_does(opened, batches, 
         seen.append([(row["beta_y"], row["beta_z"]) for row in rows])
         stars = page.evaluate("Array.from(Bokeh.documents[0].get_model_by_name('stars').data.x)")
         assert len(stars) == len(set(seen[-1]))
+        assert all(page.evaluate(FITS)), "a label as of five tasks, 90 pixels wide, is cut off"
     assert seen[0] != seen[1] != seen[2]
     page.locator("#advised button").first.click()  # chooses the first row's cell
     assert float(table(page, "compared")[1][-1]) == seen[-1][0][0]

@@ -160,13 +160,12 @@ def drawn(plane: Plane, made: Pictures):
         line_width=0.5, fill_color={"field": "value", "transform": mapper},
     )  # fmt: skip
     plot.scatter(x[on], y[on], size=15, fill_color=None, line_color="gray", name="ring")
-    for name, marker, side in (("stars", "star", 1), ("chosen", "circle", -1)):
-        source = ColumnDataSource({"x": [], "y": [], "label": [], "shift": []}, name=name)
+    for name, marker in (("stars", "star"), ("chosen", "circle")):
+        source = ColumnDataSource({k: [] for k in ("x", "y", "label", "shift", "side", "align")}, name=name)
         plot.scatter("x", "y", source=source, marker=marker, size=24, fill_color=None, line_color=RED, line_width=1.8)
         plot.text(
-            "x", "y", "label", source=source, x_offset=side * 10, y_offset="shift", text_color=RED,
-            text_align="left" if side > 0 else "right", text_baseline="middle", text_font_size="12px",
-            text_font_style="bold",
+            "x", "y", "label", source=source, x_offset="side", y_offset="shift", text_align="align", text_color=RED,
+            text_baseline="middle", text_font_size="12px", text_font_style="bold",
         )  # fmt: skip
     hover = plot.select_one(HoverTool)
     kinds = "".join(PICTURE.format(kind) for kind in made.shown if made.shown[kind])

@@ -36,11 +36,15 @@ async function explore() {
   const column = name => columns.find(c => c.name === name);
   const shown = v => v === null || v === undefined ? "" : typeof v === "number" ? `${+v.toPrecision(4)}` : v;
   const withError = (c, i) => shown(c.values[i]) + (c.errors?.[i] != null ? ` ± ${+c.errors[i].toPrecision(2)}` : "");
-  const mark = (name, labels) => {  // labels: [cell, text]; every other one is higher, since neighbours may be close
+  // labels: [cell, text]; every other one is higher, since neighbours may be close; those of stars grow to the middle
+  const mark = (name, labels) => {
     const [at, label] = [labels.map(([i]) => i), labels.map(([, text]) => text)];
     const order = at.toSorted((i, j) => cells.data.x[i] - cells.data.x[j]);
     const shift = at.map(i => order.indexOf(i) % 2 ? -15 : 15);
-    model(name).data = {x: at.map(i => cells.data.x[i]), y: at.map(i => cells.data.y[i]), label, shift};
+    const x = at.map(i => cells.data.x[i]), middle = (Math.min(...cells.data.x) + Math.max(...cells.data.x)) / 2;
+    const side = x.map(v => v < middle === (name === "stars") ? 10 : -10);
+    const align = side.map(v => v > 0 ? "left" : "right");
+    model(name).data = {x, y: at.map(i => cells.data.y[i]), label, shift, side, align};
   };
   const best = (among, score) => among.reduce((a, b) =>  // ties go to the lowest total rate
     score[b] > score[a] || score[b] === score[a] && rates[0].values[b] < rates[0].values[a] ? b : a);
