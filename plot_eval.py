@@ -21,7 +21,7 @@ from utils.files import check_writable
 from utils.plane.advice import advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
-from utils.plane.metrics import FOUR, INFORMATION, PROBES, first_of, plain, wanted
+from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
 from utils.plane.report import write_comparison, write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
@@ -71,7 +71,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args,
     if names:
         drawn["rate_plane"] = figures.rate_planes(plane, names)
         drawn["total_rate"] = figures.total_rates(plane, names)
-    of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *PROBES)
+    of_label = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *ACCURACIES["qz_mu"])
     information = [n for n in names if plain(n) in of_label] if args.metrics else first_of(plane.names, INFORMATION)
     if information:
         labels = labels_of(plane)

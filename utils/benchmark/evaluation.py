@@ -23,10 +23,10 @@ from models.build import build_model
 from models.classifiers import NETWORKS, build_classifier, evaluator
 from utils.benchmark.measuring import measure, report
 from utils.config import Config
-from utils.evaluation.fits import TAILS, probe_latents
+from utils.evaluation.fits import probe_latents
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import inception_score
-from utils.evaluation.probes import KERNELS, PROBES, fit_probe, split
+from utils.evaluation.probes import KERNELS, PROBES, TAILS, fit_probe, split
 from utils.evaluation.steps import STEPS
 from utils.evaluation.subject import BATCH, Bench, Subject
 from utils.seeds import generator

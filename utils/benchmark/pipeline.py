@@ -18,8 +18,7 @@ from utils.benchmark.evaluation import CORES, GRID, Made, plain_mi
 from utils.benchmark.grid import EPOCHS
 from utils.benchmark.loops import config_of, like_the_papers, random_split, stepper
 from utils.benchmark.measuring import measure
-from utils.evaluation.fits import TAILS
-from utils.evaluation.probes import PROBES
+from utils.evaluation.probes import PROBES, TAILS
 from utils.files import to_csv, write_text
 from utils.training.engine import Engine
 

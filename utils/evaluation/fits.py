@@ -13,14 +13,12 @@ import torch
 
 from utils.distributed import progress
 from utils.errors import held_back
-from utils.evaluation.probes import PROBES, accuracy_of, probe
+from utils.evaluation.probes import PROBES, TAILS, TAILS_PAPER, accuracy_of, probe
 from utils.evaluation.subject import BATCH, Step, Subject, can_do, is_done, listed, record
 from utils.files import npz, write_atomic
 
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # set to 1 in the workers
 UNHEEDED = (signal.SIGHUP, signal.SIGUSR1)  # by loky's processes, which this one ends
-TAILS = {"qz_mu": "", "qy_mu": "_y", "z": "_sample", "y": "_sample_y"}  # of the columns, by the key of the latents
-TAILS_PAPER = {"qz_mu": "_paper", "qy_mu": "_y_paper"}
 
 
 @torch.no_grad()

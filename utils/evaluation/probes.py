@@ -17,6 +17,8 @@ TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; docs/perfo
 MANY = 64  # dimensions from which on kernels are sooner made as products of matrices
 MOST_BYTES, ROWS = 2**31, 1000  # of a kernel matrix; of it that are made at once for test latents
 SAMPLES = ("z", "y")  # keys of the latents that are samples; qz_mu, qy_mu are means
+TAILS = {"qz_mu": "", "qy_mu": "_y", "z": "_sample", "y": "_sample_y"}  # of the columns, by the key of the latents
+TAILS_PAPER = {"qz_mu": "_paper", "qy_mu": "_y_paper"}
 
 
 def accuracy_of(name: str) -> str:

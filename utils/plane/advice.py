@@ -10,7 +10,7 @@ from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import ASKED, BETAS, Cell, Plane
 from utils.plane.gains import UNTESTED, equal, gain, shown, terms_of
-from utils.plane.metrics import PROBES, metric
+from utils.plane.metrics import ACCURACIES, metric
 
 ADVICE = {  # columns of the advice and their headings
     "task": "task",
@@ -36,8 +36,8 @@ ADVICE = {  # columns of the advice and their headings
 
 TASKS = {
     "reconstruction": ("psnr",),
-    "representation, from z": PROBES,
-    "representation, from y": tuple(f"{name}_y" for name in PROBES),
+    "representation, from z": ACCURACIES["qz_mu"],
+    "representation, from y": ACCURACIES["qy_mu"],
     "generation": ("is_mean", "fid", "fid_classifier"),
     "information on the label, in z": ("mi_z_low",),
     "information on the label, in y": ("mi_y_low",),

@@ -29,7 +29,7 @@ from utils.plane.drawing import (
     seeds,
     table,
 )
-from utils.plane.metrics import BRACKETS, PROBES, metric, plain
+from utils.plane.metrics import ACCURACIES, BRACKETS, metric
 
 
 def dots(
@@ -138,7 +138,7 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
     grid, norm = grid[grid <= max(r_z.max(), 1e-3)], Normalize(r_y.min(), r_y.max())
     for ax, name in zip(axes, names, strict=True):
         colours = draw_values(ax, plane, "kl_z", name, r_y, norm)
-        of_samples = plain(name) in PROBES and name.removesuffix("_standardized").endswith("_sample")
+        of_samples = name.removesuffix("_standardized") in ACCURACIES["z"]
         if math.isfinite(h) and (of_samples or name in ("mi_z_low", "mi_q_mc", "mi_q")):
             line = np.array([bound(v / unit) for v in grid]) if of_samples else np.minimum(grid, h * unit)
             ax.plot(grid, line, "-", c=RED, label="bound from R(z) and H(label)")

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from utils.errors import UserError, nearest
+from utils.evaluation.probes import PROBES, TAILS, accuracy_of
 
 
 class Metric(NamedTuple):
@@ -77,9 +78,7 @@ METRICS = {
     "kl_y": Metric("R(y|z)", "nats", 0),
     "rate": Metric("R(z) + R(y|z)", "nats", 0),
 }
-PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
-
-
+ACCURACIES = {key: tuple(accuracy_of(name) + tail for name in PROBES) for key, tail in TAILS.items()}  # of latents
 BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # lower and upper ends of what is only known between
 
 

@@ -14,7 +14,7 @@ from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.drivers import DRIVERS, drivers
 from utils.plane.excess import EXCESS, excess_rows, pairs
-from utils.plane.metrics import PROBES, metric
+from utils.plane.metrics import ACCURACIES, metric
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
@@ -111,7 +111,7 @@ def write_report(
     write_text(out / "advice.md", to_markdown(advised, advice_headings))
     write_text(out / "slopes.csv", to_csv(checked, SLOPES))
     of_tasks = [name for names in TASKS.values() for name in names]
-    of_tasks += [f"{name}_sample{which}" for which in ("", "_y") for name in PROBES]
+    of_tasks += [*ACCURACIES["z"], *ACCURACIES["y"]]
     driven = drivers(plane, [name for name in of_tasks if name in plane.names])
     of_grids = DRIVERS | {name: name for name in plane.differing}
     write_text(out / "drivers.csv", to_csv(driven, of_grids))
