@@ -134,6 +134,16 @@ class _ArraysOnly(pickle._Unpickler):
         found = super().find_class(module, name)
         return functools.partial(_empty, found) if name == "_reconstruct" else found
 
+    def load_bytearray8(self):
+        """Python's makes room for as many bytes as a damaged file says, before it reads them."""
+        size = int.from_bytes(self.read(8), "little")
+        held = self.read(size)
+        if len(held) < size:
+            raise pickle.UnpicklingError(f"it ends within an array of {size:,} bytes")
+        self.append(bytearray(held))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
+
 
 def _empty(reconstruct, subtype, shape, dtype):
     if shape != (0,):  # as numpy writes it; another one would ask for memory

@@ -263,6 +263,13 @@ def test_a_cifar10_pickle_that_runs_code_is_refused(harm, protocol):
     assert not Path("executed").exists()
 
 
+def test_a_cifar10_pickle_that_names_more_bytes_than_it_holds_asks_for_no_memory():
+    write_cifar10(Path("data"))
+    Path("data/cifar-10-batches-py/test_batch").write_bytes(b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".")
+    with pytest.raises(UserError, match="ends within an array of 1,099,511,627,776 bytes"):
+        load("CIFAR10")
+
+
 # --- SVHN ---
 
 

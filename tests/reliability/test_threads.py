@@ -112,7 +112,7 @@ def test_a_training_goes_on_with_the_threads_it_began_with(trial):
     time.sleep(0.02 * trial)
     process.send_signal(signal.SIGKILL if trial % 2 else signal.SIGTERM)
     process.communicate()
-    assert there("vae.pth") or load_tensors(there("resume.pth")[0])["threads"] == 2
+    assert there("vae.pth") or load_tensors(there("resume*.pth")[0])["threads"] == 2  # one at least, while it is saved
     status, out, err = ended(quick("train.py", *CELL, OMP_NUM_THREADS="1"))
     assert status == 0, err
     assert there("vae.pth")[0].read_bytes() == expected[2]
@@ -140,7 +140,7 @@ def test_the_benchmark_shows_an_idle_and_a_loaded_machine():
     status, out, err = ended(python(*command, "--z_dims", 4, "--batch_size", 32, cwd=ROOT), 600)
     assert status == 0, err
     assert "as the machine is" in out and re.search(r"beside \d+ busy processes", out)
-    assert len(re.findall(r"^\d+ threads?.* ms ", out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^\d+ threads?.* ms ", out, re.MULTILINE)) == 8
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
