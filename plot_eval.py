@@ -18,7 +18,7 @@ from pathlib import Path
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import run_script
 from utils.files import check_writable
-from utils.plane.advice import advice, commands, headings_of, terms_for
+from utils.plane.advice import EXPLAINED, advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import pairs, print_excess
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
@@ -130,6 +130,7 @@ def main(argv=None) -> int:
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
+    print(EXPLAINED)
     for row in commands(advised):
         print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
     print_far_off(slope_rows(found))

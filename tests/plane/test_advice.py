@@ -25,15 +25,19 @@ def test_advice_on_a_known_surface():
     assert set(found) == {"psnr", "lr_acc_mean", "fid"}
     psnr, acc, fid = found["psnr"], found["lr_acc_mean"], found["fid"]
     assert (psnr["beta_y"], psnr["beta_z"], psnr["value"]) == (0.1, 10, 34)  # the lowest total rate of the five
-    assert psnr["diagonal_beta"] == 0.1 and psnr["gain"] == 0
+    ordinary = [(16 - 9 * t, 10 ** (-0.1 * (30 - 4 * t))) for t in np.log10(AXIS)]  # rates and squared errors
+    pairs = [(a, b, (rb - 15) / (rb - ra)) for ra, a in ordinary for rb, b in ordinary if ra <= 15 < rb]
+    mixed = -10 * math.log10(min(share * a + (1 - share) * b for a, b, share in pairs))
+    assert psnr["diagonal_value"] == pytest.approx(mixed) and psnr["gain"] == pytest.approx(34 - mixed)
+    assert psnr["diagonal_rate"] == psnr["rate"] == 15
     assert (acc["beta_y"], acc["beta_z"], acc["kl_z"]) == (0.1, 1, 6)
-    assert acc["diagonal_beta"] == 1 and acc["gain"] == pytest.approx(0.04)
+    assert acc["diagonal_rate"] == 16 and acc["gain"] == pytest.approx(0.04)  # less than the 20 of the best
     assert (fid["beta_y"], fid["beta_z"], fid["value"], fid["gain"]) == (0.1, 0.1, 75, 0)
     budget = {"rate": 17}
     within = {row["metric"]: row for row in advice(plane_of(rows), budget)}
     assert (within["psnr"]["beta_y"], within["psnr"]["beta_z"]) == (0.1, 10)
     assert all(row["rate"] <= 17 + 1e-9 and row["budget"] == "R(z) + R(y|z) <= 17 nats" for row in within.values())
-    assert within["fid"]["value"] > 75 and within["fid"]["diagonal_beta"] == 1
+    assert within["fid"]["value"] > 75 and within["fid"]["diagonal_rate"] == 16
     assert advice(plane_of(rows), {"kl_z": 0.5}) == []
     assert all(row["kl_z"] <= 3.5 for row in advice(plane_of(rows), {"kl_z": 3.5}))
 
@@ -53,7 +57,7 @@ def test_in_bits_everything_known_in_nats_is_bits():
 
 def test_advice_without_ordinary_cells_leaves_them_empty():
     (row,) = advice(plane_of([exponential(1, 10) | {"psnr": 3.0}]))
-    assert "gain" not in row and "diagonal_beta" not in row
+    assert "gain" not in row and "diagonal_rate" not in row
     assert "gain" not in to_markdown([row], ADVICE)
 
 

@@ -176,8 +176,10 @@ def test_hovering_tells_betas_rates_and_the_coloured_figure_and_shows_pictures(o
 def test_every_column_colours_the_plane_by_its_better_way(opened, batches):
     page, plane = opened("known"), read_plane(batches / "known/eval_results.csv")
     options = dict(page.locator("#colour option").evaluate_all("all => all.map(o => [o.value, o.text])"))
-    assert all(options[name] == plane.title(name) for name in plane.names)
-    assert {"log10 beta_y", "log10 beta_z", "kl_y", "kl_z", "rate", "psnr_se"} <= set(options)
+    figures = [name for name in plane.names if name != "psnr_se"]  # shown with PSNR
+    assert {name: options[name] for name in figures} == {name: plane.title(name) for name in figures}
+    assert list(options)[:4] == ["kl_z", "kl_y", "rate", "psnr"] and {"log10 beta_y", "log10 beta_z"} <= set(options)
+    assert not any(name.endswith("_se") for name in options)
     for name, first, last in (("nelbo", "#FDE724", "#440154"), ("is_mean", "#440154", "#FDE724")):
         page.select_option("#colour", name)
         found = page.evaluate("""() => { const of = name => Bokeh.documents[0].get_model_by_name(name);
@@ -272,7 +274,7 @@ def same_advice(page, rows):
     found = table(page, "advised")[1:]
     assert len(found) == len(rows) > 0
     for (_, task, _, *texts, agreed), row in zip(found, rows, strict=True):
-        names = ("value", "beta_y", "beta_z", "rate", "kl_z", "kl_y", "diagonal_value", "gain")
+        names = ("value", "beta_y", "beta_z", "rate", "kl_z", "kl_y", "diagonal_value", "diagonal_rate", "gain")
         assert task == row["task"]
         told = [float(text.rstrip("*") or "nan") for text in texts]
         assert told == pytest.approx(

@@ -35,8 +35,9 @@ betas), small points single seeds, and numbered stars the advice below. Yellow i
 <h2>The best within a budget</h2>
 <p class="controls" id="budget"></p>
 <div class="table" id="advised" tabindex="0" role="region" aria-label="the best within the budget"></div>
-<p class="about">The best cell for each metric, by all test images. Its value, and that of the best ordinary beta-VAE,
-are of the half of the images on which neither was chosen, both ways, averaged; marked * they are those by which it was
+<p class="about">The best cell for each metric, by all test images, and what ordinary beta-VAEs (beta_y = beta_z) reach
+within the budget at the same R: two of them mixed where none has it, or with less where they end. Both values are of
+the half of the images on which nothing was chosen, both ways, averaged; marked * they are those by which the cell was
 chosen, for want of terms of single images or of an ordinary beta-VAE. Whether a gain is more than chance, the table
 under Advice says.</p>
 </section>"""
@@ -83,6 +84,7 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
     for task, name in ((task, name) for task, names in TASKS.items() for name in names if name in plane.names):
         chosen, told = scores(name, terms[name], [cell.seeds for cell in plane.cells]) if name in terms else ((), ())
         entry = {"task": task, "title": plane.title(name), "better": metric(name).better, "values": plane.values(name)}
+        entry |= {"mixes": metric(name).mixes, "squared": name == "psnr"}
         advice.append(entry | {"chosen": chosen, "told": [plane.scale(name) * values for values in told]})
     return {
         "unit": plane.unit,
@@ -101,25 +103,22 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
 
 
 def columns(plane: Plane) -> list[dict]:
-    """Every column of the plane by which cells can be coloured, to six digits, with the standard errors it has."""
-    found, titles = [], [plane.title(name) for name in plane.names]
-    for name, title in zip(plane.names, titles, strict=True):
+    """The columns by which cells can be coloured, to six digits, with their standard errors: first rates and tasks."""
+    of_tasks = [name for names in TASKS.values() for name in names]
+    names = [n for n in dict.fromkeys(["kl_z", "kl_y", "rate", *of_tasks, *plane.names]) if n in plane.names]
+    names = [n for n in names if not (n.endswith("_se") and n.removesuffix("_se") in names)]
+    found, titles = [], [plane.title(name) for name in names]
+    for name, title in zip(names, titles, strict=True):
         title += f" [{name}]" if titles.count(title) > 1 else ""
+        errors = rounded(plane.values(f"{name}_se")) if f"{name}_se" in plane.names else None
         found.append({"name": name, "title": title, "better": metric(name).better})
-        found[-1] |= {"values": rounded(plane.values(name)), "errors": None, "is_error": _is_error(plane, name)}
-        if _is_error(plane, f"{name}_se"):
-            found[-1]["errors"] = rounded(plane.values(f"{name}_se"))
+        found[-1] |= {"values": rounded(plane.values(name)), "errors": errors}
     for name in ("beta_y", "beta_z"):
         betas = plane.values(name)
         with np.errstate(divide="ignore"):
             logs = rounded(np.log10(betas))
         found.append({"name": f"log10 {name}", "title": f"log10 {name}", "better": 0, "values": logs, "errors": None})
     return found
-
-
-def _is_error(plane: Plane, name: str) -> bool:
-    """Whether a column holds the standard errors of another."""
-    return name.endswith("_se") and {name, name.removesuffix("_se")} <= {*plane.names}
 
 
 def rounded(values: np.ndarray) -> list[float]:

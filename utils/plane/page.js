@@ -84,7 +84,7 @@ async function explore() {
     const kinds = ["samples", "reconstructions"].filter(kind => cells.data[kind]).map(kind => row(
       kind === "samples" || !all.originals ? kind : [element("div", `${kind} of`), picture(all.originals, "test images")],
       two.map(([i, label]) => picture(cells.data[kind][i], `${kind} of cell ${label}`))));
-    const first = column($("colour").value), figures = [first, ...columns.filter(c => c !== first && !c.is_error)];
+    const first = column($("colour").value), figures = [first, ...columns.filter(c => c !== first)];
     if (!two.length) $("compared").textContent = "Click or tap a cell in the plane, or choose one above.";
     else table("compared", ["", ...two.map(([, label]) => `cell ${label}`)], [...kinds,
       ...Object.entries(betas).map(([name, values]) => row(name, two.map(([i]) => shown(values[i])))),
@@ -116,29 +116,45 @@ async function explore() {
     return i => values[i] <= most();
   });
 
+  function mixture(group, score, most, mixes) {  // what mixture() in gains.py does, as [cell, share] pairs
+    const rate = rates[0].values, sum = (way, v) => way.reduce((s, [i, w]) => s + w * v[i], 0);
+    const fit = group.filter(i => rate[i] <= most), over = group.filter(i => rate[i] > most);
+    const ways = (fit.length ? fit : [best(group, rate.map(r => -r))]).map(i => [[i, 1]]);
+    if (mixes) for (const a of fit) for (const b of over) {
+      const share = (rate[b] - most) / (rate[b] - rate[a]);
+      ways.push([[a, share], [b, 1 - share]]);
+    }
+    const [values, costs] = [score, rate].map(v => ways.map(way => sum(way, v)));
+    return ways[[...ways.keys()].reduce((a, b) =>
+      values[b] > values[a] || values[b] === values[a] && costs[b] < costs[a] ? b : a)];
+  }
+
   function advise() {  // what advice() and gain() in advice.py and gains.py do
     const within = N.filter(i => sliders.every(allows => allows(i))), stars = new Map();
-    const rows = all.advice.flatMap(({task, title, better, values, chosen, told}, k) => {
+    const rows = all.advice.flatMap(({task, title, better, values, chosen, told, mixes, squared}, k) => {
       const among = within.filter(i => values[i] !== null), few = among.filter(i => all.diagonal[i]);
       if (!among.length) return [];
-      const signed = v => v.map(x => better * x), at = best(among, signed(values));
+      const at = best(among, values.map(x => better * x));
       stars.set(at, [...stars.get(at) ?? [], k + 1]);
       const tested = chosen.length && few.length && among.every(i => chosen[0][i] !== null);
-      const firsts = chosen.map(score => tested ? best(among, signed(score)) : at);
-      const mean = group => tested ?
-        told.reduce((sum, t, r) => sum + t[best(group, signed(chosen[r]))], 0) / told.length :
-        values[best(group, signed(values))];
-      const value = mean(among), other = few.length ? mean(few) : null, star = tested ? "" : "*";
+      const known = values.map(v => squared ? 10 ** (-v / 10) : v);  // linear in mixtures
+      const made = tested ? chosen.map((score, r) => [score, told[r]]) : [[known.map(v => squared ? -v : better * v), known]];
+      const mean = v => v.reduce((a, b) => a + b) / v.length, firsts = made.map(([score]) => tested ? best(among, score) : at);
+      const others = few.length ? made.map(([score], r) => mixture(few, score, rates[0].values[firsts[r]], mixes)) : [];
+      const of = (way, v) => way.reduce((s, [i, w]) => s + w * v[i], 0);
+      const worth = (way, r) => squared ? -10 * Math.log10(of(way, made[r][1])) : of(way, made[r][1]);
+      const value = mean(firsts.map((i, r) => worth([[i, 1]], r))), star = tested ? "" : "*";
+      const other = few.length ? mean(others.map(worth)) : null;
       const see = element("button", `${k + 1}`, {type: "button", title: "choose this cell", onclick: () => choose(at)});
       const agreed = tested ? firsts.every(i => i === firsts[0]) ? "yes" : "no" : "";
       const texts = [task, title, shown(value) + star, shown(betas.beta_y[at]), shown(betas.beta_z[at]),
-        ...rates.map(r => shown(r.values[at])), other === null ? "" : shown(other) + star,
-        other === null ? "" : shown(better * (value - other)) + star, agreed];
+        ...rates.map(r => shown(r.values[at])), ...other === null ? ["", "", ""] : [shown(other) + star,
+          shown(mean(others.map(way => of(way, rates[0].values)))), shown(better * (value - other)) + star], agreed];
       return [element("tr", [element("td", see),
         ...texts.map((text, j) => element("td", text, {className: j < 2 ? "text" : ""}))])];
     });
     table("advised", ["", "task", "metric", "best", "beta_y", "beta_z", ...rates.map(r => r.title),
-      "best, beta_y = beta_z", "gain", "same choice in each half"], rows);
+      "ordinary", "at R", "gain", "same choice"], rows);
     mark("stars", [...stars].map(([i, numbers]) => [i, numbers.join(" ")]));
   }
 

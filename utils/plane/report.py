@@ -9,7 +9,7 @@ from pathlib import Path
 
 from utils.distributed import progress
 from utils.files import to_csv, write_atomic, write_text
-from utils.plane.advice import ADVICE, TASKS, commands, headings_of
+from utils.plane.advice import ADVICE, EXPLAINED, TASKS, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.drivers import DRIVERS, drivers
@@ -121,7 +121,7 @@ def write_report(
     cells = [row for row in table(plane, plane.names) if row["what"] != "seed"]
     to_train = commands(advised)
     tables = {
-        "Advice": to_html(advised, advice_headings),
+        "Advice": f'{to_html(advised, advice_headings)}<p class="about">{EXPLAINED}</p>',
         **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
         **({"Rank correlations with the rates": to_html(driven, of_grids)} if driven else {}),
         "Cells": to_html(cells, headings(cells, plane)),
