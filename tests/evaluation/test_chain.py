@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 
@@ -15,6 +16,7 @@ import eval_beta_grid
 import eval_beta_single
 import train
 import train_classifier
+from datasets.loading import load_data
 from tests.conftest import TINY
 from tests.datasets.files import write_cifar10, write_svhn
 from tests.evaluation.conftest import FAST, STEP1, four_steps
@@ -30,11 +32,15 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         assert status == 0, err
     rows = batch()
     assert len(rows) == 4
+    config = open_run(Path("runs/b", rows[0]["run"])).config
+    pixels = next(load_data(config, "data", torch.device("cpu")).test.batches(360))[0].flatten(1).double().numpy()
     expected_empty = {
         "data_digest",
         *("beta_max_y", "beta_max_z", "target_rate_y", "target_rate_z", "init_from", "source"),
         "bpd",
+        "bpd_se",
         "ll_iw",
+        "ll_iw_se",
         "iw_samples",
         "fid",
         "mi_q",
@@ -44,7 +50,7 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         "image_size",
         "image_channels",
     }
-    expected_empty |= {c for c in rows[0] if c.endswith("_paper")} | {"kid", "kid_se"}
+    expected_empty |= {c for c in rows[0] if "_paper" in c} | {"kid", "kid_se"}
     expected_empty |= {f"fid_{end}" for end in ("se", "floor", "features", "samples")}
     for row in rows:
         assert {k for k, v in row.items() if v == ""} == expected_empty
@@ -82,6 +88,8 @@ def test_the_whole_chain_and_the_relations_between_its_figures(batch, script):
         losses = -terms["ll"] + v["beta_y"] * terms["kl_y"] + v["beta_z"] * terms["kl_z"]
         assert scipy.stats.sem(losses) == pytest.approx(v["loss_se"], rel=1e-4)
         assert v["D_floor"] == pytest.approx(253.2, abs=0.05) and v["D_above_floor"] == v["D"] - v["D_floor"] > 0
+        floor = scipy.special.entr(pixels).sum(1) + scipy.special.entr(1 - pixels).sum(1)
+        assert v["D_above_floor_se"] == pytest.approx(scipy.stats.sem(-terms["ll"] - floor), rel=1e-4)
     cell = {(float(r["beta_y"]), float(r["beta_z"])): r for r in rows}
     assert float(cell[0.1, 0.1]["kl_y"]) > float(cell[5.0, 0.1]["kl_y"])  # each beta moves its own rate
     assert float(cell[0.1, 0.1]["kl_z"]) > float(cell[0.1, 5.0]["kl_z"])
@@ -118,6 +126,7 @@ def test_a_changed_setting_makes_only_its_step_stale(batch, script):
     for row in rows:  # the bound is at least the ELBO's, which one sample of it estimates
         elbo = float(row["ll"]) - float(row["kl_y"]) - float(row["kl_z"])
         assert float(row["ll_iw"]) >= elbo - 0.5
+        assert float(row["ll_iw_se"]) == pytest.approx(float(row["ll_se"]), rel=0.5)  # both mostly of the images
 
 
 def test_each_step_tells_when_the_one_before_is_missing(batch, script):
@@ -198,14 +207,17 @@ def test_both_protocols_of_the_probes_and_results_from_before(batch, script):
     assert script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_protocol", "paper")[0] == 0
     old = batch()
     assert all(row["svm_rbf_acc_paper"] and row["mi_lr_lb_y_paper"] and not row["svm_rbf_acc"] for row in old)
+    for p, se in ((float(row["kNN_acc_paper"]), float(row["kNN_acc_paper_se"])) for row in old):
+        assert se == pytest.approx(math.sqrt(p * (1 - p) / 71))
+    later = [name for name in old[0] if name.startswith("lr_ece_null") or name.endswith("_paper_se")]  # had no errors
     for path in Path("runs/b").glob("*/metrics.json"):  # as it was written when this was the only protocol
         known = read_json(path)
-        known = {k.replace("_paper", ""): v for k, v in known.items()} | {"acc_bound": 0.9}
+        known = {k.replace("_paper", ""): v for k, v in known.items() if k not in later} | {"acc_bound": 0.9}
         path.write_text(json.dumps({**known, "steps": {k: v for k, v in known["steps"].items() if "paper" not in k}}))
         terms = per_image(path.parent)
         assert np.isnan(terms["svm_rbf_acc_paper"]).sum() == 288
     gather("runs", "b")
-    assert batch() == old
+    assert batch() == [row | dict.fromkeys(later, "") for row in old]
     assert script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_images", "500")[0] == 0
     for row, before in zip(batch(), old, strict=True):
         assert row["svm_rbf_acc_paper"] == before["svm_rbf_acc_paper"] and row["svm_rbf_acc"]

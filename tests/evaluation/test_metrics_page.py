@@ -27,6 +27,13 @@ def test_every_column_is_explained_with_its_unit(column):
     assert ENTRIES[entry_of(column)] == metric(column).unit
 
 
+def test_a_standard_error_is_a_column_where_the_page_says_so():
+    rows = [line.split(" | ") for line in (ROOT / "docs/metrics.md").read_text().splitlines() if line.startswith("| `")]
+    named = [(re.findall(r"`(\w+)`", names), bias) for names, _, _, bias, *_ in (r for r in rows if len(r) > 3)]
+    with_se = [name for names, bias in named if "`_se`" in bias for name in names]
+    assert len(with_se) >= 15 and all(f"{name}_se" in METRIC_COLUMNS for name in with_se)
+
+
 def test_every_entry_is_a_column():
     assert set(ENTRIES) == {entry_of(column) for column in METRIC_COLUMNS}
     assert len(METRIC_COLUMNS) == len(set(METRIC_COLUMNS))

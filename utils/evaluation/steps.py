@@ -20,8 +20,8 @@ from utils.evaluation.information import (
 from utils.evaluation.latents import active_by_rate, export
 from utils.evaluation.metrics import active_units, importance_weighted_ll
 from utils.evaluation.probes import (
-    OF_PAPER,
     PROBES,
+    TAILS_PAPER,
     accuracy_of,
     calibration_error,
     calibration_null,
@@ -57,8 +57,10 @@ def rates(s: Subject) -> dict[str, float]:
     result = {**means, **ses, "D": -means["ll"], "D_se": ses["ll_se"]}
     if "floor" in means:
         result |= {"D_floor": means["floor"], "D_above_floor": result["D"] - means["floor"]}
+        result["D_above_floor_se"] = standard_error(values["ll"] + values["floor"])
     if model.likelihood.is_mass:
-        result["bpd"] = (-means["ll"] + means["kl_y"] + means["kl_z"]) / (math.log(2) * math.prod(s.config.image_shape))
+        bits = (values["kl_y"] + values["kl_z"] - values["ll"]) / (math.log(2) * math.prod(s.config.image_shape))
+        result |= {"bpd": float(bits.mean()), "bpd_se": standard_error(bits)}
     result["active_z"], result["active_y"] = active_units(arrays["qz_mu"]), active_units(arrays["qy_mu"])
     result["psnr"] = -10 * math.log10(means["mse"]) if means["mse"] > 0 else math.inf
     result["psnr_se"] = 10 / math.log(10) * ses["mse_se"] / means["mse"] if means["mse"] > 0 else math.nan
@@ -68,10 +70,10 @@ def rates(s: Subject) -> dict[str, float]:
 
 def importance_weighted(s: Subject) -> dict[str, float]:
     """The importance-weighted log-likelihood in nats, averaged over the test images."""
-    g, total = s.generator("iw"), 0.0
-    for x, _ in s.test.batches(BATCH):
-        total += importance_weighted_ll(s.model, x, s.bench.iw_samples, g).sum().item()
-    return {"ll_iw": total / len(s.test), "iw_samples": s.bench.iw_samples}
+    g, k = s.generator("iw"), s.bench.iw_samples
+    found = [importance_weighted_ll(s.model, x, k, g).double().cpu() for x, _ in s.test.batches(BATCH)]
+    ll = torch.cat(found).numpy()
+    return {"ll_iw": float(ll.mean()), "ll_iw_se": standard_error(ll), "iw_samples": k}
 
 
 def mi_z(s: Subject) -> dict[str, float]:
@@ -147,10 +149,12 @@ def reconstructions(s: Subject) -> dict[str, float]:
     on_images = torch.softmax(net.head(features.to(s.bench.device)).double(), 1).cpu().numpy()
     log_p, labels = torch.cat(log_p), torch.cat(labels).cpu().numpy()
     correct, without = log_p.argmax(1).cpu().numpy() == labels, on_images.argmax(1) == labels
+    entropies = torch.special.entr(log_p.exp()).sum(1).cpu().numpy()
     return {
         "recons_acc": float(correct.mean()),
         "recons_acc_se": standard_error(correct),
-        "recons_pred_entropy": -(log_p.exp() * log_p).sum(1).mean().item(),
+        "recons_pred_entropy": float(entropies.mean()),
+        "recons_pred_entropy_se": standard_error(entropies),
         "clsfr_acc": float(without.mean()),
         "clsfr_acc_se": standard_error(without),
         "clsfr_ece": calibration_error(on_images, labels),
@@ -187,17 +191,18 @@ def _distance_columns(name: str, kernel: str) -> tuple[str, ...]:
 
 
 _RATES = tuple(name for term in (*TERMS, "D") for name in (term, f"{term}_se"))
-_RATES += ("D_floor", "D_above_floor", "bpd", "active_z", "active_y", "psnr", "psnr_se")
+_RATES += ("D_floor", "D_above_floor", "D_above_floor_se", "bpd", "bpd_se", "active_z", "active_y", "psnr", "psnr_se")
 _CLASSIFIER = ("clsfr_acc", "clsfr_acc_se", "clsfr_ece", "clsfr_ece_null")
 _MC = ("mi_q_mc", "mi_q_mc_se", "mi_q_mc_null")
 _MC_Y = ("mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null")
+_PAPER = tuple(TAILS_PAPER.values())
 _LOW = ("mi_z_low", "mi_z_low_se", "mi_y_low", "mi_y_low_se")
 STEPS = {
     step.name: step
     for step in (
         Step("rates", _RATES, rates, files=("latents.npz", "per_image.npz"), version=2),
         Step("units", ("active_z_rate", "active_y_rate"), active_by_rate),
-        Step("iw", ("ll_iw", "iw_samples"), importance_weighted, ("iw_samples",)),
+        Step("iw", ("ll_iw", "ll_iw_se", "iw_samples"), importance_weighted, ("iw_samples",)),
         Step(
             "is",
             ("is_mean", "is_mean_se", "is_std", "is_div", "is_sharp", "n_classifiers", "n_samples"),
@@ -244,14 +249,14 @@ STEPS = {
         ),
         Step(
             "probes_paper",
-            tuple(name + tail for tail in ("_paper", "_y_paper") for name in OF_PAPER),
+            (*_probe_columns(*_PAPER), *(f"{name}{tail}" for tail in _PAPER for name in ("lr_acc_std", "mi_lr_lb"))),
             None,
             files=("per_image_probes_paper.npz",),
             labels=True,
         ),
         Step(
             "recons",
-            ("recons_acc", "recons_acc_se", "recons_pred_entropy", *_CLASSIFIER),
+            ("recons_acc", "recons_acc_se", "recons_pred_entropy", "recons_pred_entropy_se", *_CLASSIFIER),
             reconstructions,
             (),
             True,
