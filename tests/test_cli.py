@@ -46,8 +46,9 @@ def test_the_next_command_can_be_pasted(script):
     status, out, _ = script(train.main, *TINY, *flags)
     assert status == 0
     (command,) = re.findall("To evaluate: python (.*)", out)
-    assert shlex.split(command) == ["eval_beta_grid.py", "--run_batch_name", "it's", "--runs_dir", "my runs"]
-    assert "tensorboard --logdir 'my runs'\n" in out
+    assert shlex.split(command) == ["eval_beta_grid.py", "--run_batch_name", "it's", "--all", "--runs_dir", "my runs"]
+    (board,) = re.findall("To inspect: python -m utils.board (.*)", out)
+    assert shlex.split(board) == ["my runs/it's"]
 
 
 def test_progress_in_a_file_is_a_line_at_most_every_half_minute(monkeypatch):
@@ -55,5 +56,5 @@ def test_progress_in_a_file_is_a_line_at_most_every_half_minute(monkeypatch):
     flags = [*TINY, "--num_epochs", "40", "--batch_size", "100"]
     done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if line]
-    assert "\r" not in done.stderr and 2 <= len(lines) <= 4
+    assert "\r" not in done.stderr and 2 <= len(lines) <= 4 and len(set(lines)) == len(lines)
     assert re.fullmatch(r"100%\|#+\| epoch 40/40 · loss \d+\.?\d* · 0 s left", lines[-1])

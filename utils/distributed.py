@@ -108,9 +108,14 @@ class Lines(Bar):
 
     @staticmethod
     def status_printer(file):
+        last = ""
+
         def write(line: str) -> None:
-            file.write(line.strip() + "\n")
-            file.flush()
+            nonlocal last
+            if line.strip() != last:  # the end of a bar is drawn several times
+                last = line.strip()
+                file.write(last + "\n")
+                file.flush()
 
         return write
 

@@ -80,7 +80,7 @@ def standing(run: Run) -> tuple[str, float, float]:
 
 def summarise(runs: list[Run], args) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
-    print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'kl_y':>8} {'kl_z':>8} {'psnr':>6} {'seconds':>8}")
+    print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'R(y|z)':>8} {'R(z)':>8} {'PSNR':>6} {'seconds':>8}")
     runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with the betas that were found
     for run in runs:
         result, status = run.result, run.status
@@ -95,16 +95,16 @@ def summarise(runs: list[Run], args) -> None:
         else:
             line += status
         print(line)
-    print("(test images; nats per image, psnr in dB)")
+    print("(test images; nats per image, PSNR in dB)")
     if any(run.config.has_target for run in runs):
         targets(runs, args.rate_unit)
     place = f"The run is in {runs[0].path}" if len(runs) == 1 else f"The runs are in {runs[0].path.parent}"
     print(f"\n{place}")
     if all((run.path / "samples.png").is_file() for run in runs):
         print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
-    several = f"python -m utils.board {shlex.quote(str(runs[0].path.parent))}"
-    print(f"To inspect: {several if len(runs) > 1 else f'tensorboard --logdir {shlex.quote(args.runs_dir)}'}")
-    print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', '--run_batch_name', runs[0].config.run_batch_name)}")
+    print(f"To inspect: python -m utils.board {shlex.quote(str(runs[0].path.parent))}")
+    batch = ("--run_batch_name", runs[0].config.run_batch_name, "--all")
+    print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', *batch)}")
 
 
 def targets(runs: list[Run], unit: str) -> None:
