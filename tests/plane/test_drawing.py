@@ -1,6 +1,7 @@
 """How the figures look, and that they show what they are given."""
 
 import csv
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.plane.planes import AXIS, HEADER, exponential, plane_of, rows_of, wri
 from utils.plane import figures, maps
 from utils.plane.cells import Plane, hull, read_plane
 from utils.plane.drawing import COLUMN, TEXT, beta_colours
+from utils.plane.pictures import Pictures, sheets
 from utils.plane.report import titled_csv
 
 DEUTERANOPIA = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
@@ -155,3 +157,22 @@ def test_every_figure_comes_with_what_it_shows(script):
     }
     text = titled_csv([{"what": "x", "kl_z": 1}], {"what": "what", "kl_z": "R(z) (nats)"})
     assert list(csv.reader(io.StringIO(text))) == [["what", "R(z) (nats)"], ["x", "1"]]
+
+
+def test_cells_of_mixed_settings_have_markers_and_sheets_of_their_own():
+    """HVAE and LVAE at the same betas: two markers, two sheets of all cells each; one kind needs no name."""
+    plane = plane_of([exponential(by, bz) for by in (0.1, 1) for bz in (0.1, 1)] * 2)
+    plane.cells[4:] = [dataclasses.replace(cell, settings={"vae_type": "LVAE"}) for cell in plane.cells[4:]]
+    ax = figures.rate_planes(plane, ["ll"]).figure.axes[0]
+    drawn = {c.get_label(): (len(c.get_offsets()), len(c.get_paths()[0].vertices)) for c in ax.collections}
+    assert {label: n for label, (n, _) in drawn.items()} == {"vae_type_HVAE": 4, "vae_type_LVAE": 4}
+    assert len({corners for _, corners in drawn.values()}) == 2
+    pictures = {i: np.full((2, 2, 3), i / 8) for i in range(8)}
+    found = sheets(plane, Pictures(pictures, {}, None, {}))
+    assert {name: [row["run"] for row in figure.rows] for name, figure in found.items()} == {
+        f"samples_vae_type_{kind}": [cell.runs[0] for cell in cells]
+        for kind, cells in (("HVAE", plane.cells[:4]), ("LVAE", plane.cells[4:]))
+    }
+    means = [figure.figure.axes[0].images[0].get_array()[:2, :2].mean() for figure in found.values()]
+    assert means == pytest.approx([2 / 8, 6 / 8])  # the largest beta_y and smallest beta_z are at the top left
+    assert list(sheets(Plane(plane.cells[:4]), Pictures({0: pictures[0]}, {}, None, {}))) == ["samples"]

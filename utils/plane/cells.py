@@ -126,12 +126,17 @@ class Plane:
         )
 
     @property
+    def kinds(self) -> dict[str, np.ndarray]:
+        """Masks (N,) of the cells of equal settings but for the betas, by what tells these settings from others'."""
+        differing = self.differing
+        keys = [_slug({n: cell.settings.get(n) for n in differing}) for cell in self.cells]
+        return {key: np.array([k == key for k in keys]) for key in dict.fromkeys(keys)}
+
+    @property
     def grids(self) -> dict[str, "Plane"]:
         """The cells of each grid of betas, by what tells its settings from others'; without betas that were found."""
         fixed = np.isnan(self.asked).all(1)
-        differing = self.differing
-        keys = [_slug({n: cell.settings.get(n) for n in differing}) for cell in self.cells]
-        found = {key: self.where(fixed & np.array([k == key for k in keys])) for key in dict.fromkeys(keys)}
+        found = {key: self.where(fixed & mask) for key, mask in self.kinds.items()}
         return {key: plane for key, plane in found.items() if plane.cells}
 
     @property
@@ -210,7 +215,7 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
             f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
         )
         plane.notes.append(
-            f"the batch mixes settings, all drawn together (heat maps apart, image sheets the first run): {listed}"
+            f"the batch mixes settings, each with a marker of its own (heat maps and image sheets apart): {listed}"
         )
     saturated = [name for name in ("mi_q_mc", "mi_q_mc_y") if (plane.values(f"{name}_saturated") > 0).any()]
     for name in saturated:

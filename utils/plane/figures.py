@@ -1,6 +1,7 @@
 """The figures of a rate plane: metrics over it, against the rates, and against each other."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import cycle
 
@@ -35,18 +36,23 @@ from utils.plane.metrics import ACCURACIES, BRACKETS, metric
 def dots(
     ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, norm=None, cmap="viridis", **how
 ) -> PathCollection:
-    """Draws cells, round ones that were trained on their own, square ones that were unfolded from a multi-rate model.
+    """Draws cells: round ones that were trained on their own, square ones that were unfolded from a multi-rate model.
 
-    `colours` are numbers (N,), of which NaN is not drawn, or RGB (N, 3).
+    In batches of mixed settings, each has a marker. `colours` are numbers (N,), of which NaN is not drawn, or RGB (N,
+    3).
     """
     there = np.isfinite(colours) if colours.ndim == 1 else np.ones(len(colours), bool)
     if colours.ndim == 1 and norm is None and there.any():
         norm = Normalize(colours[there].min(), colours[there].max())
     how = how | ({"cmap": cmap, "norm": norm, "lw": 0} if colours.ndim == 1 else {"lw": 0.3, "ec": "0.3"})
-    for kind, marker, label in ((~plane.unfolded, "o", None), (plane.unfolded, "s", "multi-rate model")):
-        shown = there & kind
-        if shown.any() or marker == "o":
+    drawn, free = None, {False: iter("o^DvP"), True: iter("spXh8")}
+    several = Counter(bool(plane.unfolded[mask][0]) for mask in plane.kinds.values())
+    for kind, mask in plane.kinds.items():
+        unfolded, shown = bool(plane.unfolded[mask][0]), there & mask
+        label = kind[:40] if several[unfolded] > 1 else "multi-rate model" if unfolded else None
+        if shown.any() or drawn is None:
             at = plane.values(x)[shown], plane.values(y)[shown]
+            marker = next(free[unfolded], "o")
             drawn = ax.scatter(*at, c=colours[shown], marker=marker, zorder=2, label=label, **how)
     return drawn
 

@@ -65,7 +65,7 @@ def pictures(plane: Plane, folder: Path, args) -> Pictures:
                 tile = partial(together, columns=math.ceil(args.images**0.5))
                 shape, x = run.config.image_shape, test_images(run, args, plane, args.images)
             if run.config.image_shape != shape:
-                continue
+                raise UserError(f"{run.path}: its images have another shape")
             model = load_model(run, args.device)
             drawn = model.sample(args.images, generator=generator(args.device, run.config.seed, "sheet"))
             kinds = {"samples": drawn} if x is None else {"samples": drawn, "reconstructions": model.reconstruct(x)}
@@ -90,19 +90,18 @@ def to_uri(picture: np.ndarray) -> str:
 
 
 def sheets(plane: Plane, made: Pictures) -> dict[str, Drawn]:
-    """Image sheets of samples and reconstructions, by name; of cells with the same betas, the first."""
-    drawn, beta_y, beta_z = {}, plane.values("beta_y"), plane.values("beta_z")
-    for kind in ("samples", "reconstructions"):
-        of_betas, rows = {}, []
-        for i, picture in getattr(made, kind).items():
-            key = (beta_y[i], beta_z[i])
-            if key not in of_betas:
-                of_betas[key] = picture
-                rows.append({"beta_y": key[0], "beta_z": key[1], "run": plane.cells[i].runs[0]})
-        if of_betas:
-            figure = sheet(of_betas, kind, made.originals if kind == "reconstructions" else None)
-            say(figure, plane.about)
-            drawn[kind] = Drawn(figure, rows)
+    """Image sheets of samples and reconstructions, by name; apart for cells of other settings."""
+    drawn, betas = {}, np.stack([plane.values("beta_y"), plane.values("beta_z")], 1)
+    for kind, pictures_of in (("samples", made.samples), ("reconstructions", made.reconstructions)):
+        for settings, mask in plane.kinds.items():
+            of_kind = {i: picture for i, picture in pictures_of.items() if mask[i]}
+            if of_kind:
+                of_betas = {tuple(betas[i]): picture for i, picture in of_kind.items()}
+                figure = sheet(of_betas, kind, made.originals if kind == "reconstructions" else None)
+                say(figure, plane.where(mask).about)
+                rows = [dict(zip(("beta_y", "beta_z"), betas[i], strict=True)) for i in of_kind]
+                rows = [row | {"run": plane.cells[i].runs[0]} for row, i in zip(rows, of_kind, strict=True)]
+                drawn[f"{kind}{f'_{settings}' * bool(settings)}"] = Drawn(figure, rows)
     return drawn
 
 

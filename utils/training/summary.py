@@ -80,7 +80,8 @@ def standing(run: Run) -> tuple[str, float, float]:
 
 def summarise(runs: list[Run], args) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
-    print(f"\n{'beta_y':>10} {'beta_z':>10} {'loss':>10} {'ll':>10} {'R(y|z)':>8} {'R(z)':>8} {'PSNR':>6} {'seconds':>8}")
+    headings = dict(beta_y=10, beta_z=10, loss=10, ll=10) | {"R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
+    print("\n" + " ".join(f"{text:>{width}}" for text, width in headings.items()))
     runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with the betas that were found
     for run in runs:
         result, status = run.result, run.status
