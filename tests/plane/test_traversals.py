@@ -1,5 +1,6 @@
 """plot_eval.py --traverse: pictures of what z encodes and what y adds."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from tests.datasets.files import write_cifar10
 from utils.config import Config
 from utils.explore import Loaded, load
 from utils.names import what_differs
-from utils.plane.traversals import between, dimensions, rates_of_units, redrawn, side_by_side
+from utils.plane.drawing import COLUMN, TEXT
+from utils.plane.traversals import SWEEP, between, dimensions, rates_of_units, redrawn, side_by_side
 from utils.runs import Run
 
 PNG = ["--format", "png", "--device", "cpu"]
@@ -25,8 +27,15 @@ def test_runs_side_by_side(flags, trained, script):
     status, out, err = script(plot_eval.main, "--traverse", *paths, *PNG, "--images", 2)
     assert status == 0, err
     folder = Path("runs/singles/figures/traversals")
-    assert {p.name for p in folder.iterdir()} == {"between.png", "dimensions.png", "redrawn.png"}
-    assert all(str(p) in out and Image.open(p).width > 1000 for p in folder.iterdir())
+    names = {f"{name}.{form}" for name in ("between", "dimensions", "redrawn") for form in ("png", "csv")}
+    assert {p.name for p in folder.iterdir()} == names and all(str(p) in out for p in folder.iterdir())
+    assert all(Image.open(p).width == 200 * TEXT for p in folder.glob("*.png"))
+    with open(folder / "dimensions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {path.name for path in paths} and {row["beta_y"] for row in rows} == {
+        "0.1",
+        "5.0",
+    }
     status, out, err = script(plot_eval.main, "--traverse", *paths, Path("runs/singles/figures"), *PNG)
     assert status == 0, err  # a shell's * finds it
 
@@ -56,8 +65,12 @@ def test_the_rows_are_what_they_say(trained):
     of_q, of_p = redrawn(cell, 1)
     spread = [images[1:].var(0).sum() for _, images in (of_q, of_p)]
     assert spread[0] < spread[1]  # the image tells of y more than z alone
-    figure = side_by_side([cell], redrawn, 1)
+    figure, told = side_by_side([cell], dimensions, 1, SWEEP)
     assert figure.axes[0].get_title().startswith("beta_y 1, beta_z 1\nR(z) ")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["-3", "-2", "-1", "0", "1", "2", "3"]
+    assert figure.get_suptitle().startswith("Digits, 8 epochs; test images") and figure.get_figwidth() == COLUMN
+    assert [row["row"] for row in told] == [label for label, _ in rows]
+    assert told[0]["R(z) (nats)"] == pytest.approx(rates.sum().item())
 
 
 def test_a_convolutional_z_is_swept_by_channels():

@@ -5,6 +5,8 @@ Chosen cells stand side by side, so that one sees information move from y to z a
 """
 
 import functools
+import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,16 +18,19 @@ from models.latents import Gaussian
 from utils.errors import UserError
 from utils.evaluation.batch import is_cell
 from utils.explore import Loaded, load
-from utils.files import check_writable, write_atomic
+from utils.files import check_writable, to_csv, write_atomic
 from utils.images import tiled
 from utils.names import what_differs
-from utils.plane.drawing import rendered
+from utils.plane.drawing import COLUMN, TEXT, Drawn, rendered, say
 
 STEPS = 7  # images of a walk, and of a sweep from -3 to 3
 MOST = 8  # dimensions of z that are swept: those of the largest rates
 N_RATES = 1000  # test images over which rates are averaged
-WIDTH = 3.4  # inches of a cell's panel
+SIDE_BY_SIDE = 3  # cells, across a page
 Rows = list[tuple[str, Tensor]]  # what each row shows, and its images (n, C, H, W)
+WALK = ("image", *[""] * (STEPS // 2), "walk", *[""] * (STEPS // 2), "image")  # what the columns show
+SWEEP = [f"{v:g}" for v in torch.linspace(-3, 3, STEPS).tolist()]
+AGAIN = ("image", *[""] * (STEPS // 2), "y drawn", *[""] * (STEPS // 2))
 
 
 def traverse(args) -> int:
@@ -47,34 +52,53 @@ def traverse(args) -> int:
     check_writable(folder, "--out")
     folder.mkdir(parents=True, exist_ok=True)
     print("written:")
-    for name, rows in (("between", between), ("dimensions", dimensions), ("redrawn", redrawn)):
-        for form, content in rendered(side_by_side(cells, rows, args.images), args.format).items():
+    for name, rows, columns in (
+        ("between", between, WALK),
+        ("dimensions", dimensions, SWEEP),
+        ("redrawn", redrawn, AGAIN),
+    ):
+        figure, told = side_by_side(cells, rows, args.images, columns)
+        files = rendered(figure, args.format) | {"csv": to_csv(told, told[0]).encode()}
+        for form, content in files.items():
             write_atomic(folder / f"{name}.{form}", content)
             print(f"  {folder / f'{name}.{form}'}", flush=True)
     return 0
 
 
-def side_by_side(cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows], n: int) -> Figure:
+def side_by_side(
+    cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows], n: int, columns: Sequence[str]
+) -> Drawn:
     """A figure of the same rows for each cell, one panel a cell, under what tells the cells apart and their rates."""
-    titles, found = what_differs([cell.config for cell in cells]), [rows_of(cell, n) for cell in cells]
+    names, found = what_differs([cell.config for cell in cells]), [rows_of(cell, n) for cell in cells]
     pictures = [tiled(torch.cat([images for _, images in rows]), len(rows[0][1]), 1.0) for rows in found]
-    height = 0.8 * WIDTH * max(p.shape[1] / p.shape[2] for p in pictures)
-    figure = Figure((WIDTH * len(cells), height + 0.5), layout="constrained")
-    panels = figure.subplots(1, len(cells), squeeze=False)[0]
-    for ax, cell, title, rows, picture in zip(panels, cells, titles, found, pictures, strict=True):
-        side = (picture.shape[1] - 2) / len(rows)
+    across = min(len(cells), SIDE_BY_SIDE)
+    down, width = math.ceil(len(cells) / across), COLUMN if len(cells) == 1 else TEXT
+    height = (width / across - 0.8) * max(p.shape[1] / p.shape[2] for p in pictures)
+    figure = Figure((width, down * (height + 0.6) + 0.4), layout="constrained")
+    panels, told = figure.subplots(down, across, squeeze=False).ravel(), []
+    for extra in panels[len(cells) :]:
+        extra.remove()
+    for i, (ax, cell, name, rows, picture) in enumerate(zip(panels, cells, names, found, pictures, strict=False)):
+        high, wide = ((size - 2) / of for size, of in zip(picture.shape[1:], (len(rows), len(columns)), strict=True))
         ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         labels = [label for label, _ in rows]
-        if ax is panels[0] or labels != [label for label, _ in found[0]]:
-            ax.set_yticks([1 + side * (i + 0.5) for i in range(len(rows))], labels)
-        else:
-            ax.set_yticks([])
-        ax.set_xticks([])
+        shown = i % across == 0 or labels != [label for label, _ in found[i - 1]]
+        ax.set_yticks([1 + high * (k + 0.5) for k in range(len(rows))] if shown else [], labels if shown else [])
+        ax.set_xticks([1 + wide * (k + 0.5) for k in range(len(columns))], columns)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
         rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
-        ax.set_title(f"{title}\nR(z) {rate_z:.3g}, R(y|z) {rate_y:.3g} nats")
-    return figure
+        ax.set_title(
+            "\n".join([*textwrap.wrap(name, int(14 * width / across)), f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}"])
+        )
+        known = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
+        told += [{**known, "R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y, "row": label} for label in labels]
+    data, epochs = cells[0].config.dataset, ", ".join(sorted({str(cell.config.num_epochs) for cell in cells}))
+    say(
+        figure,
+        f"{data}, {epochs} epochs; test images; rates in nats, means over {len(cells[0].images(N_RATES)[0]):,} of them",
+    )
+    return Drawn(figure, told)
 
 
 @functools.cache  # every figure says them
