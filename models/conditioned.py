@@ -17,6 +17,7 @@ from .hvae import HVAE, Noise, Terms
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
 MARGIN = 0.15  # of the range of log betas, on either side: drawn as well, as gates are learnt worst at the edges
+ANYWHERE = 0.25  # of the images: their betas are drawn from the whole range from the start
 
 
 class Conditioned(nn.Module):
@@ -24,10 +25,11 @@ class Conditioned(nn.Module):
 
     `log_range` (2, 2) is log10 of the smallest and of the largest (beta_y, beta_z) that it is trained for. At `start`,
     log10 of (beta_y, beta_z), both latents are in use: the middle of the range of beta_y, the smallest beta_z. In
-    training, betas are drawn around it, from the share `spread` of the range. Over that part of the range, scales are 1
-    and shifts 0 on average, as images weigh in the objective, whatever the hypernetwork: what all betas share is left
-    to the layers, which learn it as an ordinary model does. With gates that could move all scales together, z collapsed
-    before it came into use; with other averages, they lowered a learned sigma at some betas and raised it at others.
+    training, the betas of most images are drawn around it, from the share `spread` of the range. Over all that are
+    drawn, scales are 1 and shifts 0 on average, as images weigh in the objective, whatever the hypernetwork: what all
+    betas share is left to the layers, which learn it as an ordinary model does. With gates that could move all scales
+    together, z collapsed before it came into use; with other averages, they lowered a learned sigma at some betas and
+    raised it at others.
     """
 
     def __init__(self, model: nn.Module, log_range: Tensor):
@@ -54,18 +56,19 @@ class Conditioned(nn.Module):
     def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
         low, high = self.log_range.to(log_betas)
-        places = log_betas, self.drawn(self.places.to(log_betas))
-        here, everywhere = (self.hypernetwork(2 * (u - low) / (high - low).clamp_min(1e-6) - 1) for u in places)
-        weights = self.weights(places[1])
-        wide = self.spread > 0  # else Adam would make full steps of what is left by rounding
-        scales, shifts = self.gates(wide * (here - weights @ everywhere / weights.sum())).chunk(2, -1)
+        u = self.places.to(log_betas)
+        around, anywhere = self.drawn(u, self.spread), self.drawn(u)
+        weights = torch.cat([(1 - ANYWHERE) * self.weights(around), ANYWHERE * self.weights(anywhere)])
+        places = log_betas, torch.cat([around, anywhere])
+        here, average = (self.hypernetwork(2 * (v - low) / (high - low).clamp_min(1e-6) - 1) for v in places)
+        scales, shifts = self.gates(here - weights @ average / weights.sum()).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
         return dict(zip([*self.layers, *self.others], each, strict=True))
 
-    def drawn(self, u: Tensor) -> Tensor:
+    def drawn(self, u: Tensor, spread: Tensor | float = 1.0) -> Tensor:
         """log10 of the betas at places u (..., 2), 0 to 1, in the range and MARGIN, shrunk by `spread` to `start`."""
         (low, high), start = self.log_range.to(u), self.start.to(u)
-        return start + self.spread.to(u) * (low + (high - low) * ((1 + 2 * MARGIN) * u - MARGIN) - start)
+        return start + spread * (low + (high - low) * ((1 + 2 * MARGIN) * u - MARGIN) - start)
 
     def _gated(self, name: str, out: Tensor) -> Tensor:
         if not self.now:
@@ -74,10 +77,11 @@ class Conditioned(nn.Module):
         return torch.addcmul(shift, out, scale)
 
     def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
-        """The model's noise, and betas: log-uniform over the range and MARGIN, shrunk by `spread` towards the start."""
+        """The model's noise, and betas, log-uniform over the range and MARGIN: most shrunk by `spread` to the start."""
         noise = self.model.noise(n, generator, temperature)
-        u = torch.rand(n, 2, generator=generator, device=generator.device)
-        return noise._replace(log_betas=self.drawn(u))
+        u = torch.rand(n, 3, generator=generator, device=generator.device)
+        around, anywhere = self.drawn(u[:, :2], self.spread), self.drawn(u[:, :2])
+        return noise._replace(log_betas=torch.where(u[:, 2:] < ANYWHERE, anywhere, around))
 
     @staticmethod
     def weights(log_betas: Tensor) -> Tensor:
