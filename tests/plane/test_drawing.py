@@ -55,6 +55,8 @@ def test_half_and_half_of_two_models_is_mixed_in_squared_errors():
         xs, vs = hull(plane, name, every)
         assert np.interp(6.0, xs, vs) == pytest.approx(value, abs=0.02)
         assert (vs[-1], vs[0]) == pytest.approx([plane.values(name)[i] for i in (0, 1)])
+    falling = plane_of([row | {"recons_acc": 1 - row["recons_acc"]} for row in ends])
+    assert set(hull(falling, "recons_acc", every)[1]) == {1 - 13.4 / 30}  # further rate costs no accuracy
     assert not len(hull(plane, "is_mean", every)[0]) and not len(hull(plane, "D", ~every)[0])
     (psnr, score, *_) = figures.total_rates(plane, ["psnr", "is_mean"]).figure.axes
     assert [sum("hull" in line.get_label() for line in ax.lines) for ax in (psnr, score)] == [

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import eval_beta_grid
 import plot_eval
 import train
 from tests.conftest import TINY
-from tests.plane.planes import AXIS, HEADER, plane_of, rows_of, write_csv
+from tests.plane.planes import AXIS, HEADER, plane_of, rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import advice, own_training
@@ -102,6 +103,22 @@ def test_the_excess_is_the_difference_of_the_losses(script):
     assert Path("runs/b/figures/excess.png").is_file()
     line = Path("runs/b/figures/excess.csv").read_text().splitlines()[1]
     assert line.startswith("4,4,1.0,1.0,107.0,101.0,6.0")
+
+
+def test_of_one_seed_each_the_error_of_the_excess_is_that_of_the_shared_images(script):
+    rng, row = np.random.default_rng(0), {"status": "finished", "num_epochs": 4, "seed": 1, "beta_y": 2, "beta_z": 3}
+    ll, more = 100 * rng.normal(size=500), rng.normal(size=(3, 500))
+    rows = []
+    for run, of_run, sort in (("own", 0.0, {}), ("unfolded", 1.0, {"multi_rate": "True", "source": 1})):
+        terms = dict(zip(("ll", "kl_y", "kl_z"), of_run * more + [ll, 0 * ll, 0 * ll], strict=True))
+        write_terms(Path("runs/b", run), mse=ll, **terms)
+        rows.append(row | sort | {"run": run, "kl_y": 1, "kl_z": 1, "loss": 9})
+    (pair,) = pairs(read_plane(write_csv(rows, header=[*HEADER, *SETTINGS, "num_epochs", "loss"])))
+    expected = np.std(2 * more[1] + 3 * more[2] - more[0], ddof=1) / 500**0.5
+    assert pair.se == pytest.approx(expected, rel=1e-3) and expected < 0.2  # of unpaired images it would be 6
+    shutil.rmtree("runs/b/own")
+    (pair,) = pairs(read_plane(Path("runs/b/eval_results.csv")))
+    assert math.isnan(pair.se)
 
 
 def test_cells_trained_on_their_own_need_no_command():

@@ -272,10 +272,12 @@ def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def reach(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The best value at given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
+    """The best value within given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
     squared = metric(name).unit == "dB"
-    xs, vs = frontier(rate, 10 ** (-value / 10) if squared else value, -1 if squared else metric(name).better)
-    vs = np.interp(at, xs, vs)
+    better = -1 if squared else metric(name).better
+    xs, vs = frontier(rate, 10 ** (-value / 10) if squared else value, better)
+    best = np.argmax(better * vs)  # beyond it, further rate is worth nothing
+    vs = np.interp(np.minimum(at, xs[best]), xs, vs)
     return -10 * np.log10(vs) if squared else vs
 
 

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import UserError
+from utils.evaluation.per_image import per_image
+from utils.evaluation.probes import standard_error
 from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
 
 OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "warmup_epochs", "no_warmup", "lr_schedule", "multi_rate")
@@ -30,23 +33,24 @@ class Pair(NamedTuple):
 
     unfolded: Cell
     own: Cell
+    of_images: float = math.nan  # standard error of the difference over the test images, which they share
 
     @property
     def excess(self) -> float:
         """Nats by which the loss of the unfolded cell is larger; means over seeds, test images."""
-        unfolded, own = (np.mean(_losses(cell)) for cell in self)
-        return float(unfolded - own)
+        return float(np.mean(_losses(self.unfolded)) - np.mean(_losses(self.own)))
 
     @property
     def se(self) -> float:
-        """Its standard error over the seeds of both; NaN unless both have several."""
-        spreads = [np.std(_losses(c), ddof=1) / math.sqrt(len(c.runs)) if len(c.runs) > 1 else math.nan for c in self]
-        return math.hypot(*spreads)
+        """Its standard error, over the test images and over the seeds of either if it has several; NaN if unknown."""
+        spreads = [np.std(_losses(c), ddof=1) / math.sqrt(len(c.runs)) for c in self[:2] if len(c.runs) > 1]
+        known = [v for v in (*spreads, self.of_images) if math.isfinite(v)]
+        return math.hypot(*known) if known else math.nan
 
     @property
     def epochs(self) -> tuple[str, str]:
         """Epochs of the two trainings."""
-        return tuple(cell.settings.get("num_epochs") or "" for cell in self)
+        return tuple(cell.settings.get("num_epochs") or "" for cell in self[:2])
 
 
 def _losses(cell: Cell) -> list[float]:
@@ -58,7 +62,21 @@ def pairs(plane: Plane) -> list[Pair]:
     known, fixed = {}, np.isnan(plane.asked).all(1)
     for cell in plane.where(fixed & ~plane.unfolded).cells:
         known.setdefault(_key(cell), []).append(cell)
-    return [Pair(cell, own) for cell in plane.where(fixed & plane.unfolded).cells for own in known.get(_key(cell), ())]
+    unfolded = plane.where(fixed & plane.unfolded).cells
+    return [Pair(cell, own, _of_images(plane, cell, own)) for cell in unfolded for own in known.get(_key(cell), ())]
+
+
+def _of_images(plane: Plane, *cells: Cell) -> float:
+    """The standard error over test images of the difference of two cells' losses, means over seeds; NaN if unknown."""
+    losses = []
+    try:
+        for cell in cells:
+            found = [per_image(plane.folder / run) for run in cell.runs]
+            rates = [cell.median["beta_y"] * of["kl_y"] + cell.median["beta_z"] * of["kl_z"] - of["ll"] for of in found]
+            losses.append(np.mean(rates, axis=0, dtype=np.float64))
+        return standard_error(losses[0] - losses[1])
+    except (UserError, KeyError, ValueError, TypeError):  # TypeError: no folder
+        return math.nan
 
 
 def _key(cell: Cell) -> tuple:

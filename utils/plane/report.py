@@ -14,7 +14,7 @@ from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.drivers import DRIVERS, drivers
 from utils.plane.excess import EXCESS, excess_rows, pairs
-from utils.plane.metrics import ACCURACIES, metric
+from utils.plane.metrics import ACCURACIES, metric, wanted
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
@@ -118,7 +118,8 @@ def write_report(
     compared = excess_rows(pairs(plane))
     if compared:
         write_text(out / "excess.csv", to_csv(compared, EXCESS))
-    cells = [row for row in table(plane, plane.names) if row["what"] != "seed"]
+    shown = [name for name in dict.fromkeys([*of_tasks, *wanted(plane.names, args.metrics)]) if name in plane.names]
+    cells = [row for row in table(plane, shown) if row["what"] != "seed"]
     to_train = commands(advised)
     tables = {
         "Advice": f'{to_html(advised, advice_headings)}<p class="about">{EXPLAINED}</p>',
