@@ -153,8 +153,10 @@ async function explore() {
       return [element("tr", [element("td", see),
         ...texts.map((text, j) => element("td", text, {className: j < 2 ? "text" : ""}))])];
     });
-    table("advised", ["", "task", "metric", "best", "beta_y", "beta_z", ...rates.map(r => r.title),
-      "ordinary", "at R", "gain", "same choice"], rows);
+    const headings = ["", "task", "metric", "best", "beta_y", "beta_z", ...rates.map(r => r.title), "ordinary", "at R",
+      "gain", "same choice"];
+    for (const row of rows) headings.forEach((heading, j) => row.cells[j].dataset.label = heading);
+    table("advised", headings, rows);
     mark("stars", [...stars].map(([i, numbers]) => [i, numbers.join(" ")]));
   }
 
