@@ -70,11 +70,24 @@ def test_the_bracket_holds_the_truth_and_the_estimate_says_when_it_does_not(n, s
     low, low_se, high, high_se, accuracy = test.bracket(train, mi)
     assert low - 3 * low_se <= test.truth <= high + 3 * high_se
     assert high - low < 0.9 * entropy(test.labels) and low > 0 and high <= entropy(test.labels)
+    if rate <= 1:  # few posteriors are narrow, so that leaving one of many out costs hardly anything
+        assert high - test.truth <= 3 * high_se + 10 * math.exp(rate) / n
     assert accuracy <= accuracy_bound(high, test.labels) + 3 * math.sqrt(0.25 / n)
     if rate > math.log(n) - 2:  # the estimate claims nearly all of H(label), whatever the truth
         assert mi.is_saturated(rate, n) and mi.mi > test.truth + 3 * mi.se
     elif not mi.is_saturated(rate, n):
         assert abs(mi.mi - test.truth) < 4 * mi.se + rate * math.exp(rate) / n
+
+
+def test_a_collapsed_y_says_nothing():
+    """Four samples of z make its posterior a mixture of four all but equal Gaussians, those of all other images."""
+    n, rng = 1000, np.random.default_rng(0)
+    labels, means = np.arange(n) % K, 1e-3 * rng.normal(size=(n, 4, 6))
+    samples = means[:, 0] + rng.normal(size=(n, 6))
+    mi = gaussian_mi(*(torch.tensor(v) for v in (samples, means, np.ones_like(means), labels)))
+    rate = 0.5 * (means**2).sum(2).mean()
+    high, _ = upper_end(labels, (rate, 0.0), (mi.upper, mi.upper_se))
+    assert 0 <= high <= rate < 1e-5 and abs(mi.mi) < 1e-3 and not mi.is_saturated(rate, n)
 
 
 @pytest.mark.parametrize("n", [360, 10_000])
@@ -102,6 +115,25 @@ def test_the_bracket_of_a_mixture_posterior():
     samples = torch.tensor(test.samples + spread[:, 0])
     mi = gaussian_mi(samples, means, torch.full_like(means, test.std), torch.tensor(test.labels))
     assert test.truth - 3 * mi.upper_se <= mi.upper < entropy(test.labels)
+
+
+@pytest.mark.parametrize("rate", [1.0, 4.0])
+def test_the_upper_bound_is_that_of_a_plain_double_loop(rate):
+    """log q(s | label), own posterior included, less log q(s) of the others; each mean over images one by one."""
+    n, rng = 40, np.random.default_rng(0)
+    test = Latents(n, rate, 2, 0)
+    means = test.means[:, None] + 0.1 * rng.normal(size=(n, 3, 2))
+
+    def density(i, j):  # of image j's posterior at image i's sample
+        return np.mean([scipy.stats.norm(m, test.std).pdf(test.samples[i]).prod() for m in means[j]])
+
+    p = np.array([[density(i, j) for j in range(n)] for i in range(n)])
+    same = test.labels[:, None] == test.labels
+    of_class, of_others = (p * same).sum(1) / same.sum(1), (p.sum(1) - np.diag(p)) / (n - 1)
+    expected = np.log(of_class) - np.log(of_others)
+    mi = gaussian_mi(*(torch.tensor(v) for v in (test.samples, means, np.full_like(means, test.std), test.labels)))
+    assert mi.upper == pytest.approx(expected.mean(), rel=1e-6)
+    assert mi.upper_se == pytest.approx(scipy.stats.sem(expected), rel=1e-6)
 
 
 def test_the_upper_end_is_the_smallest_bound():
