@@ -279,14 +279,14 @@ def same_advice(page, rows):
     """Asserts that the page's advice is that of these rows."""
     found = table(page, "advised")[1:]
     assert len(found) == len(rows) > 0
-    for (_, task, _, *texts, agreed), row in zip(found, rows, strict=True):
+    for (_, task, _, *texts, chosen), row in zip(found, rows, strict=True):
         names = ("value", "beta_y", "beta_z", "rate", "kl_z", "kl_y", "diagonal_value", "diagonal_rate", "gain")
         assert task == row["task"]
         told = [float(text.rstrip("*") or "nan") for text in texts]
         assert told == pytest.approx(
             [float("nan" if row.get(n) in (None, "") else row[n]) for n in names], rel=1e-3, nan_ok=True
         )
-        assert texts[0].endswith("*") == (row["told"] == "untested") and agreed == (row.get("agreed") or "")
+        assert texts[0].endswith("*") == (row["told"] == "untested") and chosen == (row.get("chosen_kl_z") or "")
 
 
 @pytest.mark.parametrize("batch", ["real", "known"])

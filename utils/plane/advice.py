@@ -30,12 +30,12 @@ ADVICE = {  # columns of the advice and their headings
     "low": "95 % from",
     "high": "to",
     "told": "is it better?",
-    "agreed": "same choice",
+    "chosen_kl_z": "R(z) of each choice",
 }
 EXPLAINED = (
     "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none has it, or with "
-    "less where they end. Figures with an interval are of test images on which nothing was chosen, so they differ a "
-    "little from eval_results.csv, and from budget to budget."
+    "less where they end. Each part of the images and seeds chooses for the rest; figures with an interval are of "
+    "images on which nothing was chosen, so they differ a little from eval_results.csv, and from budget to budget."
 )
 
 
@@ -81,7 +81,7 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
                 if known:
                     row |= {n: unit * getattr(known, n) for n in ("value", "se", "gain", "low", "high")}
                     row |= {"diagonal_value": unit * known.other, "diagonal_rate": known.rate}
-                    row |= {"told": known.told, "agreed": "yes" if known.agreed else "no"}
+                    row |= {"told": known.told, "chosen_kl_z": span(plane.values("kl_z")[[*known.chosen]])}
                 else:
                     means = mean_of(name, values)
                     way = mixture(name, {i: score_of(name, means[i]) for i in few}, rates, rates[best])
@@ -91,6 +91,12 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
                 row["gain"] = round(row["gain"], 12) + 0.0  # never -0
             rows.append(row)
     return rows
+
+
+def span(values: np.ndarray) -> str:
+    """The least and the largest of some values, as text; of equal ones, that."""
+    ends = [f"{v:.3g}" for v in (values.min(), values.max())]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def terms_for(plane: Plane) -> dict:
@@ -151,5 +157,5 @@ def commands(advised: list[dict]) -> list[dict[str, str]]:
 
 def headings_of(plane: Plane) -> dict[str, str]:
     """Columns and headings of the advice, including the settings in which the plane's cells differ."""
-    rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in ("kl_y", "kl_z", "rate", "diagonal_rate")}
+    rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in ("kl_y", "kl_z", "rate", "diagonal_rate", "chosen_kl_z")}
     return ADVICE | rates | {name: name for name in plane.differing}

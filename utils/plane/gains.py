@@ -30,7 +30,7 @@ class Gain(NamedTuple):
     gain: float  # positive if the choice is better
     low: float  # ends of the 95 % interval
     high: float
-    agreed: bool  # whether every choice was of the same cell
+    chosen: tuple[int, ...]  # the cells that were chosen, each once
     seeds: int = 1  # that were compared
 
     @property
@@ -123,7 +123,7 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     extra = of_seeds(gains[:, 0])
     ends = mean[0] - math.hypot(low, extra), mean[0] + math.hypot(high, extra)
     numbers = map(float, (value, se, other, np.mean(compared), mean[0] + 0.0, *ends))
-    return Gain(*numbers, len(firsts) == 1, folds)
+    return Gain(*numbers, tuple(sorted(map(int, firsts))), folds)
 
 
 def mixture(name: str, score: Mapping[int, float], rates: Sequence[float], most: float) -> dict[int, float]:

@@ -146,15 +146,16 @@ async function explore() {
       const value = mean(firsts.map((i, r) => worth([[i, 1]], r))), star = tested ? "" : "*";
       const other = few.length ? mean(others.map(worth)) : null;
       const see = element("button", `${k + 1}`, {type: "button", title: "choose this cell", onclick: () => choose(at)});
-      const agreed = tested ? firsts.every(i => i === firsts[0]) ? "yes" : "no" : "";
+      const r_z = firsts.map(i => rates[1].values[i]), digits = v => `${+v.toPrecision(3)}`;
+      const parts = [...new Set([digits(Math.min(...r_z)), digits(Math.max(...r_z))])].join(" to ");
       const texts = [task, title, shown(value) + star, shown(betas.beta_y[at]), shown(betas.beta_z[at]),
         ...rates.map(r => shown(r.values[at])), ...other === null ? ["", "", ""] : [shown(other) + star,
-          shown(mean(others.map(way => of(way, rates[0].values)))), shown(better * (value - other)) + star], agreed];
+          shown(mean(others.map(way => of(way, rates[0].values)))), shown(better * (value - other)) + star], tested ? parts : ""];
       return [element("tr", [element("td", see),
         ...texts.map((text, j) => element("td", text, {className: j < 2 ? "text" : ""}))])];
     });
     const headings = ["", "task", "metric", "best", "beta_y", "beta_z", ...rates.map(r => r.title), "ordinary", "at R",
-      "gain", "same choice"];
+      "gain", "R(z) of each choice"];
     for (const row of rows) headings.forEach((heading, j) => row.cells[j].dataset.label = heading);
     table("advised", headings, rows);
     mark("stars", [...stars].map(([i, numbers]) => [i, numbers.join(" ")]));
