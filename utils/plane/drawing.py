@@ -82,6 +82,7 @@ def crowded(plane: Plane, name: str) -> bool:
 def bar_of(figure: Figure, shown, axes, name: str | None, **how) -> None:
     """A colour bar, with the better end on top."""
     bar = figure.colorbar(shown, ax=axes, pad=0.02, **how)
+    bar.minorticks_off()  # whose labels would be of another format
     if name is not None and metric(name).better < 0:
         bar.ax.invert_yaxis()
 
@@ -110,7 +111,19 @@ def mark(ax: Axes, plane: Plane, x: str, y: str, name: str | None) -> None:
     ax.plot(xs[one], ys[one], "s", ms=8, mfc="none", mec="k", mew=0.8, ls="none", label="both 1")
     best = plane.best(name) if name and metric(name).better else None
     if best is not None:
-        ax.plot(xs[best], ys[best], "*", ms=17, mfc="none", mec=RED, mew=1.1, ls="none", zorder=4, label="best")
+        ax.plot(
+            xs[best],
+            ys[best],
+            "*",
+            ms=17,
+            mfc="none",
+            mec=RED,
+            mew=1.1,
+            ls="none",
+            zorder=4,
+            label="best",
+            clip_on=False,
+        )
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:

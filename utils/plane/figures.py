@@ -149,7 +149,9 @@ def against_rate_z(plane: Plane, names: Sequence[str], bound: Callable[[float], 
             line = np.array([bound(v / unit) for v in grid]) if of_samples else np.minimum(grid, h * unit)
             ax.plot(grid, line, "-", c=RED, label="bound from R(z) and H(label)")
         if of_samples:
-            ax.plot(r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="acc_bound, from the cell's I")
+            ax.plot(
+                r_z, plane.values("acc_bound"), "_", c=RED, ms=4, mew=0.7, label="bound from the cell's own I(z; label)"
+            )
         mark(ax, plane, "kl_z", name, name)
         rate_axis(ax, "x", plane, "kl_z")
     bar_of(figure, colours, axes, None, label=plane.title("kl_y"), aspect=40, shrink=0.7)
@@ -181,7 +183,8 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawn:
         for ax, x, y in views:
             label = f"best {metric(name).label}" if ax is key else None
             at = plane.values(x)[best], plane.values(y)[best]
-            ax.plot(*at, marker, ms=13 if marker == "*" else 9, mfc="none", mec="k", mew=0.9, ls="none", label=label)
+            size = 13 if marker == "*" else 9
+            ax.plot(*at, marker, ms=size, mfc="none", mec="k", mew=0.9, ls="none", label=label, clip_on=False)
     legend(figure, axes)
     return Drawn(figure, table(plane, names))
 
