@@ -86,6 +86,16 @@ def test_a_failed_cell_and_a_damaged_one(trained, script):
     assert status == 0 and "damaged: " in out and (path / "resume.pth").exists()
 
 
+def test_the_speed_of_a_longer_training_is_that_of_the_shorter_ones_beside_it(trained, script):
+    (path,) = trained("--num_epochs", "2", "--beta_y", "3")
+    result = json.loads((path / "training.json").read_text())
+    write_json(path / "training.json", result | {"seconds": 200.0})
+    longer = ["--num_epochs", "6", "--beta_y", "0.1", "1", "--run_batch_name", path.parent.name, "--dry_run"]
+    out = script(train.main, *TINY, *longer)[1]
+    assert "2 new; 12 epochs left, about 20 min at 100 s an epoch" in out
+    assert "how long they take shows once" in script(train.main, *TINY, *longer, "--batch_size", "50")[1]
+
+
 def test_a_checkpoint_within_an_epoch_counts_by_its_steps(trained, monkeypatch):
     (path,) = trained()
     (path / "resume.pth").touch()

@@ -41,6 +41,7 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
             speeds.append(seconds / epochs)
         failed = line.startswith("failed")  # they are not trained again
         left += run.config.num_epochs if overwrite else 0 if failed else run.config.num_epochs - epochs
+    speeds = speeds or of_others(runs[0])
     width = max(map(len, names))
     print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
     for name, line in zip(names, lines, strict=True):
@@ -53,6 +54,21 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
         print(f"{left:.4g} epochs left, about {duration(left * median(speeds))} at {median(speeds):.3g} s an epoch")
     else:
         print(f"{left:.4g} epochs left; how long they take shows once a cell has been trained")
+
+
+def of_others(run: Run) -> list[float]:
+    """Seconds an epoch of the finished runs beside this one that differ in betas, seed and schedule at most."""
+    free = ("beta_y", "beta_z", "seed", "num_epochs", "warmup_epochs", "no_warmup", "lr_schedule", "learning_rate")
+    free += ("target_rate_y", "target_rate_z", "init_from", "source", "data_digest")
+    known, found = {k: v for k, v in vars(run.config).items() if k not in free}, []
+    for path in run.path.parent.glob("*/config.json"):
+        try:
+            other = Run.open(path.parent)
+            if known.items() <= vars(other.config).items() and other.status == "finished":
+                found.append(other.result["seconds"] / other.config.num_epochs)
+        except (UserError, KeyError):  # a damaged one
+            continue
+    return found
 
 
 def standing(run: Run) -> tuple[str, float, float]:
