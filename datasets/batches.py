@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -92,11 +92,11 @@ def _quiet_worker(_: int) -> None:
 
 
 @atexit.register
-def _end_workers() -> None:
-    """Ends worker processes that are left, say of an exception: they ignore the SIGTERM by which Python would."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    for worker in workers:
-        worker.kill()
+def _end_workers(but: Sequence[multiprocessing.Process] = ()) -> None:
+    """Ends the worker processes that are left, but for some: they ignore the SIGTERM by which Python would."""
+    for child in multiprocessing.active_children():
+        if child.daemon and child not in but:
+            child.kill()
 
 
 def _lost_workers(e: Exception) -> str | None:
@@ -152,7 +152,7 @@ class Streamed:
             prefetch_factor=4,
             worker_init_fn=_quiet_worker,
         )
-        problem = None
+        problem, others = None, multiprocessing.active_children()
         try:
             decoded = iter(loader)
             with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
@@ -167,5 +167,7 @@ class Streamed:
             if problem is None:
                 raise
             time.sleep(GRACE)
+        finally:  # where the caller stops early, too: torch would wait for 5 s for each that does not hear it
+            _end_workers(others)
         if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
             raise UserError(problem)
