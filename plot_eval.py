@@ -20,7 +20,7 @@ from utils.errors import run_script
 from utils.files import check_writable
 from utils.plane.advice import EXPLAINED, advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
-from utils.plane.excess import pairs, print_excess
+from utils.plane.excess import Pair, pairs, print_excess
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
 from utils.plane.report import write_comparison, write_report
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
-def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args, made) -> dict:
+def draw(plane: Plane, found: list[Slope], compared: list[Pair], names: list[str], folder: Path, args, made) -> dict:
     """Draws all figures for which the batch has data; returns them, with their data, by name."""
     from utils.evaluation.information import accuracy_bound, entropy
     from utils.plane import figures, maps
@@ -88,7 +88,7 @@ def draw(plane: Plane, found: list[Slope], names: list[str], folder: Path, args,
         there = [s for s in found if any(s.cell is cell for cell in cells.cells)]
         if any(math.isfinite(r) for s in there for r in (s.ratio_y, s.ratio_z)):
             drawn[f"slopes{of_kind}"] = maps.slope_maps(cells, there)
-    if compared := pairs(plane):
+    if compared:
         drawn["excess"] = maps.excess_maps(plane, compared)
     if not any(name.startswith("slopes") for name in drawn):
         plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
@@ -123,10 +123,10 @@ def main(argv=None) -> int:
     from utils.plane.explorer import explorer
     from utils.plane.pictures import pictures
 
-    found = slopes(plane)
+    found, compared = slopes(plane), pairs(plane)
     made = pictures(plane, folder, args)
-    drawn = draw(plane, found, names, folder, args, made)
-    write_report(out, args, plane, advised, found, drawn, explorer(plane, names, terms, made))
+    drawn = draw(plane, found, compared, names, folder, args, made)
+    write_report(out, args, plane, advised, found, compared, drawn, explorer(plane, names, terms, made))
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
@@ -134,7 +134,7 @@ def main(argv=None) -> int:
     for row in commands(advised):
         print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
     print_far_off(slope_rows(found))
-    print_excess(pairs(plane))
+    print_excess(compared)
     print(f"\nOpen {out / 'report.html'}")
     return 0
 

@@ -45,8 +45,24 @@ def test_the_next_command_can_be_pasted(script):
     flags = ["--runs_dir", "my runs", "--run_batch_name", "it's"]
     status, out, _ = script(train.main, *TINY, *flags)
     assert status == 0
-    (command,) = re.findall("To evaluate: python (.*)", out)
-    assert shlex.split(command) == ["eval_beta_grid.py", "--run_batch_name", "it's", "--all", "--runs_dir", "my runs"]
+    (command,) = re.findall("To evaluate: python train_classifier.py (.*)", out)
+    assert shlex.split(command)[:7] == [
+        "--dataset",
+        "Digits",
+        "--runs_dir",
+        "my runs",
+        "&&",
+        "python",
+        "eval_beta_grid.py",
+    ]
+    assert shlex.split(command)[6:] == [
+        "eval_beta_grid.py",
+        "--run_batch_name",
+        "it's",
+        "--all",
+        "--runs_dir",
+        "my runs",
+    ]
     (board,) = re.findall("To inspect: python -m utils.board (.*)", out)
     assert shlex.split(board) == ["my runs/it's"]
 

@@ -79,7 +79,9 @@ def test_the_advice_of_a_batch_with_terms_of_single_images(script):
     assert "no per_image.npz" not in out
     Path("runs/b", rows[0]["run"], "per_image.npz").write_bytes(b"damaged")
     status, out, err = script(plot_eval.main, *flags)
-    assert status == 0 and "note: no per_image.npz for 1 of 25 cells: the advice's differences are untested" in out, err
+    assert (
+        status == 0 and "note: no per_image.npz for 1 of 25 cells: what the advice says of them is untested" in out
+    ), err
     (line,) = [line for line in out.splitlines() if "| psnr" in line]
     assert "untested" in line and f"{max(row['psnr'] for row in rows):.4g}" in line
 

@@ -177,4 +177,12 @@ def test_cells_of_mixed_settings_have_markers_and_sheets_of_their_own():
     }
     means = [figure.figure.axes[0].images[0].get_array()[:2, :2].mean() for figure in found.values()]
     assert means == pytest.approx([2 / 8, 6 / 8])  # the largest beta_y and smallest beta_z are at the top left
+    many = plane_of([exponential(by, 1) for by in AXIS * 2] + [exponential(1, bz) for bz in (0.1, 10)])
+    for i, kind in enumerate("ABCDEFGH"):  # B lacks the score
+        row = many.cells[i].repeats[0] | ({} if kind == "B" else {"is_mean": 2.0 + i})
+        many.cells[i] = dataclasses.replace(many.cells[i], settings={"vae_type": kind}, repeats=(row,))
+    axes = figures.rate_planes(Plane(many.cells[:8]), ["ll", "is_mean"]).figure.axes[:2]
+    looks = [{c.get_label(): c.get_paths()[0].vertices.tolist() for c in ax.collections} for ax in axes]
+    assert len(looks[0]) == 8 and set(looks[0]) - set(looks[1]) == {"vae_type_B"}
+    assert all(looks[0][label] == path for label, path in looks[1].items())
     assert list(sheets(Plane(plane.cells[:4]), Pictures({0: pictures[0]}, {}, None, {}))) == ["samples"]

@@ -125,10 +125,26 @@ def test_what_cannot_be_compared_is_not():
 
     whole = np.ones((1, 30))
     assert found([whole, None]) is None and found([whole, np.ones((1, 31))]) is None
-    assert found([whole[:, :19]] * 2) is None and found([whole] * 2, (False, True)) is None
+    assert found([whole[:, :19]] * 2) is None and found([whole] * 2, (False, False)) is None
+    assert gain("psnr", [whole] * 2, [("2",)] * 2, np.ones(2, bool), np.zeros(2, bool), range(2)) is None
+    assert found([None, whole], (False, True)) is None and found([whole] * 2, (False, True)).rate == 0
     part = whole.copy()
     part[0, 5:] = np.nan
     assert found([whole, part]) is None and found([whole, None], (True, False)) is not None
+
+
+def test_ordinary_cells_beyond_a_budget_count_mixed():
+    """The chosen has R of 20, and 18 dB; ordinary ones 15 dB at 10 and 25 dB at 30, half of each 17.6."""
+    terms = [np.full((1, 40), 10 ** (-db / 10)) for db in (15, 18, 25)]
+    found = gain("psnr", terms, [("2",)] * 3, np.array([1, 1, 0], bool), np.array([1, 0, 1], bool), [10, 20, 30])
+    half = -10 * np.log10((10**-1.5 + 10**-2.5) / 2)
+    assert found.value == pytest.approx(18) and found.rate == 20 and found.other == pytest.approx(half)
+
+
+def test_a_seed_that_a_cell_has_twice_counts_once():
+    terms = [np.full((2, 40), v) for v in (5.0, 3.0, 1.0)]
+    found = gain("nelbo", terms, [("2", "2")] * 3, np.ones(3, bool), np.array([1, 0, 0], bool), range(3))
+    assert found.value == 1 and found.gain == 4 and found.chosen == (2,)
 
 
 @pytest.mark.parametrize("name, make, seeds", [("psnr", errors, 1), ("psnr", errors, 3), ("lr_nll", accuracies, 2)])

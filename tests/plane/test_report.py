@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -17,12 +18,12 @@ import eval_beta_grid
 import plot_eval
 import train
 from tests.conftest import TINY
-from tests.plane.planes import HEADER, plane_of, rows_of, write_csv, write_terms
+from tests.plane.planes import AXIS, HEADER, plane_of, rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane.advice import advice, terms_for
-from utils.plane.cells import read_plane
+from utils.plane.cells import Plane, read_plane
 from utils.plane.drawing import crowded
-from utils.plane.explorer import EMPTY, drawn
+from utils.plane.explorer import EMPTY, alike, drawn, explorer
 from utils.plane.metrics import metric
 from utils.plane.pictures import Pictures
 from utils.runs import Run
@@ -251,6 +252,24 @@ def test_cells_and_the_rates_they_were_asked_for_are_where_the_axes_say():
     (cross,) = [r for r in plot.renderers if getattr(r.glyph, "marker", None) == "x"]
     assert cross.data_source.data["x"] == pytest.approx([ticks[200]])
     assert cross.data_source.data["y"] == pytest.approx([cells["y"][6]])  # not asked for, so its own
+
+
+def test_a_standard_error_that_is_asked_for_colours_nothing_first():
+    rows = [{"beta_y": 1.0, "beta_z": z, "kl_z": z, "kl_y": 5.0, "psnr": 9.0, "psnr_se": 0.1} for z in (1.0, 2.0)]
+    made = Pictures({}, {}, None, {"samples": {}, "reconstructions": {}})
+    (data,) = re.findall(r'id="explored">(.*?)</script>', explorer(plane_of(rows), ["psnr_se", "psnr"], {}, made)[1])
+    assert json.loads(data)["first"] == "psnr"
+
+
+def test_the_page_stars_what_seeds_that_differ_would_choose_otherwise():
+    """Of cells that do not all have the same seeds or images, some choose otherwise than all do."""
+    plane, terms = plane_of(rows_of(AXIS[:2])), [np.ones((1, 30))] * 4
+    assert alike(plane, terms) and alike(plane, [*terms[:3], None]) and alike(plane, ())
+    plane.cells[0] = replace(plane.cells[0], seeds=("7",))
+    assert not alike(plane, terms) and alike(plane, [None, *terms[1:]])
+    part = np.ones((1, 30))
+    part[0, 3] = np.nan
+    assert not alike(Plane(plane.cells[1:]), [part, *terms[2:]])
 
 
 def test_the_better_of_two_is_bold_where_a_better_way_is_known(opened, batches):

@@ -33,9 +33,10 @@ ADVICE = {  # columns of the advice and their headings
     "chosen_kl_z": "R(z) of each choice",
 }
 EXPLAINED = (
-    "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none has it, or with "
-    "less where they end. Each part of the images and seeds chooses for the rest; figures with an interval are of "
-    "images on which nothing was chosen, so they differ a little from eval_results.csv, and from budget to budget."
+    "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none has it; with less "
+    "R where they end, with the least that one has where all have more, and one alone for metrics that do not mix. "
+    "Each part of the images and seeds chooses for the rest; figures with an interval are of images on which nothing "
+    "was chosen, so they differ a little from eval_results.csv, and from budget to budget."
 )
 
 
@@ -58,9 +59,11 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
     is that of all test images; where `terms` (see `terms_of`) allow it, the two figures are of images on which nothing
     was chosen, and the gain has an interval.
     """
-    within, limits = np.ones(len(plane.cells), bool), []
-    for name, most in (budget or {}).items():
+    within, limits, budget = np.ones(len(plane.cells), bool), [], budget or {}
+    ordinary = plane.diagonal  # those of too large a total rate, mixed, may be within the budget
+    for name, most in budget.items():
         within &= plane.values(name) <= most
+        ordinary = ordinary & ((plane.values(name) <= most) | (name == "rate"))
         limits.append(f"{LIMITS[name]} <= {most:g} {plane.unit}")
     rows, seeds, terms = [], [cell.seeds for cell in plane.cells], terms or {}
     rates = plane.values("rate")
@@ -75,16 +78,16 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
             row |= {n: plane.scale(n) * cell.median[n] for n in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
             row |= {name: cell.settings.get(name) for name in plane.differing} | {"command": own_training(cell)}
             among = within & np.isfinite(values)
-            few = np.flatnonzero(among & plane.diagonal)
-            if len(few):
-                known = name in terms and gain(name, terms[name], seeds, among, plane.diagonal, rates)
+            few = ordinary & np.isfinite(values)
+            if few.any():
+                known = name in terms and gain(name, terms[name], seeds, among, few, rates)
                 if known:
                     row |= {n: unit * getattr(known, n) for n in ("value", "se", "gain", "low", "high")}
                     row |= {"diagonal_value": unit * known.other, "diagonal_rate": known.rate}
                     row |= {"told": known.told, "chosen_kl_z": span(plane.values("kl_z")[[*known.chosen]])}
                 else:
                     means = mean_of(name, values)
-                    way = mixture(name, {i: score_of(name, means[i]) for i in few}, rates, rates[best])
+                    way = mixture(name, {i: score_of(name, means[i]) for i in np.flatnonzero(few)}, rates, rates[best])
                     mean, row["diagonal_rate"] = (float(sum(w * v[i] for i, w in way.items())) for v in (means, rates))
                     row["diagonal_value"], row["told"] = float(value_of(name, np.array(mean))), UNTESTED
                     row["gain"] = metric(name).better * (row["value"] - row["diagonal_value"])
@@ -95,7 +98,7 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
 
 def span(values: np.ndarray) -> str:
     """The least and the largest of some values, as text; of equal ones, that."""
-    ends = [f"{v:.3g}" for v in (values.min(), values.max())]
+    ends = [f"{float(f'{v:.3g}'):g}" for v in (values.min(), values.max())]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 

@@ -214,9 +214,7 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
         listed = "; ".join(
             f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
         )
-        plane.notes.append(
-            f"the batch mixes settings, each with a marker of its own (heat maps and image sheets apart): {listed}"
-        )
+        plane.notes.append(f"the batch mixes settings, each with a marker (heat maps and image sheets apart): {listed}")
     saturated = [name for name in ("mi_q_mc", "mi_q_mc_y") if (plane.values(f"{name}_saturated") > 0).any()]
     for name in saturated:
         where = int((plane.values(f"{name}_saturated") > 0).sum())

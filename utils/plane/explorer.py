@@ -36,9 +36,9 @@ betas), small points single seeds, and numbered stars the advice below. Yellow i
 <p class="controls" id="budget"></p>
 <div class="table" id="advised" tabindex="0" role="region" aria-label="the best within the budget"></div>
 <p class="about">The best cell for each metric, by all test images, and what ordinary beta-VAEs (beta_y = beta_z) reach
-within the budget at the same R: two of them mixed where none has it, or with less where they end. Both values are of
-the half of the images on which nothing was chosen, both ways, averaged; marked * they are those by which the cell was
-chosen, for want of terms of single images or of an ordinary beta-VAE. Whether a gain is more than chance, the table
+at the same R: two of them mixed where none has it, or with less where they end. Both values are of the half of the
+images on which nothing was chosen, both ways, averaged; marked * they are those by which the cell was chosen, for want
+of terms of single images or of an ordinary beta-VAE, or as seeds differ. Whether a gain is more than chance, the table
 under Advice says.</p>
 </section>"""
 
@@ -51,7 +51,8 @@ def explorer(plane: Plane, names: Sequence[str], terms: Mapping, made: Pictures)
     from bokeh.embed import json_item
     from bokeh.resources import Resources
 
-    first = next(iter([*names, *first_of(plane.names, FOUR), "rate"]))
+    known = {column["name"] for column in columns(plane)}
+    first = next(name for name in [*names, *first_of(plane.names, FOUR), "rate"] if name in known)
     islands = {"explored": explored(plane, first, terms, made), "drawn": json_item(drawn(plane, made))}
     parts = [f'<script type="application/json" id="{name}">{inert(data)}</script>' for name, data in islands.items()]
     return Resources(mode="inline", components=["bokeh"]).render_js(), "\n".join([BODY, *parts])
@@ -84,7 +85,7 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
     for task, name in ((task, name) for task, names in TASKS.items() for name in names if name in plane.names):
         chosen, told = scores(name, terms[name], [cell.seeds for cell in plane.cells]) if name in terms else ((), ())
         entry = {"task": task, "title": plane.title(name), "better": metric(name).better, "values": plane.values(name)}
-        entry |= {"mixes": metric(name).mixes, "squared": name == "psnr"}
+        entry |= {"mixes": metric(name).mixes, "squared": name == "psnr", "alike": alike(plane, terms.get(name, ()))}
         advice.append(entry | {"chosen": chosen, "told": [plane.scale(name) * values for values in told]})
     return {
         "unit": plane.unit,
@@ -100,6 +101,16 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
         "originals": None if made.originals is None else to_uri(made.originals),
         "palettes": {"1": Viridis256, "-1": Viridis256[::-1], "0": Cividis256},
     }
+
+
+def alike(plane: Plane, terms: Sequence[np.ndarray | None]) -> bool:
+    """Whether all cells that have terms have the same seeds and tested images, so that any of them choose as all do."""
+    kinds = {
+        (cell.seeds, np.isfinite(of_cell).all(0).tobytes())
+        for cell, of_cell in zip(plane.cells, terms, strict=False)
+        if of_cell is not None
+    }
+    return len(kinds) <= 1
 
 
 def columns(plane: Plane) -> list[dict]:

@@ -1,6 +1,7 @@
 """The figures of a rate plane: metrics over it, against the rates, and against each other."""
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -45,14 +46,15 @@ def dots(
     if colours.ndim == 1 and norm is None and there.any():
         norm = Normalize(colours[there].min(), colours[there].max())
     how = how | ({"cmap": cmap, "norm": norm, "lw": 0} if colours.ndim == 1 else {"lw": 0.3, "ec": "0.3"})
-    drawn, free = None, {False: iter("o^DvP"), True: iter("spXh8")}
+    drawn, free = None, {False: cycle("o^DvP"), True: cycle("spXh8")}
     several = Counter(bool(plane.unfolded[mask][0]) for mask in plane.kinds.values())
     for kind, mask in plane.kinds.items():
         unfolded, shown = bool(plane.unfolded[mask][0]), there & mask
-        label = kind[:40] if several[unfolded] > 1 else "multi-rate model" if unfolded else None
+        marker, label = next(free[unfolded]), textwrap.fill(kind, 40)
+        if several[unfolded] == 1:
+            label = "multi-rate model" if unfolded else None
         if shown.any() or drawn is None:
             at = plane.values(x)[shown], plane.values(y)[shown]
-            marker = next(free[unfolded], "o")
             drawn = ax.scatter(*at, c=colours[shown], marker=marker, zorder=2, label=label, **how)
     return drawn
 

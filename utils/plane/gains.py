@@ -68,7 +68,7 @@ def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | 
             found[name].append(np.stack(rows) if fit else None)
     if without:
         plane.notes.append(
-            f"no per_image.npz for {without} of {len(plane.cells)} cells: the advice's differences are untested; "
+            f"no per_image.npz for {without} of {len(plane.cells)} cells: what the advice says of them is untested; "
             "repeat eval_beta_grid.py (steps 1 and 3)"
         )
     return found
@@ -92,19 +92,20 @@ def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], among, few, rates) -> Gain | None:
-    """The best of the cells in the mask `among` (N,) against the `mixture` of those also in `few` at its rate or less.
+    """The best of the cells in the mask `among` (N,) against the `mixture` of those in `few` (N,) at its rate.
 
     None if untestable. Chosen on one half of the test images and reported on the other, both ways, and averaged (Cawley
-    & Talbot 2010). The interval is a paired bootstrap over images. If all cells share several seeds, the choice is made
-    on all seeds but one and reported on that one, in turn, and Student's interval over these seeds is added. `terms`,
-    `seeds` and `rates` are of each cell, see `terms_of`; ties go to the lowest rate.
+    & Talbot 2010). The interval is a paired bootstrap over images, between its ENDS. If all cells share several seeds,
+    the choice is made on all seeds but one and reported on that one, in turn, and Student's interval over these seeds
+    is added. `terms`, `seeds` and `rates` are of each cell, see `terms_of`; ties go to the lowest rate.
     """
-    mine, few = np.flatnonzero(among), np.flatnonzero(np.asarray(few) & among)
-    tested = tested_images([terms[i] for i in mine]) if len(few) else None
+    mine, few = np.flatnonzero(among), np.flatnonzero(few)
+    both = sorted({*mine, *few})
+    tested = tested_images([terms[i] for i in both]) if len(few) and len(mine) else None
     if tested is None:
         return None
     found, compared, firsts = [], [], set()
-    made = choices(name, terms, seeds, mine, tested)
+    made = choices(name, terms, seeds, both, tested)
     for score, there, half, kept in made:
         first = max(mine, key=lambda i: (score[i], -rates[i]))
         other = mixture(name, {i: score[i] for i in few}, rates, rates[first])
@@ -152,7 +153,7 @@ class Choice(NamedTuple):
 def choices(name: str, terms: Sequence, seeds: Sequence[tuple], mine: Sequence[int], tested: np.ndarray):
     """The Choices among the cells `mine`: on each half of the images, and on all of their shared seeds but one."""
     halves, made = np.array_split(np.random.default_rng(0).permutation(tested), 2), []
-    shared = [s for s in seeds[mine[0]] if all(s in seeds[i] for i in mine)]
+    shared = [s for s in dict.fromkeys(seeds[mine[0]]) if all(s in seeds[i] for i in mine)]
     folds = [([s], [r for r in shared if r != s]) for s in shared] if len(shared) > 1 else [(None, None)]
     for half, (here, there) in enumerate((halves, halves[::-1])):
         of_cell = {i: terms[i][:, here].mean(1) for i in mine}

@@ -131,12 +131,15 @@ async function explore() {
 
   function advise() {  // what advice() and gain() in advice.py and gains.py do
     const within = N.filter(i => sliders.every(allows => allows(i))), stars = new Map();
-    const rows = all.advice.flatMap(({task, title, better, values, chosen, told, mixes, squared}, k) => {
-      const among = within.filter(i => values[i] !== null), few = among.filter(i => all.diagonal[i]);
+    const rows = all.advice.flatMap(({task, title, better, values, chosen, told, mixes, squared, alike}, k) => {
+      const there = N.filter(i => values[i] !== null), among = within.filter(i => values[i] !== null);
+      // those of too large a total rate, mixed, may be within the budget
+      const few = there.filter(i => all.diagonal[i] && sliders.slice(1).every(allows => allows(i)));
       if (!among.length) return [];
       const at = best(among, values.map(x => better * x));
       stars.set(at, [...stars.get(at) ?? [], k + 1]);
-      const tested = chosen.length && few.length && among.every(i => chosen[0][i] !== null);
+      const tested = chosen.length && few.length && [...among, ...few].every(i => chosen[0][i] !== null) &&
+        (alike || among.length === there.length);
       const known = values.map(v => squared ? 10 ** (-v / 10) : v);  // linear in mixtures
       const made = tested ? chosen.map((score, r) => [score, told[r]]) : [[known.map(v => squared ? -v : better * v), known]];
       const mean = v => v.reduce((a, b) => a + b) / v.length, firsts = made.map(([score]) => tested ? best(among, score) : at);

@@ -56,7 +56,9 @@ class Pictures(NamedTuple):
 def pictures(plane: Plane, folder: Path, args) -> Pictures:
     """Loads each cell's first run once, and pictures what it makes; cells that fail are noted in `plane.notes`."""
     beta_y, beta_z = plane.values("beta_y"), plane.values("beta_z")
-    chosen = np.isin(beta_y, thinned(beta_y)) & np.isin(beta_z, thinned(beta_z))
+    chosen = np.zeros(len(plane.cells), bool)
+    for of in plane.kinds.values():  # each has a sheet
+        chosen[of] = np.isin(beta_y[of], thinned(beta_y[of])) & np.isin(beta_z[of], thinned(beta_z[of]))
     made, failures, x, tile = Pictures({}, {}, None, {"samples": {}, "reconstructions": {}}), [], None, None
     for i, cell in enumerate(progress(plane.cells, unit="cell", desc="pictures")):
         try:
@@ -96,7 +98,7 @@ def sheets(plane: Plane, made: Pictures) -> dict[str, Drawn]:
         for settings, mask in plane.kinds.items():
             of_kind = {i: picture for i, picture in pictures_of.items() if mask[i]}
             if of_kind:
-                of_betas = {tuple(betas[i]): picture for i, picture in of_kind.items()}
+                of_betas = {tuple(betas[i]): of_kind[i] for i in reversed(of_kind)}  # of several, the first
                 figure = sheet(of_betas, kind, made.originals if kind == "reconstructions" else None)
                 say(figure, plane.where(mask).about)
                 rows = [dict(zip(("beta_y", "beta_z"), betas[i], strict=True)) for i in of_kind]

@@ -13,16 +13,17 @@ from utils.plane.advice import ADVICE, EXPLAINED, TASKS, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.drivers import DRIVERS, drivers
-from utils.plane.excess import EXCESS, excess_rows, pairs
+from utils.plane.excess import EXCESS, Pair, excess_rows
 from utils.plane.metrics import ACCURACIES, metric, wanted
 from utils.plane.slopes import SLOPES, Slope, slope_rows
 from utils.plane.tables import to_html, to_markdown
 
 CAPTIONS = {
     "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Dots are "
-    "cells trained on their own, squares cells of a multi-rate model, crosses rates that were asked for. Circles "
-    "mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the best cell. Cells with several seeds "
-    "are at their medians, the seeds are small points, and 1/4 says that one of four collapsed.",
+    "cells trained on their own, squares cells of a multi-rate model (of mixed settings, each has a marker), crosses "
+    "rates that were asked for. Circles mark ordinary beta-VAEs (equal betas), the square both betas 1, the star the "
+    "best cell. Cells with several seeds are at their medians, the seeds are small points, and 1/4 says that one of "
+    "four collapsed.",
     "total_rate": "Each metric against the total rate. Mixtures, each model for a share of the images, reach the "
     "hulls; where that of all cells is better than that of ordinary beta-VAEs, separate betas improve on equal ones "
     "at the same total rate. PSNR is mixed as squared errors; metrics that do not mix have no hull. Information that "
@@ -94,7 +95,14 @@ def settings(plane: Plane) -> dict[str, str]:
 
 
 def write_report(
-    out: Path, args, plane: Plane, advised: list[dict], found: list[Slope], drawn: dict, explorer: tuple[str, str]
+    out: Path,
+    args,
+    plane: Plane,
+    advised: list[dict],
+    found: list[Slope],
+    compared: list[Pair],
+    drawn: dict,
+    explorer: tuple[str, str],
 ) -> None:
     """Writes the figures in the requested formats, their data, the tables and the page; removes stale figures."""
     from utils.plane.drawing import headings, table
@@ -115,8 +123,7 @@ def write_report(
     driven = drivers(plane, [name for name in of_tasks if name in plane.names])
     of_grids = DRIVERS | {name: name for name in plane.differing}
     write_text(out / "drivers.csv", to_csv(driven, of_grids))
-    compared = excess_rows(pairs(plane))
-    if compared:
+    if compared := excess_rows(compared):
         write_text(out / "excess.csv", to_csv(compared, EXCESS))
     shown = [name for name in dict.fromkeys([*of_tasks, *wanted(plane.names, args.metrics)]) if name in plane.names]
     cells = [row for row in table(plane, shown) if row["what"] != "seed"]

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections import Counter
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -120,8 +121,11 @@ def summarise(runs: list[Run], args) -> None:
     if all((run.path / "samples.png").is_file() for run in runs):
         print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
     print(f"To inspect: python -m utils.board {shlex.quote(str(runs[0].path.parent))}")
-    batch = ("--run_batch_name", runs[0].config.run_batch_name, "--all")
-    print(f"To evaluate: {next_command(args, 'eval_beta_grid.py', *batch)}")
+    config, first = runs[0].config, ""
+    if not Path(args.runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
+        first = next_command(args, "train_classifier.py", *config.data_flags) + " && "
+    then = next_command(args, "eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all")
+    print(f"To evaluate: {first}{then}")
 
 
 def targets(runs: list[Run], unit: str) -> None:
