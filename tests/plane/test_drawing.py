@@ -47,11 +47,17 @@ def test_half_and_half_of_two_models_is_mixed_in_squared_errors():
     """Half 22.3 dB and half 13.4 dB is 15.9 dB, not 17.9; D and accuracies mix as they are, inception scores do not."""
     ends = [{"kl_z": r, "kl_y": 0.0, "psnr": p, "D": d} for r, p, d in ((10.0, 22.3, 200.0), (2.0, 13.4, 300.0))]
     for row in ends:
-        row |= {"is_mean": row["psnr"], "recons_acc": row["psnr"] / 30, "beta_y": 1 + row["kl_z"], "beta_z": 1}
+        row |= {
+            "train_psnr": row["psnr"],
+            "is_mean": row["psnr"],
+            "recons_acc": row["psnr"] / 30,
+            "beta_y": 1 + row["kl_z"],
+            "beta_z": 1,
+        }
     plane = plane_of(ends)
     every = np.ones(2, bool)
     half = 10 * math.log10(2 / (10**-2.23 + 10**-1.34))
-    for name, value in (("psnr", half), ("D", 250.0), ("recons_acc", (22.3 + 13.4) / 60)):
+    for name, value in (("psnr", half), ("train_psnr", half), ("D", 250.0), ("recons_acc", (22.3 + 13.4) / 60)):
         xs, vs = hull(plane, name, every)
         assert np.interp(6.0, xs, vs) == pytest.approx(value, abs=0.02)
         assert (vs[-1], vs[0]) == pytest.approx([plane.values(name)[i] for i in (0, 1)])

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from utils.plane.gains import gain, mean_of, mixture, score_of, scores, value_of
-from utils.plane.metrics import metric
+from utils.plane.gains import gain, mixture, scores
+from utils.plane.metrics import mean_of, metric, score_of, value_of
 
 CELLS, DIAGONAL = 49, np.eye(7, dtype=bool).ravel()
 EVERY, RATES = np.ones(CELLS, bool), np.arange(CELLS)

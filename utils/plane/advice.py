@@ -9,8 +9,8 @@ import numpy as np
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import ASKED, BETAS, Cell, Plane
-from utils.plane.gains import UNTESTED, gain, mean_of, mixture, score_of, terms_of, value_of
-from utils.plane.metrics import ACCURACIES, metric
+from utils.plane.gains import UNTESTED, gain, mixture, terms_of
+from utils.plane.metrics import ACCURACIES, mean_of, metric, score_of, value_of
 
 ADVICE = {  # columns of the advice and their headings
     "task": "task",

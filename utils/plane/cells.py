@@ -17,7 +17,7 @@ import numpy as np
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_arrays
-from utils.plane.metrics import METRICS, metric
+from utils.plane.metrics import METRICS, is_squared, mean_of, metric, value_of
 
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
@@ -271,12 +271,10 @@ def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def reach(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
     """The best value within given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
-    squared = metric(name).unit == "dB"
-    better = -1 if squared else metric(name).better
-    xs, vs = frontier(rate, 10 ** (-value / 10) if squared else value, better)
+    better = -1 if is_squared(name) else metric(name).better  # of the mean term
+    xs, vs = frontier(rate, mean_of(name, value), better)
     best = np.argmax(better * vs)  # beyond it, further rate is worth nothing
-    vs = np.interp(np.minimum(at, xs[best]), xs, vs)
-    return -10 * np.log10(vs) if squared else vs
+    return value_of(name, np.interp(np.minimum(at, xs[best]), xs, vs))
 
 
 def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:

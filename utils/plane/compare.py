@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.plane.cells import Plane, reach
-from utils.plane.gains import UNTESTED, equal, of_seeds, resamples, shown, terms_of, tested_images, value_of
-from utils.plane.metrics import metric
+from utils.plane.gains import UNTESTED, equal, of_seeds, resamples, shown, terms_of, tested_images
+from utils.plane.metrics import metric, value_of
 
 OF_DATA = ("dataset", "image_size", "image_channels")
 OF_LIKELIHOOD = ("px_y_family_ll", "sigma")

@@ -13,7 +13,7 @@ from utils.plane.advice import LIMITS, TASKS, training
 from utils.plane.cells import UNITS, Plane
 from utils.plane.drawing import RED, crowded
 from utils.plane.gains import scores
-from utils.plane.metrics import FOUR, first_of, metric
+from utils.plane.metrics import FOUR, first_of, is_squared, metric
 from utils.plane.pictures import Pictures, to_uri
 
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # one clear pixel
@@ -51,9 +51,7 @@ def explorer(plane: Plane, names: Sequence[str], terms: Mapping, made: Pictures)
     from bokeh.embed import json_item
     from bokeh.resources import Resources
 
-    known = {column["name"] for column in columns(plane)}
-    first = next(name for name in [*names, *first_of(plane.names, FOUR), "rate"] if name in known)
-    islands = {"explored": explored(plane, first, terms, made), "drawn": json_item(drawn(plane, made))}
+    islands = {"explored": explored(plane, names, terms, made), "drawn": json_item(drawn(plane, made))}
     parts = [f'<script type="application/json" id="{name}">{inert(data)}</script>' for name, data in islands.items()]
     return Resources(mode="inline", components=["bokeh"]).render_js(), "\n".join([BODY, *parts])
 
@@ -74,10 +72,13 @@ def _plain(data):
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
+def explored(plane: Plane, names: Sequence[str], terms: Mapping, made: Pictures) -> dict:
     """What page.js shows of the plane: cells, columns, and what the advice is made of; in the plane's unit."""
     from bokeh.palettes import Cividis256, Viridis256
 
+    shown = columns(plane)
+    known = {column["name"] for column in shown}
+    first = next(name for name in [*names, *first_of(plane.names, FOUR), "rate"] if name in known)
     rates = {name: plane.values(name) for name in LIMITS}
     about = {name: [cell.settings.get(name) or "" for cell in plane.cells] for name in plane.differing}
     about |= {"seeds": [", ".join(cell.seeds) for cell in plane.cells]} if len(plane.seeds) > 1 else {}
@@ -85,7 +86,7 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
     for task, name in ((task, name) for task, names in TASKS.items() for name in names if name in plane.names):
         chosen, told = scores(name, terms[name], [cell.seeds for cell in plane.cells]) if name in terms else ((), ())
         entry = {"task": task, "title": plane.title(name), "better": metric(name).better, "values": plane.values(name)}
-        entry |= {"mixes": metric(name).mixes, "squared": name == "psnr", "alike": alike(plane, terms.get(name, ()))}
+        entry |= {"mixes": metric(name).mixes, "squared": is_squared(name), "alike": alike(plane, terms.get(name, ()))}
         advice.append(entry | {"chosen": chosen, "told": [plane.scale(name) * values for values in told]})
     return {
         "unit": plane.unit,
@@ -94,7 +95,7 @@ def explored(plane: Plane, first: str, terms: Mapping, made: Pictures) -> dict:
         "diagonal": plane.diagonal,
         "about": about | {"runs": [" ".join(cell.runs) for cell in plane.cells]},
         "commands": [training(cell) for cell in plane.cells],
-        "columns": columns(plane),
+        "columns": shown,
         "first": first,
         "start": plane.best(first),
         "advice": advice,

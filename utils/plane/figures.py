@@ -47,9 +47,10 @@ def dots(
         norm = Normalize(colours[there].min(), colours[there].max())
     how = how | ({"cmap": cmap, "norm": norm, "lw": 0} if colours.ndim == 1 else {"lw": 0.3, "ec": "0.3"})
     drawn, free = None, {False: cycle("o^DvP"), True: cycle("spXh8")}
-    several = Counter(bool(plane.unfolded[mask][0]) for mask in plane.kinds.values())
-    for kind, mask in plane.kinds.items():
-        unfolded, shown = bool(plane.unfolded[mask][0]), there & mask
+    kinds = [(kind, mask, bool(plane.unfolded[mask][0])) for kind, mask in plane.kinds.items()]
+    several = Counter(unfolded for _, _, unfolded in kinds)
+    for kind, mask, unfolded in kinds:
+        shown = there & mask
         marker, label = next(free[unfolded]), textwrap.fill(kind, 40)
         if several[unfolded] == 1:
             label = "multi-rate model" if unfolded else None

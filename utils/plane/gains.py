@@ -10,14 +10,13 @@ import numpy as np
 from utils.errors import UserError
 from utils.evaluation.per_image import per_image
 from utils.plane.cells import Plane
-from utils.plane.metrics import metric
+from utils.plane.metrics import metric, score_of, value_of
 
 RESAMPLES = 1000
 LEAST_IMAGES = 20  # to compare cells by
 ENDS = 0.005, 0.995  # of the bootstrap: it is too narrow, as the halves, each of which chooses for the other, are not
 # independent, and squared errors are skewed; of equal cells, 0.025 to 0.975 leave 0 out in 5 to 10 %, these in 1 to 5 %
 UNTESTED = "untested"
-DECIBEL = -10 / math.log(10)
 
 
 class Gain(NamedTuple):
@@ -186,21 +185,6 @@ def scores(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple]
 def _means(of_cell: np.ndarray, counts: np.ndarray, kept: list[int] | slice) -> np.ndarray:
     """The mean of a cell's terms (seeds, images), median over the kept seeds, (resamples,)."""
     return np.median((of_cell @ counts.T / of_cell.shape[1])[kept], axis=0)
-
-
-def score_of(name: str, mean):
-    """The mean term of a metric, signed so that more is better; linear in mixtures, as PSNR is not."""
-    return -mean if name == "psnr" else metric(name).better * mean
-
-
-def value_of(name: str, means: np.ndarray) -> np.ndarray:
-    """A metric from the means of its terms."""
-    return DECIBEL * np.log(means.clip(1e-30)) if name == "psnr" else means
-
-
-def mean_of(name: str, value: np.ndarray) -> np.ndarray:
-    """The mean term behind a metric's value."""
-    return np.exp(value / DECIBEL) if name == "psnr" else value
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,9 +1,14 @@
-"""The columns of eval_results.csv: label, unit, and which way is better."""
+"""The columns of eval_results.csv: label, unit, which way is better, and what is linear in mixtures."""
 
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 from utils.errors import UserError, nearest
 from utils.evaluation.probes import PROBES, TAILS, accuracy_of
+
+DECIBEL = -10 / math.log(10)
 
 
 class Metric(NamedTuple):
@@ -101,6 +106,26 @@ def metric(name: str) -> Metric:
         label = label.replace(" z", " y").replace("(z", "(y")
     label += ", paper's protocol" * ("_paper" in ending) + ", standardised" * ("_standardized" in ending)
     return known._replace(label=label)
+
+
+def is_squared(name: str) -> bool:
+    """Whether a metric's mean term is a squared error, as that of PSNR."""
+    return metric(name).unit == "dB"
+
+
+def score_of(name: str, mean):
+    """The mean term of a metric, signed so that more is better; linear in mixtures, as PSNR is not."""
+    return -mean if is_squared(name) else metric(name).better * mean
+
+
+def value_of(name: str, means: np.ndarray) -> np.ndarray:
+    """A metric from the means of its terms."""
+    return DECIBEL * np.log(means.clip(1e-30)) if is_squared(name) else means
+
+
+def mean_of(name: str, value: np.ndarray) -> np.ndarray:
+    """The mean term behind a metric's value."""
+    return np.exp(value / DECIBEL) if is_squared(name) else value
 
 
 def plain(name: str) -> str:
