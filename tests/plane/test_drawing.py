@@ -83,14 +83,15 @@ def test_what_is_only_known_between_two_ends_is_a_bar():
 
 
 def test_saturated_estimates_are_left_out():
-    names = ["mi_q_mc", "mi_q_mc_saturated", "mi_q_mc_y", "mi_q_mc_y_se", "mi_q_mc_y_null"]
+    names = ["mi_q_mc", "mi_q_mc_saturated", "mi_q_mc_y", "mi_q_mc_y_saturated"]
     rows = [row | {"mi_q_mc": 1.5, "mi_q_mc_saturated": int(i == 0)} for i, row in enumerate(rows_of([1, 2]))]
-    for row, null in zip(rows, (0.0, 1.5, 1.8, 1.9), strict=True):  # of an evaluation that does not say it
-        row |= {"mi_q_mc_y": 2.0, "mi_q_mc_y_se": 0.1, "mi_q_mc_y_null": null}
+    for row, saturated in zip(rows, (0, 0, 1, 1), strict=True):
+        row |= {"mi_q_mc_y": 2.0, "mi_q_mc_y_saturated": saturated}
     plane = read_plane(write_csv(rows, header=HEADER + names))
     np.testing.assert_array_equal(plane.values("mi_q_mc"), [math.nan, 1.5, 1.5, 1.5])
     np.testing.assert_array_equal(plane.values("mi_q_mc_y"), [2.0, 2.0, math.nan, math.nan])
-    assert "mi_q_mc_y is saturated in 2 of 4 cells, and left out there" in plane.notes
+    (note,) = [note for note in plane.notes if "mi_q_mc_y)" in note]
+    assert note.endswith("(mi_q_mc_y) is saturated in 2 of 4 cells: left out")
 
 
 def test_seeds_are_points_around_their_median_and_collapsed_ones_are_counted():

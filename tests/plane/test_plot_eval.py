@@ -30,7 +30,7 @@ def cases():
     yield (
         "NaNs",
         [row | {"psnr": "nan", "is_mean": "inf"} if i % 2 else row for i, row in enumerate(rows)],
-        ["psnr is missing in 12 of 25 cells"],
+        ["PSNR (psnr) is missing in 12 of 25 cells"],
     )
     yield "failed runs", [*rows, failed, failed | {"run": "g"}], ["2 run(s) left out, without rates (failed): f, g"]
     yield "beta 0", rows + [rows[0] | {"beta_y": 0, "beta_z": 0}], []

@@ -36,10 +36,16 @@ PLACES = """() => { const d = Bokeh.documents[0], f = Bokeh.index.get_one(d.get_
   const {x, y} = d.get_model_by_name("cells").data;
   return Array.from(x, (v, i) => [f.x_scale.compute(v), f.y_scale.compute(y[i])]); }"""
 
-FITS = """() => { const d = Bokeh.documents[0], f = Bokeh.index.get_one(d.get_model_by_name("plot")).frame;
-  const {x, side, align} = d.get_model_by_name("stars").data, wide = 90;
-  return Array.from(x, (v, i) => { const at = f.x_scale.compute(v) + side[i];
-    return align[i] === "left" ? at + wide <= f.bbox.right : at - wide >= f.bbox.left; }); }"""
+LABELS = """() => { const d = Bokeh.documents[0], f = Bokeh.index.get_one(d.get_model_by_name("plot")).frame;
+  const found = [], context = document.createElement("canvas").getContext("2d");
+  context.font = "bold 12px helvetica";
+  for (const name of ["chosen", "stars"]) {
+    const {x, y, label, shift, side, align} = d.get_model_by_name(name).data;
+    for (const i of Array.from(x).keys()) {
+      const at = f.x_scale.compute(x[i]) + side[i], wide = context.measureText(label[i]).width;
+      const left = align[i] === "left" ? at : at - wide, top = f.y_scale.compute(y[i]) + shift[i] - 6;
+      found.push([left, top, left + wide, top + 12]); } }
+  return [[f.bbox.left, f.bbox.top, f.bbox.right, f.bbox.bottom], found]; }"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory):
-    """The folder of three batches with reports: a really trained one, one of known figures, and a hostile one."""
+    """The folder of batches with reports: really trained, of known figures, hostile, and of cells close together."""
     folder = tmp_path_factory.mktemp("batches")
     with contextlib.chdir(folder):
         grid = ["--beta_y", "0.5", "2", "--beta_z", "0.5", "2", "--run_batch_name", "real", "--seed", "3"]
@@ -80,7 +86,13 @@ def batches(tmp_path_factory):
         write_csv(rows, "known", header=[*HEADER, "psnr_se", "num_epochs"])
         hostile = [row | {"run": HOSTILE, "vae_type": HOSTILE, HOSTILE: i} for i, row in enumerate(rows_of([1, 2]))]
         write_csv(hostile, "hostile", header=[*HEADER, HOSTILE])
-        for name in ("real", "known", "hostile"):
+        scored = ["mi_z_low", "psnr", "is_mean", "lr_acc_mean", "lr_acc_mean_y", "kNN_acc", "svm_rbf_acc"]
+        close = [{"run": f"r{i}", "status": "finished", "beta_y": 2 - i / 9, "beta_z": 1.5} for i in range(8)]
+        for i, row in enumerate(close):  # another cell is the best for each, all of nearly the same rates but one
+            row |= {"kl_z": 9 + 0.02 * i if i < 7 else 0.1, "kl_y": 20 - 0.05 * i if i < 7 else 0.2, "ll": -100}
+            row |= {name: 0.5 + 0.1 * (i == j) for j, name in enumerate(scored)}
+        write_csv(close, "close", header=[*HEADER, *(name for name in scored if name not in HEADER)])
+        for name in ("real", "known", "hostile", "close"):
             assert plot_eval.main(["--run_batch_name", name, "--device", "cpu", "--format", "png"]) == 0
     return folder / "runs"
 
@@ -331,10 +343,24 @@ def test_sliders_move_the_advice_as_a_budget_of_plot_eval_does(opened, batches, 
         seen.append([(row["beta_y"], row["beta_z"]) for row in rows])
         stars = page.evaluate("Array.from(Bokeh.documents[0].get_model_by_name('stars').data.x)")
         assert len(stars) == len(set(seen[-1]))
-        assert all(page.evaluate(FITS)), "a label as of five tasks, 90 pixels wide, is cut off"
     assert seen[0] != seen[1] != seen[2]
     page.locator("#advised button").first.click()  # chooses the first row's cell
     assert float(table(page, "compared")[1][-1]) == seen[-1][0][0]
+
+
+@SIZES
+def test_labels_in_the_plane_lie_apart_and_are_not_cut_off(opened, width):
+    page = opened("close", width)
+    for zoomed in (False, True):  # out
+        if zoomed:
+            page.evaluate("Bokeh.documents[0].get_model_by_name('plot').x_range.setv({start: -4, end: 12})")
+            page.wait_for_timeout(100)
+        page.select_option("#cell-a", "2")
+        page.select_option("#cell-b", "3")
+        frame, labels = (np.array(v) for v in page.evaluate(LABELS))
+        apart = [[min(a[2:] - b[:2]) <= 0 or min(b[2:] - a[:2]) <= 0 for b in labels] for a in labels]
+        assert len(labels) == 10 and np.array_equal(apart, ~np.eye(10, dtype=bool))
+        assert (labels[:, :2] >= frame[:2]).all() and (labels[:, 2:] <= frame[2:]).all()
 
 
 def test_all_controls_are_reached_by_tab_and_show_it(opened):

@@ -218,7 +218,9 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
     saturated = [name for name in ("mi_q_mc", "mi_q_mc_y") if (plane.values(f"{name}_saturated") > 0).any()]
     for name in saturated:
         where = int((plane.values(f"{name}_saturated") > 0).sum())
-        plane.notes.append(f"{name} is saturated in {where} of {len(plane.cells)} cells, and left out there")
+        plane.notes.append(
+            f"{metric(name).label} ({name}) is saturated in {where} of {len(plane.cells)} cells: left out"
+        )
     for layer, (count, cells) in plane.collapsed.items():
         if cells:
             rate = "R(z)" if layer == "z" else "R(y|z)"
@@ -227,8 +229,8 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
             )
     for name in plane.names:
         missing = int(np.isnan(plane.values(name)).sum())
-        if missing and name in METRICS:
-            plane.notes.append(f"{name} is missing in {missing} of {len(plane.cells)} cells")
+        if missing and name in METRICS and name not in saturated:
+            plane.notes.append(f"{metric(name).label} ({name}) is missing in {missing} of {len(plane.cells)} cells")
     return plane
 
 
@@ -239,9 +241,6 @@ def merge(repeats: list[dict[str, str]]) -> Cell:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
         for name in ("mi_q_mc", "mi_q_mc_y"):
-            value, se, null = (row.get(n, math.nan) for n in (name, f"{name}_se", f"{name}_null"))
-            if math.isnan(row.get(f"{name}_saturated", math.nan)) and math.isfinite(null):  # of an older evaluation
-                row[f"{name}_saturated"] = float(null > max(value - 3 * se, 0.05))
             if row.get(f"{name}_saturated", 0) > 0:
                 row[name] = math.nan
     runs, seeds = (tuple(row.get(name) or "?" for row in repeats) for name in ("run", "seed"))

@@ -32,20 +32,34 @@ async function explore() {
   const [{columns, betas, rates, ...all}, drawn] = ["explored", "drawn"].map(id => JSON.parse($(id).textContent));
   const views = await Bokeh.embed.embed_item(drawn, "plane");
   const model = name => Bokeh.documents.at(-1).get_model_by_name(name);
-  const plot = model("plot"), cells = model("cells"), n = cells.data.x.length, N = [...Array(n).keys()];
+  const plot = model("plot"), view = views.get_one(plot), cells = model("cells"), n = cells.data.x.length, N = [...Array(n).keys()];
   const column = name => columns.find(c => c.name === name);
   const shown = v => v === null || v === undefined ? "" : typeof v === "number" ? `${+v.toPrecision(4)}` : v;
   const withError = (c, i) => shown(c.values[i]) + (c.errors?.[i] != null ? ` ± ${+c.errors[i].toPrecision(2)}` : "");
-  // labels: [cell, text]; every other one is higher, since neighbours may be close; those of stars grow to the middle
-  const mark = (name, labels) => {
-    const [at, label] = [labels.map(([i]) => i), labels.map(([, text]) => text)];
-    const order = at.toSorted((i, j) => cells.data.x[i] - cells.data.x[j]);
-    const shift = at.map(i => order.indexOf(i) % 2 ? -15 : 15);
-    const x = at.map(i => cells.data.x[i]), middle = (Math.min(...cells.data.x) + Math.max(...cells.data.x)) / 2;
-    const side = x.map(v => v < middle === (name === "stars") ? 10 : -10);
-    const align = side.map(v => v > 0 ? "left" : "right");
-    model(name).data = {x, y: at.map(i => cells.data.y[i]), label, shift, side, align};
-  };
+  // A label, [cell, text] by the name of its mark, stands where it covers least of the others and is cut off least.
+  const marked = {chosen: [], stars: []}, sizes = {high: 14, wide: 9.5};  // pixels, of a line and of a character
+  const mark = (name, labels) => { marked[name] = labels; place(); };
+  function place() {
+    const {x_scale, y_scale, bbox} = view.frame, taken = [];
+    const shared = (a, b) => Math.max(0, Math.min(a.right, b.right) - Math.max(a.left, b.left)) *
+      Math.max(0, Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
+    for (const [name, labels] of Object.entries(marked)) {
+      const placed = labels.map(([i, label]) => {
+        const [x, y] = [cells.data.x[i], cells.data.y[i]], wide = sizes.wide * label.length;
+        const ways = [15, -15, 30, -30, 45, -45, 60, -60, 75, -75].flatMap(shift => [10, -10].map(side => {
+          const left = x_scale.compute(x) + side - (side < 0 ? wide : 0), top = y_scale.compute(y) + shift - sizes.high / 2;
+          const box = {left, right: left + wide, top, bottom: top + sizes.high};
+          const hidden = wide * sizes.high - shared(box, bbox);
+          return {x, y, label, shift, side, align: side > 0 ? "left" : "right", box,
+            cost: taken.reduce((cost, other) => cost + shared(box, other), hidden)};
+        }));
+        const chosen = ways.reduce((a, b) => b.cost < a.cost ? b : a);
+        taken.push(chosen.box);
+        return chosen;
+      });
+      model(name).data = Object.fromEntries(Object.keys(model(name).data).map(key => [key, placed.map(of => of[key])]));
+    }
+  }
   const best = (among, score) => among.reduce((a, b) =>  // ties go to the lowest total rate
     score[b] > score[a] || score[b] === score[a] && rates[0].values[b] < rates[0].values[a] ? b : a);
   const table = (id, headings, rows) => $(id).replaceChildren(element("table", [
@@ -192,9 +206,11 @@ async function explore() {
     const nearest = far.indexOf(Math.min(...far));
     if (far[nearest] < 22 && (kind === "tap" || nearest !== last)) choose(last = nearest);
   });
-  views.get_one(plot).canvas_view.events_el.style.touchAction = "pan-y";  // a finger on the plane still scrolls the page
+  view.canvas_view.events_el.style.touchAction = "pan-y";  // a finger on the plane still scrolls the page
   matchMedia("(prefers-color-scheme: dark)").onchange = theme;
   theme();
+  for (const of of [plot.x_range.properties.end, plot.y_range.properties.end, plot.properties.inner_width])
+    of.change.connect(place);  // zoomed, or of another size
   selects[0].value = all.start ?? "";
   colour();
   advise();
