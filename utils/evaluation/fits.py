@@ -13,7 +13,7 @@ import torch
 
 from utils.distributed import progress
 from utils.errors import held_back
-from utils.evaluation.probes import PROBES, TAILS, TAILS_PAPER, accuracy_of, probe
+from utils.evaluation.probes import PROBES, TAILS, TAILS_PAPER, probe
 from utils.evaluation.subject import BATCH, Step, Subject, can_do, is_done, listed, record
 from utils.files import npz, write_atomic
 
@@ -81,10 +81,10 @@ def run_probes(subjects: list[Subject], step: Step, args, problems: dict[Path, s
                     fits, jobs = prepare(subject, step, Path(folder, f"{n}.npz"))
                 subject.forget()
                 with held_back(*UNHEEDED):
-                    pending |= {executor.submit(probe, *job): (fits, job) for job in jobs}
+                    pending |= {executor.submit(probe, *job): fits for job in jobs}
                 while len(pending) > 2 * args.cpu_n or n == len(todo) - 1 and pending:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        collect(*pending.pop(future), future.result(), step, problems, unfinished)
+                        collect(pending.pop(future), future.result(), step, problems, unfinished)
     except BrokenProcessPool:
         for path in unfinished - set(problems):
             problems[path] = f"{path}: a worker process was killed (out of memory?)"
@@ -104,9 +104,9 @@ def prepare(s: Subject, step: Step, file: Path) -> tuple[Fits, list[tuple]]:
     return Fits(s, file, len(jobs), {} if paper else {"probe_images": len(arrays["labels_train"])}), jobs
 
 
-def collect(fits: Fits, job: tuple, found: tuple, step: Step, problems: dict[Path, str], unfinished: set) -> None:
+def collect(fits: Fits, found: tuple, step: Step, problems: dict[Path, str], unfinished: set) -> None:
     """Adds what one fit found; records the run's metrics after the last."""
-    (name, _, tail, _), (results, of_image), s = job, found, fits.subject
+    (results, of_image), s = found, fits.subject
     fits.left -= 1
     if isinstance(results, str):
         problems[s.run.path] = results
@@ -114,7 +114,7 @@ def collect(fits: Fits, job: tuple, found: tuple, step: Step, problems: dict[Pat
         s.bench.note(f"{s.run.path.name}: too few images, or one class only, to train a classifier on")
     else:
         fits.results |= results
-        fits.of_image[f"{accuracy_of(name)}{tail}"] = of_image
+        fits.of_image |= of_image
     if fits.left:
         return
     fits.file.unlink()

@@ -121,19 +121,20 @@ def svm_labels(name: str, train: Split, latents: ndarray) -> ndarray:
     return np.concatenate([model.predict(kernel(part, known)) for part in parts])
 
 
-def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool) -> tuple[dict[str, float], ndarray]:
+def fit_probe(
+    name: str, train: Split, test: Split, tail: str, standardize: bool
+) -> tuple[dict[str, float], dict[str, ndarray]]:
     """Fits a probe on some latents and tests it on others; `tail` ends the names of the results.
 
     Returns its accuracy and, of logistic regression, log loss in nats and calibration error, each with its standard
-    error or what it would be by chance; and whether each test image was recognised, (N,). No metrics where there are
-    too few images or classes to train on.
+    error or what it would be by chance; and the terms (N,) of which accuracy and log loss are the means. Both are empty
+    where there are too few images or classes to train on.
     """
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import log_loss
 
     latents, labels = train
     if len(np.unique(labels)) < 2 or len(test[1]) == 0 or name == "kNN" and len(labels) < NEIGHBOURS:
-        return {}, np.full(len(test[1]), math.nan)
+        return {}, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         column = accuracy_of(name) + tail
@@ -145,14 +146,13 @@ def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool
             predicted = model.predict(test[0])
     if name != "lr":
         correct = predicted == test[1]
-        return {column: float(correct.mean()), f"{column}_se": standard_error(correct)}, correct
+        return {column: float(correct.mean()), f"{column}_se": standard_error(correct)}, {column: correct}
     probabilities, classes = model.predict_proba(test[0]), model.classes_
     columns = np.searchsorted(classes, test[1])
     known = np.isin(test[1], classes)
-    nll = nll_se = math.inf
-    if known.all():
-        nll = float(log_loss(columns, probabilities, labels=range(len(classes))))
-        nll_se = standard_error(np.log(np.maximum(probabilities[np.arange(len(columns)), columns], 1e-15)))
+    losses = np.full(len(columns), math.inf)
+    of_label = probabilities[known, columns[known]]
+    losses[known] = -np.log(np.maximum(of_label, np.finfo(of_label.dtype).eps))  # as scikit-learn's log_loss
     columns[~known] = -1
     correct = probabilities.argmax(1) == columns
     return {
@@ -160,17 +160,17 @@ def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool
         f"{column}_se": standard_error(correct),
         f"lr_ece{tail}": calibration_error(probabilities, columns),
         f"lr_ece_null{tail}": calibration_null(probabilities),
-        f"lr_nll{tail}": nll,
-        f"lr_nll{tail}_se": nll_se,
-    }, correct
+        f"lr_nll{tail}": float(losses.mean()),
+        f"lr_nll{tail}_se": standard_error(losses) if known.all() else math.inf,
+    }, {column: correct, f"lr_nll{tail}": losses}
 
 
 def probe(name: str, source: tuple[Path, str], tail: str, paper: bool) -> tuple:
     """`fit_probe` in a worker process, by the paper's protocol or this project's.
 
     `source` is an NPZ file and the key of the latents to test on. The paper's splits them; otherwise the probe is
-    trained on the file's `<key>_train`, standardised. Returns the metrics, and whether each image was recognised (N,),
-    NaN where it was not tested; or an error message and None.
+    trained on the file's `<key>_train`, standardised. Returns the metrics, and the terms (N,) of each image by column,
+    NaN where it was not tested; or an error message and nothing.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     path, key = source
@@ -183,15 +183,17 @@ def probe(name: str, source: tuple[Path, str], tail: str, paper: bool) -> tuple:
                 train = latents[known], labels[known]
             else:
                 train = arrays[f"{key}_train"].reshape(len(arrays["labels_train"]), -1), arrays["labels_train"]
-        results, correct = fit_probe(name, train, (latents[tested], labels[tested]), tail, standardize=not paper)
+        results, terms = fit_probe(name, train, (latents[tested], labels[tested]), tail, standardize=not paper)
         if name == "lr" and results:
             # of means, H(label) - log loss bounds nothing about a sample's information; kept as the paper's protocol
             low = entropy(labels) - results[f"lr_nll{tail}"]
             results |= {f"lr_acc_std{tail}": 0.0, f"mi_lr_lb{tail}": low} if paper else {}  # lbfgs is deterministic
             if key in SAMPLES:
                 results |= {f"mi_{key}_low": max(0.0, low), f"mi_{key}_low_se": results[f"lr_nll{tail}_se"]}
-        of_image = np.full(len(labels), math.nan, dtype=np.float32)
-        of_image[tested] = correct
+                terms[f"mi_{key}_low"] = entropy(labels) - terms[f"lr_nll{tail}"]
+        of_image = {column: np.full(len(labels), math.nan, dtype=np.float32) for column in terms}
+        for column, values in terms.items():
+            of_image[column][tested] = values
         return results, of_image
     except Exception as e:  # a failure must not stop the other runs
-        return f"{path}: {name}{tail} failed: {' '.join(str(e).split())}", None
+        return f"{path}: {name}{tail} failed: {' '.join(str(e).split())}", {}

@@ -245,7 +245,7 @@ STEPS = {
             ("probe_images",),
             files=("per_image_probes.npz",),
             labels=True,
-            version=2,
+            version=3,
         ),
         Step(
             "probes_paper",
