@@ -36,11 +36,13 @@ async function explore() {
   const column = name => columns.find(c => c.name === name);
   const shown = v => v === null || v === undefined ? "" : typeof v === "number" ? `${+v.toPrecision(4)}` : v;
   const withError = (c, i) => shown(c.values[i]) + (c.errors?.[i] != null ? ` ± ${+c.errors[i].toPrecision(2)}` : "");
-  // A label, [cell, text] by the name of its mark, stands where it covers least of the others and is cut off least.
+  // A label, [cell, text] by the name of its mark, stands where it covers least of others, and of cells, in the frame.
   const marked = {chosen: [], stars: []}, sizes = {high: 14, wide: 9.5};  // pixels, of a line and of a character
   const mark = (name, labels) => { marked[name] = labels; place(); };
   function place() {
     const {x_scale, y_scale, bbox} = view.frame, taken = [];
+    const dots = N.map(i => [x_scale.compute(cells.data.x[i]), y_scale.compute(cells.data.y[i])])
+      .map(([x, y]) => ({left: x - 6, right: x + 6, top: y - 6, bottom: y + 6}));
     const shared = (a, b) => Math.max(0, Math.min(a.right, b.right) - Math.max(a.left, b.left)) *
       Math.max(0, Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
     for (const [name, labels] of Object.entries(marked)) {
@@ -49,9 +51,9 @@ async function explore() {
         const ways = [15, -15, 30, -30, 45, -45, 60, -60, 75, -75].flatMap(shift => [10, -10].map(side => {
           const left = x_scale.compute(x) + side - (side < 0 ? wide : 0), top = y_scale.compute(y) + shift - sizes.high / 2;
           const box = {left, right: left + wide, top, bottom: top + sizes.high};
-          const hidden = wide * sizes.high - shared(box, bbox);
+          const hidden = wide * sizes.high - shared(box, bbox), covers = (sum, other) => sum + shared(box, other);
           return {x, y, label, shift, side, align: side > 0 ? "left" : "right", box,
-            cost: taken.reduce((cost, other) => cost + shared(box, other), hidden)};
+            cost: hidden + taken.reduce(covers, 0) + dots.reduce(covers, 0) / 10};
         }));
         const chosen = ways.reduce((a, b) => b.cost < a.cost ? b : a);
         taken.push(chosen.box);

@@ -3,10 +3,13 @@
 import html
 from collections.abc import Mapping, Sequence
 
+ROUGH = ("se", "gain", "low", "high")  # columns of errors and differences, of which two digits say all that is known
 
-def shown(value: object) -> str:
-    """A number to four digits, a text unchanged, and an empty text for None."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+def shown(row: Mapping, name: str) -> str:
+    """A row's number to four digits, or two of ROUGH ones, a text unchanged, and an empty text for None."""
+    value, digits = row.get(name), 2 if name in ROUGH else 4
+    return "" if value is None else f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def columns_of(rows: Sequence[Mapping], headings: Mapping[str, str]) -> list[str]:
@@ -18,7 +21,7 @@ def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
     """The rows as a Markdown table, without empty columns."""
     columns = columns_of(rows, headings)
     lines = [[headings[name] for name in columns]]
-    lines += [[shown(row.get(name)) for name in columns] for row in rows]
+    lines += [[shown(row, name) for name in columns] for row in rows]
     lines = [[text.replace("|", "\\|") for text in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
@@ -31,10 +34,11 @@ def to_html(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
     longest = {
         name: max((len(row[name]) for row in rows if isinstance(row.get(name), str)), default=0) for name in columns
     }
-    kinds = {name: ' class="text long"' if n > 40 else " class=text" if n else "" for name, n in longest.items()}
+    width = {name: " long" * (n > 60) or " middle" * (n > 30) for name, n in longest.items()}
+    kinds = {name: f' class="text{width[name]}"' if n else "" for name, n in longest.items()}
 
     def line(tag: str, row: Mapping, inner: str) -> str:
-        cells = [f"<{tag}{kinds[name]}>{inner.format(html.escape(shown(row.get(name))))}</{tag}>" for name in columns]
+        cells = [f"<{tag}{kinds[name]}>{inner.format(html.escape(shown(row, name)))}</{tag}>" for name in columns]
         return "<tr>" + "".join(cells) + "</tr>"
 
     head = line("th", headings, '<button type="button">{}</button>')
