@@ -303,12 +303,11 @@ def test_support_vector_machines_are_scikit_learns(name, gap):
     assert len(test) > ROWS and np.mean(ours == theirs) > (0.999 if name == "svm_rbf" else 0.9)
     more = (ours == labels).astype(float) - (theirs == labels)
     assert abs(more.mean()) <= 3 * scipy.stats.sem(more)
-    assert np.array_equal(
-        fit_probe(name, train, (test, labels), "", True)[1][f"{name}_acc"], ours == labels
-    )  # from 64 dimensions on
-    few = train[0][:, :63], train[1]
+    column = accuracy_of(name)
+    assert np.array_equal(fit_probe(name, train, (test, labels), "", True)[1][column], ours == labels)
+    few = train[0][:, :63], train[1]  # it takes over from 64 dimensions on
     theirs = untrained(name, True).fit(*few).predict(test[:, :63])
-    assert np.array_equal(fit_probe(name, few, (test[:, :63], labels), "", True)[1][f"{name}_acc"], theirs == labels)
+    assert np.array_equal(fit_probe(name, few, (test[:, :63], labels), "", True)[1][column], theirs == labels)
 
 
 def test_a_probe_of_many_dimensions_is_not_too_sure_to_certify_information():

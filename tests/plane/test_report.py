@@ -87,10 +87,11 @@ def batches(tmp_path_factory):
         hostile = [row | {"run": HOSTILE, "vae_type": HOSTILE, HOSTILE: i} for i, row in enumerate(rows_of([1, 2]))]
         write_csv(hostile, "hostile", header=[*HEADER, HOSTILE])
         scored = ["mi_z_low", "psnr", "is_mean", "lr_acc_mean", "lr_acc_mean_y", "kNN_acc", "svm_rbf_acc"]
+        scored += ["mi_y_low", "kNN_acc_y", "svm_linear_acc", "svm_linear_acc_y"]  # all best in one cell, at the edge
         close = [{"run": f"r{i}", "status": "finished", "beta_y": 2 - i / 9, "beta_z": 1.5} for i in range(8)]
         for i, row in enumerate(close):  # another cell is the best for each, all of nearly the same rates but one
             row |= {"kl_z": 9 + 0.02 * i if i < 7 else 0.1, "kl_y": 20 - 0.05 * i if i < 7 else 0.2, "ll": -100}
-            row |= {name: 0.5 + 0.1 * (i == j) for j, name in enumerate(scored)}
+            row |= {name: 0.5 + 0.1 * (i == min(j, 7)) for j, name in enumerate(scored)}
         write_csv(close, "close", header=[*HEADER, *(name for name in scored if name not in HEADER)])
         for name in ("real", "known", "hostile", "close"):
             assert plot_eval.main(["--run_batch_name", name, "--device", "cpu", "--format", "png"]) == 0
@@ -343,9 +344,17 @@ def test_sliders_move_the_advice_as_a_budget_of_plot_eval_does(opened, batches, 
         seen.append([(row["beta_y"], row["beta_z"]) for row in rows])
         stars = page.evaluate("Array.from(Bokeh.documents[0].get_model_by_name('stars').data.x)")
         assert len(stars) == len(set(seen[-1]))
+        inside(page)
     assert seen[0] != seen[1] != seen[2]
     page.locator("#advised button").first.click()  # chooses the first row's cell
     assert float(table(page, "compared")[1][-1]) == seen[-1][0][0]
+
+
+def inside(page):
+    """The boxes (N, 4) of the plane's labels, none of which is cut off."""
+    frame, labels = (np.array(v) for v in page.evaluate(LABELS))
+    assert (labels[:, :2] >= frame[:2]).all() and (labels[:, 2:] <= frame[2:]).all()
+    return labels
 
 
 @SIZES
@@ -357,10 +366,10 @@ def test_labels_in_the_plane_lie_apart_and_are_not_cut_off(opened, width):
             page.wait_for_timeout(100)
         page.select_option("#cell-a", "2")
         page.select_option("#cell-b", "3")
-        frame, labels = (np.array(v) for v in page.evaluate(LABELS))
+        labels = inside(page)
         apart = [[min(a[2:] - b[:2]) <= 0 or min(b[2:] - a[:2]) <= 0 for b in labels] for a in labels]
         assert len(labels) == 10 and np.array_equal(apart, ~np.eye(10, dtype=bool))
-        assert (labels[:, :2] >= frame[:2]).all() and (labels[:, 2:] <= frame[2:]).all()
+        assert max(labels[:, 2] - labels[:, 0]) > 70  # the label of five tasks
 
 
 def test_all_controls_are_reached_by_tab_and_show_it(opened):

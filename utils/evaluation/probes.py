@@ -186,11 +186,11 @@ def probe(name: str, source: tuple[Path, str], tail: str, paper: bool) -> tuple:
         results, terms = fit_probe(name, train, (latents[tested], labels[tested]), tail, standardize=not paper)
         if name == "lr" and results:
             # of means, H(label) - log loss bounds nothing about a sample's information; kept as the paper's protocol
-            low = entropy(labels) - results[f"lr_nll{tail}"]
+            low, lows = (entropy(labels) - of[f"lr_nll{tail}"] for of in (results, terms))
             results |= {f"lr_acc_std{tail}": 0.0, f"mi_lr_lb{tail}": low} if paper else {}  # lbfgs is deterministic
             if key in SAMPLES:
                 results |= {f"mi_{key}_low": max(0.0, low), f"mi_{key}_low_se": results[f"lr_nll{tail}_se"]}
-                terms[f"mi_{key}_low"] = entropy(labels) - terms[f"lr_nll{tail}"]
+                terms[f"mi_{key}_low"] = lows
         of_image = {column: np.full(len(labels), math.nan, dtype=np.float32) for column in terms}
         for column, values in terms.items():
             of_image[column][tested] = values

@@ -32,12 +32,13 @@ async function explore() {
   const [{columns, betas, rates, ...all}, drawn] = ["explored", "drawn"].map(id => JSON.parse($(id).textContent));
   const views = await Bokeh.embed.embed_item(drawn, "plane");
   const model = name => Bokeh.documents.at(-1).get_model_by_name(name);
-  const plot = model("plot"), view = views.get_one(plot), cells = model("cells"), n = cells.data.x.length, N = [...Array(n).keys()];
+  const plot = model("plot"), view = views.get_one(plot), cells = model("cells");
+  const N = [...Array(cells.data.x.length).keys()];
   const column = name => columns.find(c => c.name === name);
   const shown = v => v === null || v === undefined ? "" : typeof v === "number" ? `${+v.toPrecision(4)}` : v;
   const withError = (c, i) => shown(c.values[i]) + (c.errors?.[i] != null ? ` ± ${+c.errors[i].toPrecision(2)}` : "");
   // A label, [cell, text] by the name of its mark, stands where it covers least of others, and of cells, in the frame.
-  const marked = {chosen: [], stars: []}, sizes = {high: 14, wide: 9.5};  // pixels, of a line and of a character
+  const marked = {chosen: [], stars: []}, high = 14, character = 9.5;  // pixels
   const mark = (name, labels) => { marked[name] = labels; place(); };
   function place() {
     const {x_scale, y_scale, bbox} = view.frame, taken = [];
@@ -47,11 +48,11 @@ async function explore() {
       Math.max(0, Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top));
     for (const [name, labels] of Object.entries(marked)) {
       const placed = labels.map(([i, label]) => {
-        const [x, y] = [cells.data.x[i], cells.data.y[i]], wide = sizes.wide * label.length;
+        const [x, y] = [cells.data.x[i], cells.data.y[i]], wide = character * label.length;
         const ways = [15, -15, 30, -30, 45, -45, 60, -60, 75, -75].flatMap(shift => [10, -10].map(side => {
-          const left = x_scale.compute(x) + side - (side < 0 ? wide : 0), top = y_scale.compute(y) + shift - sizes.high / 2;
-          const box = {left, right: left + wide, top, bottom: top + sizes.high};
-          const hidden = wide * sizes.high - shared(box, bbox), covers = (sum, other) => sum + shared(box, other);
+          const left = x_scale.compute(x) + side - (side < 0 ? wide : 0), top = y_scale.compute(y) + shift - high / 2;
+          const box = {left, right: left + wide, top, bottom: top + high};
+          const hidden = wide * high - shared(box, bbox), covers = (sum, other) => sum + shared(box, other);
           return {x, y, label, shift, side, align: side > 0 ? "left" : "right", box,
             cost: hidden + taken.reduce(covers, 0) + dots.reduce(covers, 0) / 10};
         }));
