@@ -28,6 +28,8 @@ from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
 from utils.locks import locked, unfinished_folder
 
+CHECKPOINTS = ("resume.pth", "resume.prev.pth")  # a kill between the two renames of a save leaves the latter alone
+
 
 @dataclass(frozen=True)
 class Run:
@@ -144,7 +146,7 @@ class Run:
         Raises UserError if there are checkpoints and all are damaged.
         """
         problems = []
-        for name in ("resume.pth", "resume.prev.pth"):
+        for name in CHECKPOINTS:
             if (self.path / name).exists():
                 try:
                     state = self._read_state(name)
@@ -157,9 +159,10 @@ class Run:
             raise UserError(f"{'; '.join(problems)}; no undamaged checkpoint is left; --overwrite starts from scratch")
         return None, problems
 
-    def peek(self) -> dict:
-        """The newest checkpoint. Raises UserError if it is damaged."""
-        return self._read_state("resume.pth")
+    def peek(self) -> dict | None:
+        """The newest checkpoint, None if there is none. Raises UserError if it is damaged."""
+        there = [name for name in CHECKPOINTS if (self.path / name).exists()]
+        return self._read_state(there[0]) if there else None
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
         """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""

@@ -59,7 +59,7 @@ def test_kill_9_at_a_random_moment_then_the_same_command(trial, script):
     time.sleep(random.Random(trial).uniform(0, 1.0))
     process.kill()
     process.wait()
-    unfinished = bool(list(Path("runs").rglob("resume.pth")))
+    unfinished = bool(there("resume*.pth"))
     again = start("train.py", *LONGER)
     out, err = again.communicate()
     assert again.returncode == 0, err
@@ -68,6 +68,17 @@ def test_kill_9_at_a_random_moment_then_the_same_command(trial, script):
     assert weights(path) == expected
     events = EventAccumulator(str(path)).Reload()
     assert [e.step for e in events.Scalars("test/loss")] == list(range(1, 7))
+
+
+def test_a_kill_between_the_two_renames_of_a_save(script, interrupted):
+    expected = uninterrupted(script)
+    interrupted(3 * 15 + 1, *LONGER)
+    (state,) = Path("runs").rglob("resume.pth")
+    state.rename(state.with_name("resume.prev.pth"))
+    assert "  unfinished at epoch 3 of 6\n" in script(train.main, *LONGER, "--dry_run")[1]
+    status, out, err = script(train.main, *LONGER)
+    assert status == 0 and "resuming at epoch 3 of 6" in out, err
+    assert weights(state.parent) == expected
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

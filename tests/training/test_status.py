@@ -98,7 +98,7 @@ def test_the_speed_of_a_longer_training_is_that_of_the_shorter_ones_beside_it(tr
 
 def test_a_checkpoint_within_an_epoch_counts_by_its_steps(trained, monkeypatch):
     (path,) = trained()
-    (path / "resume.pth").touch()
+    monkeypatch.setattr(Run, "status", "unfinished")
     monkeypatch.setattr(Run, "peek", lambda run: {"epoch": 1, "step": 3, "history": [0] * 4, "seconds": 7.0})
     assert standing(Run.open(path)) == ("unfinished at epoch 1 of 2", 1.75, 7.0)
 

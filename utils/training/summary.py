@@ -83,12 +83,9 @@ def standing(run: Run) -> tuple[str, float, float]:
             return f"failed at step {result['step']} of epoch {result['epoch']}", 0, 0
         epochs, seconds, line = 0.0, 0.0, status
         if status == "unfinished":
-            if (run.path / "resume.pth").exists():
-                state = run.peek()
-                epochs, seconds = (
-                    state["epoch"] + state["step"] / max(1, len(state.get("history", ()))),
-                    state["seconds"],
-                )
+            if state := run.peek():
+                epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ())))
+                seconds = state["seconds"]
             line = f"unfinished at epoch {math.floor(epochs)} of {total}"
         return (f"held by {held}, {line}" if held else line), epochs, seconds
     except UserError as e:
