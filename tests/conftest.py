@@ -28,6 +28,7 @@ from utils.errors import ENDING_SIGNALS, run_script
 ROOT = Path(__file__).parent.parent
 STARTED: list = []  # processes
 TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
+CELL = [*TINY[:4], "--num_epochs", "6", "--batch_size", "100", "--device", "cpu", "--save_every", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,15 @@ def interrupted(script, monkeypatch):
             assert script(train.main, *flags)[0] == 130
 
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> str:
+    """The digest of the weights of a training of CELL that nothing happens to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    assert train.main([*CELL, "--runs_dir", str(root)]) == 0
+    return weights(next(root.glob("singles/*")))
 
 
 def weights(path: Path) -> str:

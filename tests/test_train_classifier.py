@@ -22,9 +22,8 @@ from utils.locks import locked
 
 def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
     flags = ["--device", "cpu", "--num_epochs", "2", "--batch_size", "500"]
-    process = start("train_classifier.py", *flags)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    status, _, err = script(train_classifier.main, *flags)
+    assert status == 0, err
     folder = Path("runs/classifiers/Digits")
     assert 0 < read_json(folder / "config.json")["test_accuracy"] <= 1
     status, out, _ = script(train_classifier.main, *flags)
@@ -45,9 +44,8 @@ def test_the_classifier_resumes_bit_for_bit_and_is_found(script):
         time.sleep(0.005)
     process.kill()
     process.wait()
-    again = start("train_classifier.py", *flags, "--runs_dir", "killed")
-    out, err = again.communicate()
-    assert again.returncode == 0 and "resuming at epoch" in out, err
+    status, out, err = script(train_classifier.main, *flags, "--runs_dir", "killed")
+    assert status == 0 and "resuming at epoch" in out, err
     assert Path("killed/classifiers/Digits/classifier.pth").read_bytes() == (folder / "classifier.pth").read_bytes()
 
 

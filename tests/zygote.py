@@ -22,6 +22,8 @@ PRELOADED = ("train", "train_classifier", "eval_beta_grid", "eval_beta_single", 
 PRELOADED += ("torch.utils.tensorboard", "torchvision.utils", "torchvision.transforms.v2", "sklearn.datasets")
 PRELOADED += ("sklearn.svm", "sklearn.linear_model", "joblib", "utils.plane.figures")
 PRELOADED += ("utils.training.unfold", "utils.training.schedule", "utils.training.classifier", "utils.evaluation.batch")
+# set by pytest, and by libraries once a training has run in this process
+IGNORED = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 
 
 class Process:
@@ -87,7 +89,7 @@ def can_fork() -> bool:
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return {k: v for k, v in os.environ.items() if k not in IGNORED}
 
 
 def fork(name: str, argv: list[str], code: str | None) -> Process:

@@ -18,7 +18,7 @@ FAST = ["--device", "cpu", "--run_batch_name", "b"]
 STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """A folder with a quick classifier and a batch `b` of four small but real models."""
     root = tmp_path_factory.mktemp("made")

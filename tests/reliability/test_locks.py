@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.reliability.trials import CELL, ended, kill, launch, quick, there, times, wait_until
+from tests.conftest import CELL
+from tests.reliability.trials import ended, kill, launch, quick, there, times, wait_until
 from utils import locks
 from utils.cli import grid_configs
 from utils.config import Config

@@ -14,9 +14,6 @@ from PIL import Image
 from tests import zygote
 from tests.conftest import ROOT, STARTED, popen
 
-CELL = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "6", "--batch_size", "100", "--device", "cpu"]
-CELL += ["--save_every", "1"]
-
 
 def first(n: int, *values) -> list:
     """Values of a parameter, of which the default suite takes the first n."""

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from models.stack import Stack
-from tests.conftest import TINY, start, weights
+from tests.conftest import CELL, TINY, start, weights
 from tests.reliability.trials import there, times
 from tests.training.test_chunk import in_training
 from utils.config import Config
@@ -20,8 +20,6 @@ from utils.errors import UserError
 from utils.files import load_tensors
 from utils.runs import Run
 from utils.training.schedule import align, position
-
-LONGER = [*TINY[:4], "--num_epochs", "6", "--batch_size", "100", "--device", "cpu", "--save_every", "1"]
 
 
 def wait_for(pattern: str, process, seconds=60) -> bool:
@@ -34,57 +32,47 @@ def wait_for(pattern: str, process, seconds=60) -> bool:
     return bool(there(pattern))
 
 
-def uninterrupted(script) -> str:
-    status, _, err = script(train.main, *LONGER, "--runs_dir", "whole")
-    assert status == 0, err
-    return weights(next(Path("whole/singles").iterdir()))
-
-
-def test_a_compiled_training_continues_bit_for_bit(script, interrupted):
-    compiled = [*LONGER, "--compile", "on"]
+def test_a_compiled_training_continues_bit_for_bit(script, interrupted, undisturbed):
+    compiled = [*CELL, "--compile", "on"]
     assert script(train.main, *compiled, "--runs_dir", "whole")[0] == 0
-    assert script(train.main, *LONGER, "--runs_dir", "eager")[0] == 0
     interrupted(50, *compiled)
     status, out, err = script(train.main, *compiled)
     assert status == 0 and "resuming at epoch" in out, err
-    ours, whole, eager = (weights(next(Path(d, "singles").iterdir())) for d in ("runs", "whole", "eager"))
-    assert ours == whole != eager
+    ours, whole = (weights(next(Path(d, "singles").iterdir())) for d in ("runs", "whole"))
+    assert ours == whole != undisturbed
 
 
 @times(50)
-def test_kill_9_at_a_random_moment_then_the_same_command(trial, script):
-    expected = uninterrupted(script)
-    process = start("train.py", *LONGER)
+def test_kill_9_at_a_random_moment_then_the_same_command(trial, script, undisturbed):
+    process = start("train.py", *CELL)
     assert wait_for("resume.pth", process)
     time.sleep(random.Random(trial).uniform(0, 1.0))
     process.kill()
     process.wait()
     unfinished = bool(there("resume*.pth"))
-    again = start("train.py", *LONGER)
+    again = start("train.py", *CELL)
     out, err = again.communicate()
     assert again.returncode == 0, err
     assert ("resuming at epoch" in out) == unfinished
     path = next(Path("runs/singles").iterdir())
-    assert weights(path) == expected
+    assert weights(path) == undisturbed
     events = EventAccumulator(str(path)).Reload()
     assert [e.step for e in events.Scalars("test/loss")] == list(range(1, 7))
 
 
-def test_a_kill_between_the_two_renames_of_a_save(script, interrupted):
-    expected = uninterrupted(script)
-    interrupted(3 * 15 + 1, *LONGER)
+def test_a_kill_between_the_two_renames_of_a_save(script, interrupted, undisturbed):
+    interrupted(3 * 15 + 1, *CELL)
     (state,) = Path("runs").rglob("resume.pth")
     state.rename(state.with_name("resume.prev.pth"))
-    assert "  unfinished at epoch 3 of 6\n" in script(train.main, *LONGER, "--dry_run")[1]
-    status, out, err = script(train.main, *LONGER)
+    assert "  unfinished at epoch 3 of 6\n" in script(train.main, *CELL, "--dry_run")[1]
+    status, out, err = script(train.main, *CELL)
     assert status == 0 and "resuming at epoch 3 of 6" in out, err
-    assert weights(state.parent) == expected
+    assert weights(state.parent) == undisturbed
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_tell_how_to_continue(number, status, script):
-    expected = uninterrupted(script)
-    process = start("train.py", *LONGER)
+def test_signals_save_and_tell_how_to_continue(number, status, script, undisturbed):
+    process = start("train.py", *CELL)
     assert wait_for("resume.pth", process)
     time.sleep(0.15)
     process.send_signal(number)
@@ -92,12 +80,11 @@ def test_signals_save_and_tell_how_to_continue(number, status, script):
     out, err = process.communicate()
     assert process.returncode == status, err
     assert "saved at epoch" in err and "rerun to continue: python" in err and "Traceback" not in err
-    assert script(train.main, *LONGER)[0] == 0
-    assert weights(next(Path("runs/singles").iterdir())) == expected
+    assert script(train.main, *CELL)[0] == 0
+    assert weights(next(Path("runs/singles").iterdir())) == undisturbed
 
 
-def test_a_signal_within_an_epoch_is_resumed_within_it(script, monkeypatch):
-    expected = uninterrupted(script)
+def test_a_signal_within_an_epoch_is_resumed_within_it(script, monkeypatch, undisturbed):
     step, calls = Stack.step, []
 
     def counting(self, *args):
@@ -107,19 +94,18 @@ def test_a_signal_within_an_epoch_is_resumed_within_it(script, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(Stack, "step", counting)
-    status, _, err = script(train.main, *LONGER, "--cells_at_once", "1")
+    status, _, err = script(train.main, *CELL, "--cells_at_once", "1")
     assert status == 143 and "saved at epoch 1" in err
     state = load_tensors(next(Path("runs").rglob("resume.pth")))
     assert (state["epoch"], state["step"]) == (1, 5)
-    assert script(train.main, *LONGER)[0] == 0
-    assert weights(next(Path("runs/singles").iterdir())) == expected
+    assert script(train.main, *CELL)[0] == 0
+    assert weights(next(Path("runs/singles").iterdir())) == undisturbed
     assert len(calls) == 6 * 15
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_resume_state_falls_back_to_the_one_before(damage, script):
-    expected = uninterrupted(script)
-    process = start("train.py", *LONGER)
+def test_a_damaged_resume_state_falls_back_to_the_one_before(damage, script, undisturbed):
+    process = start("train.py", *CELL)
     assert wait_for("resume.prev.pth", process)
     process.send_signal(signal.SIGTERM)
     process.wait()
@@ -128,9 +114,9 @@ def test_a_damaged_resume_state_falls_back_to_the_one_before(damage, script):
     if damage == "flipped":
         data[len(data) // 2] ^= 4
     path.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
-    status, out, err = script(train.main, *LONGER)
+    status, out, err = script(train.main, *CELL)
     assert status == 0 and f"{path}: damaged" in err and "falling back" in err
-    assert weights(path.parent) == expected
+    assert weights(path.parent) == undisturbed
 
 
 @pytest.mark.parametrize("state", [{"a": 1}, {"weights": {}, "epoch": 0}, [1]])
@@ -157,15 +143,15 @@ def test_a_signal_in_a_cells_last_step_ends_the_grid(script, monkeypatch):
 
 
 def test_without_a_whole_resume_state_it_refuses(script):
-    process = start("train.py", *LONGER)
+    process = start("train.py", *CELL)
     assert wait_for("resume.prev.pth", process)
     process.kill()
     process.wait()
     for path in Path("runs").rglob("resume*.pth"):
         path.write_bytes(path.read_bytes()[:1000])
-    status, _, err = script(train.main, *LONGER)
+    status, _, err = script(train.main, *CELL)
     assert status == 1 and "no undamaged checkpoint is left" in err
-    assert script(train.main, *LONGER, "--overwrite")[0] == 0
+    assert script(train.main, *CELL, "--overwrite")[0] == 0
 
 
 def test_two_processes_on_one_run_folder(script):
@@ -185,7 +171,7 @@ def test_two_processes_on_one_run_folder(script):
 
 def test_cells_that_a_kill_left_apart_train_together_again(script, monkeypatch):
     """Three cells saved after the first epoch, one of them also after the second: it goes back."""
-    grid = [*LONGER, "--beta_y", "1", "2", "3", "--cells_at_once", "3"]
+    grid = [*CELL, "--beta_y", "1", "2", "3", "--cells_at_once", "3"]
     assert script(train.main, *grid, "--runs_dir", "whole")[0] == 0
     save_state, saves = Run.save_state, []
 
