@@ -12,6 +12,8 @@ import pytest
 os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is
 
+import utils.threads  # noqa: F401, I001  before torch too, as scripts do: how long its threads spin
+
 import torch
 
 if not torch.cuda.is_available():
