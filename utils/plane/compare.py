@@ -25,7 +25,7 @@ COMPARED = {
     "gain": "other is better by",
     "low": "95 % from",
     "high": "to",
-    "told": "is it?",
+    "told": "is it better?",
 }
 
 
