@@ -59,6 +59,7 @@ def test_two_ranks_give_the_same_folders_as_one_process(alone, script):
     assert figures("runs") == figures("alone")
 
 
+@pytest.mark.slow
 def test_a_killed_ranks_cells_are_completed_by_the_same_command(script):
     slow = [*GRID, "--run_batch_name", "b", "--num_epochs", "10", "--save_every", "1"]
     process = torchrun("train.py", *slow)

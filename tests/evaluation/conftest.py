@@ -11,6 +11,7 @@ import eval_beta_grid
 import eval_beta_single
 import train
 import train_classifier
+from utils.locks import locked
 
 FAST = ["--device", "cpu", "--run_batch_name", "b"]
 
@@ -19,9 +20,19 @@ STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A folder with a quick classifier and a batch `b` of four small but real models."""
-    root = tmp_path_factory.mktemp("made")
+def made(tmp_path_factory, worker_id):
+    """A folder with a quick classifier and a batch `b` of four small but real models; shared by all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root if worker_id == "master" else root.parent) / "made"
+    root.mkdir(exist_ok=True)
+    with locked(root, 600):
+        if not (root / "done").exists():
+            make(root)
+            (root / "done").touch()
+    return root
+
+
+def make(root: Path) -> None:
     runs = ["--runs_dir", str(root / "runs"), "--device", "cpu"]
     torch.set_num_threads(1)
     assert train_classifier.main([*runs, "--num_epochs", "2"]) == 0
@@ -29,7 +40,6 @@ def made(tmp_path_factory):
     settings += ["--learning_rate", "0.002"]
     grid = ["--beta_y", "0.1", "5", "--beta_z", "0.1", "5", "--run_batch_name", "b"]
     assert train.main([*runs, *settings, *grid]) == 0
-    return root
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_a_compiled_training_continues_bit_for_bit(script, interrupted, undistur
     assert ours == whole != undisturbed
 
 
-@times(50)
+@times(50, few=1)
 def test_kill_9_at_a_random_moment_then_the_same_command(trial, script, undisturbed):
     process = start("train.py", *CELL)
     assert wait_for("resume.pth", process)
