@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import eval_beta_grid
 import train
 import train_classifier
 from tests.conftest import ROOT, TINY, python
-from tests.reliability.trials import first, there
+from tests.reliability.trials import first, there, wait_until
 from utils.distributed import share
 from utils.files import load_tensors
 from utils.training.schedule import check_data_parallel
@@ -63,12 +62,14 @@ def test_two_ranks_give_the_same_folders_as_one_process(alone, script):
 def test_a_killed_ranks_cells_are_completed_by_the_same_command(script):
     slow = [*GRID, "--run_batch_name", "b", "--num_epochs", "10", "--save_every", "1"]
     process = torchrun("train.py", *slow)
-    end, pids = time.monotonic() + 60, set()
-    while (len(pids) < 2 or not there("resume.pth")) and time.monotonic() < end:
-        locks = [path.read_text() for path in there(".lock")]
-        pids = {int(re.search(r"pid (\d+)", text)[1]) for text in locks if text}
-        time.sleep(0.01)
-    assert len(pids) == 2
+    pids = set()
+
+    def both_train():
+        texts = [path.read_text() for path in there(".lock")]
+        pids.update(int(re.search(r"pid (\d+)", text)[1]) for text in texts if text)
+        return len(pids) == 2 and there("resume.pth")
+
+    wait_until(both_train, 60)
     os.kill(max(pids), signal.SIGKILL)
     finish(process, status=1)
     assert len(all_weights("runs")) < 4
@@ -96,9 +97,7 @@ def test_processes_that_share_batches_stop_and_continue_together():
     flags = [*TINY, "--num_epochs", "10", "--batch_size", "100", "--run_batch_name", "b", "--data_parallel"]
     flags += ["--save_every", "2"]
     process = torchrun("train.py", *flags)
-    end = time.monotonic() + 60
-    while not there("resume.pth") and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: there("resume.pth"), 60)
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, status=1)
     assert "rerun to continue" in err and not all_weights("runs")

@@ -209,7 +209,7 @@ class Run:
         if adam is not None:
             save_tensors(self.path / "adam.pth", adam)
         save_tensors(self.path / "vae.pth", weights)
-        for name in ("resume.prev.pth", "resume.pth"):  # in this order: it is unfinished as long as the latter is there
+        for name in reversed(CHECKPOINTS):  # in this order: it is unfinished as long as resume.pth is there
             (self.path / name).unlink(missing_ok=True)
 
 
