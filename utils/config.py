@@ -17,8 +17,8 @@ from utils.errors import UserError, nearest
 LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
 LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
 LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
-OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "data_digest")
-OPTIONAL += ("beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z", "init_from")
+OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "optimizer")
+OPTIONAL += ("data_digest", "beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z", "init_from")
 USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10}  # the paper's
 
 
@@ -59,7 +59,11 @@ class Config:
     z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model")
     num_epochs: int = _usual("num_epochs", "epochs to train", "training")
     batch_size: int = _usual("batch_size", "images per batch", "training")
-    learning_rate: float = _usual("learning_rate", "Adam's learning rate; --multi_rate uses three times it", "training")
+    learning_rate: float = _usual("learning_rate", "the learning rate; --multi_rate uses three times it", "training")
+    optimizer: str | None = _flag(
+        None, "adam; muon: in short trainings far ahead, at the same learning rate (default: adam, muon with "
+        "--multi_rate)", "training", choices=("adam", "muon"),
+    )  # fmt: skip
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "
         "num_epochs // 5, --multi_rate num_epochs // 10, others 0)",
@@ -164,6 +168,7 @@ class Config:
 
     def _check_range(self) -> None:
         object.__setattr__(self, "lr_schedule", self.lr_schedule or ("tail" if self.multi_rate else "constant"))
+        object.__setattr__(self, "optimizer", self.optimizer or ("muon" if self.multi_rate else "adam"))
         for name in ("beta_y", "beta_z"):
             low, high = getattr(self, name), getattr(self, f"beta_max_{name[-1]}")
             if high is not None and not 0 < low <= high <= 1e6 * low:
@@ -260,6 +265,7 @@ class Config:
             "no_warmup" * (default_warmup > 0 and self.warmup_epochs == 0),
             f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
             self.lr_schedule * (self.lr_schedule != ("tail" if self.multi_rate else "constant")),
+            "muon" * (self.optimizer == "muon"),
             "multi_rate" * self.multi_rate,
             f"init_{(self.init_from or '')[:8]}" * (self.init_from is not None),
             self.precision * (self.precision != Config.precision),
@@ -293,6 +299,7 @@ class Config:
         if digest is not None and digest != _digest(settings):
             raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
         known = {field.name for field in dataclasses.fields(cls)}
+        settings = {"optimizer": "adam", **settings}  # as all runs were trained that do not say
         try:
             return cls(**{k: v for k, v in settings.items() if k in known})
         except UserError as e:

@@ -18,7 +18,8 @@ def runs_of(batch="singles", folder="runs"):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--qz_family", "GumbelSoftmax"], ["--vae_type", "LVAE", "--warmup_epochs", "1"]]
+    "flags",
+    [[], ["--qz_family", "GumbelSoftmax"], ["--vae_type", "LVAE", "--warmup_epochs", "1"], ["--optimizer", "muon"]],
 )
 def test_two_and_three_epochs_are_five(script, flags):
     assert script(train.main, *TINY, *flags)[0] == 0

@@ -31,7 +31,9 @@ def plane(args: argparse.Namespace) -> None:
     on_gpu, steps = device.type == "cuda", math.ceil(n / args.batch_size)
     print(f"{config.vae_type}, {n:,} {args.dataset}-shaped random images, batch {args.batch_size}, {config.precision}")
     ends = {"beta_y": 0.1, "beta_z": 0.1, "beta_max_y": 10.0, "beta_max_z": 10.0}
-    conditioned = dataclasses.replace(config, multi_rate=True, lr_schedule=None, warmup_epochs=None, **ends)
+    conditioned = dataclasses.replace(
+        config, multi_rate=True, lr_schedule=None, optimizer=None, warmup_epochs=None, **ends
+    )
     split, m = random_split(config, n, device), max(args.cells or [1])
     how = (device, on_gpu, on_gpu, args.convolutions[0])
     candidates = {THEIRS: like_the_papers(config, split, device), OWN: stepper(Engine(config, m, *how), split)}

@@ -10,7 +10,8 @@ from utils.evaluation.per_image import per_image
 from utils.evaluation.probes import standard_error
 from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
 
-OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "warmup_epochs", "no_warmup", "lr_schedule", "multi_rate")
+OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "optimizer", "warmup_epochs", "no_warmup")
+OF_TRAINING += ("lr_schedule", "multi_rate")
 MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values(), "init_from")]
 EXCESS = {
     "num_epochs": "epochs, multi-rate",

@@ -1,4 +1,4 @@
-"""The optimised training step: M stacked models and their Adam, compiled and, on a GPU, captured as a CUDA graph."""
+"""The training step: M stacked models and their optimiser, compiled and, on a GPU, captured as a CUDA graph."""
 
 import dataclasses
 import functools
@@ -18,8 +18,10 @@ from models.tables import BACKENDS
 from utils.config import Config
 from utils.distributed import place
 from utils.errors import UserError, is_out_of_memory, one_line
+from utils.training.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
+OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
 WARM_UP = 3  # steps before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
 LARGEST = 256  # the most cells that `fastest` tries to stack
 
@@ -54,7 +56,7 @@ class Engine:
         parameters = self.stack.parameters.values()
         adam = {"fused": True, "capturable": on_gpu and self.capture}
         lr = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, **adam)
+        self.optimizer = OPTIMIZERS[config.optimizer](parameters, lr=lr, **adam)
         for p in parameters:  # now, so that all later changes are in place, where a captured graph sees them
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
@@ -82,12 +84,12 @@ class Engine:
                 value.zero_()
 
     def set_lr(self, lr: float) -> None:
-        """Sets Adam's learning rate; a captured graph sees it."""
-        group = self.optimizer.param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        """Sets the learning rate; a captured graph sees it."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     @property
     def adam_steps(self) -> int:

@@ -60,7 +60,7 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
 def of_others(run: Run) -> list[float]:
     """Seconds an epoch of the finished runs beside this one that differ in betas, seed and schedule at most."""
     free = ("beta_y", "beta_z", "seed", "num_epochs", "warmup_epochs", "no_warmup", "lr_schedule", "learning_rate")
-    free += ("target_rate_y", "target_rate_z", "init_from", "source", "data_digest")
+    free += ("optimizer", "target_rate_y", "target_rate_z", "init_from", "source", "data_digest")
     known, found = {k: v for k, v in vars(run.config).items() if k not in free}, []
     for path in run.path.parent.glob("*/config.json"):
         try:

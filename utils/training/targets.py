@@ -21,7 +21,7 @@ COARSE = 4  # points along each axis of the table that the search starts from
 STEP = 0.02  # of the finite differences, in log10 of a beta
 CLOSE = 0.005  # relative difference of rates that counts as met
 FREE = ("beta_y", "beta_z", "beta_max_y", "beta_max_z", "target_rate_y", "target_rate_z", "multi_rate", "seed")
-FREE += ("num_epochs", "warmup_epochs", "lr_schedule", "init_from", "learning_rate", "batch_size")
+FREE += ("num_epochs", "warmup_epochs", "lr_schedule", "optimizer", "init_from", "learning_rate", "batch_size")
 LEAST = 1e-4  # nats; smaller rates are not told apart
 
 
