@@ -17,6 +17,8 @@ from .hvae import HVAE, Noise, Terms
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
 MARGIN = 0.15  # of the range of log betas, on either side: drawn as well, as gates are learnt worst at the edges
+WEIGHT = (-0.15, 0.5)  # exponents of beta_y and beta_z: how images weigh in the objective
+OWN = ("hypernetwork", "gates")  # the modules that are not the model's
 ANYWHERE = 0.25  # of the images: their betas are drawn from the whole range from the start
 
 
@@ -83,13 +85,14 @@ class Conditioned(nn.Module):
         around, anywhere = self.drawn(u[:, :2], self.spread), self.drawn(u[:, :2])
         return noise._replace(log_betas=torch.where(u[:, 2:] < ANYWHERE, anywhere, around))
 
-    @staticmethod
-    def weights(log_betas: Tensor) -> Tensor:
-        """Weights (B,) of images in the objective: beta_y ** -1/2, as their gradients grow with beta_y; rates do not.
+    def weights(self, log_betas: Tensor) -> Tensor:
+        """Weights (B,) of images in the objective: 1 at the start, beta_y ** -0.15 beta_z ** 0.5 with all betas in use.
 
-        Without them, small beta_y, at which a model has most to learn, are learnt last.
+        Where z is given up, at large beta_z, a code has least in common with the others, so it is learnt last. At the
+        start z has yet to come into use, for which the small beta_z there must weigh as much as any.
         """
-        return 10 ** (-0.5 * log_betas[:, 0])
+        log_beta_y, log_beta_z = log_betas.unbind(-1)
+        return 10 ** (self.spread.to(log_betas) * (WEIGHT[0] * log_beta_y + WEIGHT[1] * log_beta_z))
 
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""

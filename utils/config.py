@@ -59,10 +59,12 @@ class Config:
     z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model")
     num_epochs: int = _usual("num_epochs", "epochs to train", "training")
     batch_size: int = _usual("batch_size", "images per batch", "training")
-    learning_rate: float = _usual("learning_rate", "the learning rate; --multi_rate uses three times it", "training")
+    learning_rate: float = _usual(
+        "learning_rate", "the learning rate; --multi_rate uses 3.5 times it once z is in use", "training"
+    )
     optimizer: str | None = _flag(
-        None, "adam; muon: in short trainings far ahead, at the same learning rate (default: adam, muon with "
-        "--multi_rate)", "training", choices=("adam", "muon"),
+        None, "adam; muon: far ahead in short trainings of Gaussian z, at the same learning rate (default: adam, muon "
+        "with --multi_rate)", "training", choices=("adam", "muon"),
     )  # fmt: skip
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "

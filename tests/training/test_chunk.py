@@ -134,15 +134,14 @@ def test_warmup_weights(script, monkeypatch):
 
 
 @pytest.mark.parametrize("schedule, start", [("constant", 10), ("cosine", 0), ("tail", 7)])
-@pytest.mark.parametrize("multi_rate", [False, True])
-def test_the_learning_rate_follows_its_schedule(schedule, start, multi_rate):
-    """As torch's scheduler: constant, then down to 0 along a cosine; a conditioned model's is three times as large."""
-    ends = {"multi_rate": True, "beta_max_y": 10.0, "beta_max_z": 10.0} if multi_rate else {}
-    config = Config(lr_schedule=schedule, **ends)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3.0 if multi_rate else 1.0)
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_the_learning_rate_follows_its_schedule(schedule, start, spread):
+    """As torch's scheduler: constant, then down to 0 along a cosine; 3.5 times as large once betas spread."""
+    config = Config(lr_schedule=schedule)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3.5 if spread else 1.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, 10 - start))
     for step in range(10):
-        assert lr_factor(config, step / 10) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        assert lr_factor(config, step / 10, spread) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         if step >= start:
             optimizer.step()
             falling.step()
@@ -176,6 +175,7 @@ def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
         chunk.epoch += 1
         chunk.widen(torch.tensor([[300.0, -290.0, 8.0, rate]]))
         spreads.append(chunk.spread)
+        assert chunk.engine.optimizer.on == (rate != 0.5 and rate != 1.9)  # until then, steps are Adam's
     assert spreads == pytest.approx([0, 0, 1 / 3, 2 / 3, 2 / 3, 2 / 3])
     chunk.epoch = 10
     for _ in range(9):

@@ -1,5 +1,7 @@
 """The fast step equals the plain one; the chunk's size is found; bfloat16 stays out of what must be exact."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -70,6 +72,24 @@ def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, 
     history, engine = ten_steps(compile=compile, capture=True)
     assert engine.replay is not None and engine.adam_steps == 10
     torch.testing.assert_close(history, ten_steps()[0], rtol=1e-5, atol=1e-3)
+
+
+def test_a_captured_step_is_recorded_anew_for_muon(monkeypatch):
+    monkeypatch.setattr(engine_module, "record", replaying)
+    histories = []
+    for how in ({}, {"capture": True}):
+        engine = Engine(dataclasses.replace(TINY, optimizer="muon"), 2, CPU, **how)
+        engine.restart(2)
+        betas, sums = (torch.tensor([0.5, 2.0]), torch.tensor([3.0, 0.1])), []
+        for i in range(10):
+            engine.orthogonalise(i >= 4)
+            sums.append(engine.step(*batch(engine.stack, i), *betas).clone())
+        histories.append(torch.stack(sums))
+    assert engine.replay is not None
+    torch.testing.assert_close(*histories, rtol=1e-5, atol=1e-3)
+    adams = ten_steps()[0]
+    torch.testing.assert_close(histories[0][:4], adams[:4], rtol=1e-5, atol=1e-3)
+    assert (histories[0][5:] - adams[5:]).abs().max() > 0.1
 
 
 ENDS = {"multi_rate": True, "beta_y": 0.1, "beta_z": 0.1, "beta_max_y": 10.0, "beta_max_z": 10.0}

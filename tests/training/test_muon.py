@@ -26,25 +26,74 @@ def test_singular_values_follow_the_polynomial_and_singular_vectors_stay(shape):
     assert (orthogonalised(torch.zeros(2, 3, 4)) == 0).all()
 
 
-def test_weights_take_the_steps_of_pytorchs_muon_and_vectors_those_of_adam():
+def take_steps(optimizer, parameters, gradients):
+    """The parameters after a step for each tuple of gradients; state as an Engine makes it."""
+    for p in parameters:
+        optimizer.state[p] |= {"step": torch.zeros(()), **{k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}}
+    for of_each in gradients:
+        for p, gradient in zip(parameters, of_each, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def leaves():
     g = torch.Generator().manual_seed(0)
-    weights, vector = [torch.randn(1, 16, 40, generator=g), torch.randn(1, 30, 8, generator=g)], torch.randn(1, 5)
-    ours = [torch.nn.Parameter(p.clone()) for p in (*weights, vector)]
-    muon = Muon(ours, lr=0.01)
-    for p in ours[:2]:
-        muon.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
-    theirs = [torch.nn.Parameter(p[0].clone()) for p in (*weights, vector)]
-    others = torch.optim.Muon(theirs[:2], lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
-    others = [others, torch.optim.Adam(theirs[2:], lr=0.01)]
-    for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn(p.shape, generator=g)
-            q.grad = p.grad[0].clone()
-        for optimizer in (muon, *others):
-            optimizer.step()
-    for p, q, before in zip(ours, theirs, (*weights, vector), strict=True):
-        moved = (q - before[0]).norm().item()
-        assert moved > 0.01 and (p[0] - q).norm() < (0.02 * moved if p.dim() > 2 else 1e-6)  # theirs is in bfloat16
+    shapes = (1, 16, 40), (1, 30, 8), (1, 5)
+    gradients = [[torch.randn(shape, generator=g) for shape in shapes] for _ in range(5)]
+    return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in shapes], gradients
+
+
+def muon(gradients, on=True):
+    parameters, _ = leaves()
+    optimizer = Muon(parameters[:2], parameters[2:], lr=0.01)
+    optimizer.on = on
+    return take_steps(optimizer, parameters, gradients)
+
+
+def test_weights_take_the_steps_of_pytorchs_muon_and_vectors_those_of_adam():
+    (*weights, vector), gradients = leaves()
+    before = [p.detach().clone() for p in weights]
+    theirs = [torch.nn.Parameter(p.detach()[0].clone()) for p in weights]
+    pytorchs = torch.optim.Muon(theirs, lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    for of_each in gradients:
+        for p, gradient in zip(theirs, of_each, strict=False):
+            p.grad = gradient[0].clone()
+        pytorchs.step()
+    *ours, ours_of_vector = muon(gradients)
+    for p, q, start in zip(ours, theirs, before, strict=True):
+        moved = (q - start[0]).norm().item()
+        assert moved > 0.01 and (p[0] - q).norm() < 0.02 * moved  # PyTorch's products are in bfloat16
+    alone = take_steps(torch.optim.Adam([vector], lr=0.01), [vector], [of_each[2:] for of_each in gradients])
+    torch.testing.assert_close(ours_of_vector, alone[0])
+
+
+def test_no_single_batch_decides():
+    """A gradient of 1e12 counts as one of 100 times the momentum; of the models of a stack, only where it is."""
+    g = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(2, 16, 40, generator=g)] for _ in range(60)]
+    spoilt = [[gradient.clone() for gradient in of_each] for of_each in gradients]
+    spoilt[1][0][1] *= 1e12
+    steps = []
+    for of_each in (gradients, spoilt):
+        p = torch.nn.Parameter(torch.zeros(2, 16, 40))
+        optimizer = Muon([p], [], lr=0.01)
+        take_steps(optimizer, [p], of_each[:-1])
+        before, momentum = p.detach().clone(), optimizer.state[p]["exp_avg"].clone()
+        p.grad = of_each[-1][0].clone()
+        optimizer.step()
+        steps.append((p.detach() - before, momentum))
+    (usual, momentum), (other, spoilt_momentum) = steps
+    assert torch.equal(usual[0], other[0])
+    assert (spoilt_momentum[1] - momentum[1]).norm() < 0.5 * momentum[1].norm()
+    assert (other[1] - usual[1]).norm() < usual[1].norm()
+
+
+def test_off_it_is_adam():
+    parameters, gradients = leaves()
+    expected = take_steps(torch.optim.Adam(parameters, lr=0.01), parameters, gradients)
+    for p, q in zip(muon(gradients, on=False), expected, strict=True):
+        assert torch.equal(p, q)
 
 
 def steps(m, betas, n=4):

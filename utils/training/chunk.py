@@ -82,6 +82,7 @@ class Chunk:
         self.spread = share
         if self.config.is_conditioned:
             self.stack.model.spread.fill_(share)
+            self.engine.orthogonalise(share > 0)
 
     @property
     def collapsed(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.build import build_model
+from models.conditioned import OWN
 from models.hvae import Noise
 from models.stack import Stack
 from models.tables import BACKENDS
@@ -21,7 +22,6 @@ from utils.errors import UserError, is_out_of_memory, one_line
 from utils.training.muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
-OPTIMIZERS = {"adam": torch.optim.Adam, "muon": Muon}
 WARM_UP = 3  # steps before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
 LARGEST = 256  # the most cells that `fastest` tries to stack
 
@@ -53,11 +53,16 @@ class Engine:
         self.compile, self.capture, self.replay = compile, capture and not data_parallel, None
         self.to_prepare = self.capture or compile and not data_parallel
         self.stack = Stack(build_model(config).to(device), m, config.precision, backend)
-        parameters = self.stack.parameters.values()
+        parameters = self.stack.parameters
         adam = {"fused": True, "capturable": on_gpu and self.capture}
-        lr = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
-        self.optimizer = OPTIMIZERS[config.optimizer](parameters, lr=lr, **adam)
-        for p in parameters:  # now, so that all later changes are in place, where a captured graph sees them
+        adam["lr"] = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
+        if config.optimizer == "muon":
+            weights = [name for name, p in parameters.items() if p.dim() > 2 and not name.startswith(OWN)]
+            others = [p for name, p in parameters.items() if name not in weights]
+            self.optimizer = Muon([parameters[name] for name in weights], others, **adam)
+        else:
+            self.optimizer = torch.optim.Adam(parameters.values(), **adam)
+        for p in parameters.values():  # now, so that all later changes are in place, where a captured graph sees them
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = {"step": torch.zeros((), device=device if on_gpu else "cpu"), **moments}
         rank, world = place() if data_parallel else (0, 1)
@@ -90,6 +95,16 @@ class Engine:
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
+
+    def orthogonalise(self, on: bool) -> None:
+        """Whether weights take Muon's own steps; while a conditioned model's z is not in use, they take Adam's.
+
+        With Muon from the start, y learnt too fast for a categorical z to come into use. A captured step is recorded
+        anew.
+        """
+        if isinstance(self.optimizer, Muon) and self.optimizer.on != on:
+            self.optimizer.on = on
+            self.replay, self.to_prepare = None, self.capture
 
     @property
     def adam_steps(self) -> int:
@@ -152,7 +167,7 @@ class Engine:
         fixed = (x, noise, beta_y, beta_z)
         for compile in [True] * self.compile + [False] * self.capture:
             try:
-                if compile:
+                if compile and not self.stack.compiled:
                     self.stack.compile(len(x))
                     with torch.no_grad():
                         hard = noise._replace(temperature=None)

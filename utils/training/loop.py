@@ -24,7 +24,7 @@ from utils.training.chunk import COLLAPSED, Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch
-FASTER = 3.0  # times --learning_rate, for a conditioned model; at twice of it, ordinary ones lost z
+FASTER = 3.5  # times --learning_rate, once a conditioned model's z is in use; at twice of it, ordinary ones lost z
 N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
@@ -52,10 +52,13 @@ class Signals:
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
 
-def lr_factor(config: Config, progress: float) -> float:
-    """What the learning rate is multiplied by, after that share of the training."""
+def lr_factor(config: Config, progress: float, spread: float = 0.0) -> float:
+    """What the learning rate is multiplied by, after that share of the training.
+
+    `spread` is that of a conditioned model's betas; until they spread, it is trained as an ordinary one.
+    """
     start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[config.lr_schedule]
-    peak = FASTER if config.is_conditioned else 1.0
+    peak = FASTER if spread > 0 else 1.0
     if progress < start or start == 1:
         return peak
     return peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
@@ -126,7 +129,7 @@ def _train(chunk: Chunk, data: Data, signals: Signals, save_every: int | None, b
             whole = min(config.batch_size, len(data.train) - chunk.step * config.batch_size)
             done = (chunk.epoch + chunk.step / steps) / config.num_epochs
             noise = stack.model.noise(whole, chunk.noise, temperature)
-            chunk.engine.set_lr(config.learning_rate * lr_factor(config, done))
+            chunk.engine.set_lr(config.learning_rate * lr_factor(config, done, chunk.spread))
             sums = chunk.engine.step(x, noise, weight_y * chunk.betas.y, weight_z * chunk.betas.z)
             chunk.history[chunk.step] = sums
             chunk.betas.steer(sums, whole, done, steps * config.num_epochs)
