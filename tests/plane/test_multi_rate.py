@@ -94,15 +94,19 @@ def test_the_excess_is_the_difference_of_the_losses(script):
     ]
     other = [row | {"run": "m3", "seed": 1, "loss": 7, "multi_rate": "True", "source": 1, "beta_z": 10}]
     header = [*HEADER, *SETTINGS, "num_epochs", "loss"]
+    muon = own[0] | {"run": "u1", "optimizer": "muon", "loss": 90}  # a training of another kind, compared by itself
+    plane = read_plane(write_csv([*own, *one, *other, muon], header=[*header, "optimizer"]))
+    found = {pair.trainings: pair for pair in pairs(plane)}
+    assert found["4 epochs, adam", "4 epochs, muon"].excess == pytest.approx(17) and len(found) == 2
     plane = read_plane(write_csv([*own, *one, *other], header=header))
     (pair,) = pairs(plane)
-    assert pair.excess == pytest.approx(6) and pair.epochs == ("4", "4")
+    assert pair.excess == pytest.approx(6) and pair.trainings == ("4 epochs, adam", "4 epochs, adam")
     assert pair.se == pytest.approx(math.sqrt((2 + 8) / 2))
     status, out, err = script(plot_eval.main, "--run_batch_name", "b", "--format", "png")
     assert status == 0 and "loss +6.00 nats on average, +6.00 to +6.00; lower in 0 of 1 cells" in out, err
     assert Path("runs/b/figures/excess.png").is_file()
     line = Path("runs/b/figures/excess.csv").read_text().splitlines()[1]
-    assert line.startswith("4,4,1.0,1.0,107.0,101.0,6.0")
+    assert line.startswith("4,4,adam,adam,1.0,1.0,107.0,101.0,6.0")
 
 
 def test_of_one_seed_each_the_error_of_the_excess_is_that_of_the_shared_images(script):

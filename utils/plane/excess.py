@@ -16,6 +16,8 @@ MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values()
 EXCESS = {
     "num_epochs": "epochs, multi-rate",
     "own_epochs": "epochs, own",
+    "optimizer": "optimizer, multi-rate",
+    "own_optimizer": "own",
     "beta_y": "beta_y",
     "beta_z": "beta_z",
     "loss": "loss, multi-rate",
@@ -49,9 +51,13 @@ class Pair(NamedTuple):
         return math.hypot(*known) if known else math.nan
 
     @property
-    def epochs(self) -> tuple[str, str]:
-        """Epochs of the two trainings."""
-        return tuple(cell.settings.get("num_epochs") or "" for cell in self[:2])
+    def trainings(self) -> tuple[str, str]:
+        """Epochs and optimiser of the two, such as "16 epochs, adam"."""
+        return tuple(f"{cell.settings.get('num_epochs') or '?'} epochs, {_optimizer(cell)}" for cell in self[:2])
+
+
+def _optimizer(cell: Cell) -> str:
+    return cell.settings.get("optimizer") or "adam"  # as all cells were trained whose tables do not say
 
 
 def _losses(cell: Cell) -> list[float]:
@@ -88,23 +94,23 @@ def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
     """The rows of excess.csv."""
     rows = []
     for pair in found:
-        row = dict(zip(("num_epochs", "own_epochs"), pair.epochs, strict=True))
-        row |= {n: pair.unfolded.median[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
-        for whose, cell in (("", pair.unfolded), ("own_", pair.own)):
+        row = {n: pair.unfolded.median[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
+        for whose, epochs, cell in (("", "num_epochs", pair.unfolded), ("own_", "own_epochs", pair.own)):
+            row |= {epochs: cell.settings.get("num_epochs") or "", f"{whose}optimizer": _optimizer(cell)}
             row |= {whose + n: cell.median.get(n) for n in ("kl_y", "kl_z", "psnr")}
             row |= {f"{whose}loss": float(np.mean(_losses(cell))), f"{whose}n": len(cell.runs)}
-        rows.append(row)
+        rows.append({name: row[name] for name in EXCESS})
     return rows
 
 
 def print_excess(found: list[Pair]) -> None:
-    """Prints, for each pair of lengths, by how much the multi-rate cells are behind or ahead."""
-    for epochs in dict.fromkeys(pair.epochs for pair in found):
-        these = np.array([pair.excess for pair in found if pair.epochs == epochs])
+    """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead."""
+    for trainings in dict.fromkeys(pair.trainings for pair in found):
+        these = np.array([pair.excess for pair in found if pair.trainings == trainings])
         these = these[np.isfinite(these)]
         if len(these):
             print(
-                f"\nmulti-rate cells ({epochs[0]} epochs) against their own trainings ({epochs[1]} epochs): loss "
+                f"\nmulti-rate cells ({trainings[0]}) against their own trainings ({trainings[1]}): loss "
                 f"{these.mean():+.2f} nats on average, {these.min():+.2f} to {these.max():+.2f}; lower in "
                 f"{(these < 0).sum()} of {len(these)} cells"
             )

@@ -96,14 +96,14 @@ def slope_maps(plane: Plane, found: Sequence[Slope]) -> Drawn:
 
 
 def excess_maps(plane: Plane, found: Sequence[Pair]) -> Drawn:
-    """The excess loss of multi-rate cells over the grid of betas, a panel for each pair of lengths of training."""
-    lengths = list(dict.fromkeys(pair.epochs for pair in found))
-    figure, axes = panels(plane, len(lengths), height=0.75)
+    """The excess loss of multi-rate cells over the grid of betas, a panel for each pair of trainings."""
+    kinds = list(dict.fromkeys(pair.trainings for pair in found))
+    figure, axes = panels(plane, len(kinds), height=0.75)
     largest = max((abs(pair.excess) for pair in found if math.isfinite(pair.excess)), default=1.0) or 1.0
-    for ax, epochs in zip(axes, lengths, strict=True):
-        these = [pair for pair in found if pair.epochs == epochs]
+    for ax, trainings in zip(axes, kinds, strict=True):
+        these = [pair for pair in found if pair.trainings == trainings]
         grid = Grid(*(np.array([pair.unfolded.median[n] for pair in these]) for n in ("beta_y", "beta_z")))
         colours = {"cmap": "PuOr_r", "norm": Normalize(-largest, largest)}
         heat_map(figure, ax, grid, np.array([pair.excess for pair in these]), None, room=7, **colours)
-        ax.set_title(f"excess loss (nats), {epochs[0]} epochs\nfor all, {epochs[1]} on their own")
+        ax.set_title(f"excess loss (nats): {trainings[0]}\nfor all; {trainings[1]}, on their own")
     return Drawn(figure, excess_rows(found))
