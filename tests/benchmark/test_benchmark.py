@@ -79,10 +79,11 @@ def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
     monkeypatch.setattr(plane, "measure", lambda candidates, n, device: {k: [0.036] * 2 for k in candidates})
     monkeypatch.setattr(plane, "each_cell", lambda *_: ([3.6] * 2, [7.2] * 2))
     out = script(benchmark.main, "plane", *SMALL, "--images", "40", "--cells", "1", "--device", "cpu")[1]
-    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-5:]}
+    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-6:]}
     assert hours == {
         "like the paper's code": ["1.23", "11.03"],
         "own trainings": ["1.23", "11.03"],
+        "own trainings by Muon": ["1.23", "11.03"],
         "multi-rate training, 1 x 500 epochs": ["0.07", "0.47"],
         "multi-rate training, 4 x 500 epochs": ["0.15", "0.54"],
         "evaluating, step 1, of either": ["0.10", "0.88"],

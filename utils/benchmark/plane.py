@@ -19,7 +19,8 @@ from utils.runs import Run
 from utils.training.engine import Engine
 from utils.training.unfold import folded
 
-OWN, ONE_FOR_ALL, THEIRS = "own trainings", "multi-rate training", "like the paper's code"
+OWN, BY_MUON, ONE_FOR_ALL = "own trainings", "own trainings by Muon", "multi-rate training"
+THEIRS = "like the paper's code"
 
 
 def plane(args: argparse.Namespace) -> None:
@@ -37,8 +38,9 @@ def plane(args: argparse.Namespace) -> None:
     split, m = random_split(config, n, device), max(args.cells or [1])
     how = (device, on_gpu, on_gpu, args.convolutions[0])
     candidates = {THEIRS: like_the_papers(config, split, device), OWN: stepper(Engine(config, m, *how), split)}
+    candidates[BY_MUON] = stepper(Engine(dataclasses.replace(config, optimizer="muon"), m, *how), split)
     candidates[ONE_FOR_ALL] = stepper(Engine(conditioned, 1, *how), split)
-    units = dict.fromkeys(candidates, 1) | {OWN: m}
+    units = dict.fromkeys(candidates, 1) | {OWN: m, BY_MUON: m}
     seconds = measure(candidates, args.n, device)
     report(seconds, units, OWN)
     candidates.clear()
@@ -56,7 +58,7 @@ def plane(args: argparse.Namespace) -> None:
     def line(name, hours_of):
         print(f"{name:40s} {hours_of(49):12.2f} {hours_of(MODELS):12.2f}")
 
-    for name in (THEIRS, OWN):
+    for name in (THEIRS, OWN, BY_MUON):
         line(name, lambda cells, name=name: cells * training[name])
     for times in (1, 4):
         name = f"{ONE_FOR_ALL}, {times} x {EPOCHS} epochs"
