@@ -193,7 +193,8 @@ def test_two_hundred_steps_lower_the_loss_at_every_corner(kind):
     g, (c, h, _) = generator("cpu", 0), config.image_shape
     patterns = functional.interpolate(torch.rand(10, c, 4, 4, generator=g), size=h, mode="bilinear")
     images = (patterns if c == 3 else (patterns > 0.5).float())[torch.randint(0, 10, (1280,), generator=g)]
-    engine, steps = Engine(config, 1, torch.device("cpu")), 400 if kind == "Gumbel" else 200  # it needs z after 300
+    steps = 400 if kind in ("Gumbel", "MoL") else 200  # they need z after 300
+    engine = Engine(config, 1, torch.device("cpu"))
     engine.restart(1)
     stack, one, curves = engine.stack, torch.ones(1), []
     enough = 0.0 if config.vae_type == "BVAE" else min(IN_USE, config.most_rate_z / 2)  # as in Chunk.widen
