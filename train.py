@@ -10,7 +10,6 @@ import utils.threads  # noqa: F401  isort: skip  (before torch)
 
 import sys
 
-from models.tables import BACKENDS
 from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
@@ -25,22 +24,15 @@ def parse_args(argv=None):
         "--cells_at_once",
         type=whole_or_auto,
         default="auto",
-        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU; on a GPU measured for long "
-        "trainings, else 32)",
+        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU; on a GPU 1 or 8, whichever "
+        "is faster in twenty steps)",
     )
     group.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="on: run the training step through torch.compile; auto: only on a GPU, for trainings that are long enough "
-        "for it to pay; off: run it eagerly, without a CUDA graph (default: auto)",
-    )
-    group.add_argument(
-        "--convolutions",
-        choices=("auto", *BACKENDS),
-        default="auto",
-        help="convolution backend; kernels: this project's Triton kernels, GPU only (default: auto: measured for long "
-        "trainings on a GPU, else plain, or channels_last for 256 pixels)",
+        help="auto: capture the training step as a CUDA graph on a GPU; on: run it through torch.compile as well; off: "
+        "run it eagerly (default: auto)",
     )
     group.add_argument(
         "--save_every",

@@ -1,4 +1,4 @@
-"""The names of models, families of z, likelihoods and convolution backends, and the classes that they mean."""
+"""The names of models, families of z and likelihoods, and the classes that they mean."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -30,4 +30,3 @@ LIKELIHOODS = Table(
     GaussianLearnedSigma="likelihoods.GaussianLearnedSigma",
     MoL="likelihoods.MoL",
 )
-BACKENDS = ("plain", "channels_last", "kernels")  # of convolutions; stack.py has them

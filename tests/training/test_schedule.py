@@ -14,7 +14,7 @@ from utils.files import load_tensors
 from utils.runs import Run
 from utils.training import schedule
 from utils.training.engine import Engine
-from utils.training.schedule import AT_ONCE, Trainer
+from utils.training.schedule import Trainer
 
 
 def test_out_of_memory_halves_the_chunk(script, monkeypatch):
@@ -81,40 +81,30 @@ def test_chunks_are_of_one_size_and_share_an_engine(script, monkeypatch):
 @pytest.mark.parametrize("n, size, chunks", [(441, 64, [63] * 7), (20, 8, [7, 7, 6]), (5, 9, [5]), (3, 1, [1, 1, 1])])
 def test_sizes_of_chunks(n, size, chunks):
     args = train.parse_args(["--cells_at_once", str(size), "--device", "cpu"])
-    trainer, taken = Trainer(Data(range(100), range(9), 10), args, None, n, Config()), []
+    trainer, taken = Trainer(Data(range(100), range(9), 10), args, None, Config()), []
     while sum(taken) < n:
         taken.append(trainer.size_for(Config(), n - sum(taken)))
     assert taken == chunks
 
 
-def test_only_long_trainings_are_compiled_and_on_a_gpu_measured(monkeypatch):
-    """Decided from the number of steps; on a CPU compiling gains nothing; what is asked for overrides it."""
+def test_a_step_is_captured_on_a_gpu_and_compiled_if_asked_for(monkeypatch):
+    """On a GPU the number of cells is found once, by steps; what is asked for stands."""
 
-    def trainer(n_cells, *flags, device="cuda", **settings):
+    def trainer(device, *flags):
         args = train.parse_args(["--device", "cpu", *flags])
         args.device = torch.device(device)
-        return Trainer(Data(range(50_000), range(9), 10), args, None, n_cells, Config(dataset="CIFAR10", **settings))
+        return Trainer(Data(range(50_000), range(9), 10), args, None, Config(dataset="CIFAR10"))
 
     def how(t):
-        return t.compile, t.capture, t.size, t.backend
+        return t.compile, t.capture, t.size
 
-    assert how(trainer(441)) == (True, True, None, None)
-    assert how(trainer(1, num_epochs=2)) == (False, True, AT_ONCE, "plain")
-    assert how(trainer(441, device="cpu")) == (False, False, 1, "plain")
-    assert how(trainer(1, "--compile", "on", device="cpu"))[0] is True
-    data, args = Data(range(9), range(9), 10), train.parse_args(["--device", "cpu"])
-    assert Trainer(data, args, None, 1, Config(dataset="ImageNet")).backend == "channels_last"
-    assert how(trainer(441, "--compile", "off", "--cells_at_once", "7")) == (False, False, 7, None)
-    assert how(trainer(1, "--compile", "on", num_epochs=2))[:2] == (True, True)
-    assert how(trainer(441, "--convolutions", "kernels", "--data_parallel"))[2:] == (1, "kernels")
+    assert how(trainer("cuda")) == (False, True, None)
+    assert how(trainer("cpu")) == (False, False, 1)
+    assert how(trainer("cpu", "--compile", "on")) == (True, False, 1)
+    assert how(trainer("cuda", "--compile", "on")) == (True, True, None)
+    assert how(trainer("cuda", "--compile", "off", "--cells_at_once", "7")) == (False, False, 7)
+    assert how(trainer("cuda", "--data_parallel")) == (False, True, 1)
     asked = []
-    monkeypatch.setattr(schedule, "fastest", lambda config, *a: (asked.append(a), (49, "kernels"))[1])
-    measured = trainer(441)
-    assert measured.size_for(Config(), 441) == 49 and measured.size_for(Config(), 392) == 49
-    assert measured.backend == "kernels" and len(asked) == 1 and asked[0][0][-1] == 256
-
-
-def test_kernels_are_refused_without_a_gpu(script):
-    status, _, err = script(train.main, *TINY, "--convolutions", "kernels")
-    assert status == 2 and err.startswith("error: --convolutions: kernels need an NVIDIA GPU")
-    assert not Path("runs").exists()
+    monkeypatch.setattr(schedule, "fastest", lambda config, most, device: asked.append(most) or 8)
+    measured = trainer("cuda")
+    assert measured.size_for(Config(), 441) == 8 and measured.size_for(Config(), 392) == 8 and asked == [441]

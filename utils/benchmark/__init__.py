@@ -1,1 +1,1 @@
-"""Benchmarks of training and evaluation: `python -m utils.benchmark grid|step|layers|streams|loader|...`."""
+"""Benchmarks of training and evaluation: `python -m utils.benchmark plane|step|evaluate`."""

@@ -41,38 +41,16 @@ def measure(
     return seconds
 
 
-def head(what: str = "") -> None:
-    """Prints the header of a table of `row`s."""
-    print(f"{what:40s} {'median':>10} {'quartiles':>19} {'n':>5} {'speed':>8}")
+def quartiles(values: list[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def row(name: str, seconds: list[float], unit: float, base: float, more: str = "") -> None:
-    """Prints median and quartiles per unit of work, n, and the speed relative to `base` seconds per unit."""
-    low, middle, high = (1e3 * q / unit for q in statistics.quantiles(seconds, n=4))
-    speed = f"{1e3 * base / middle:.2f} x"
-    print(f"{name:40s} {middle:7.3f} ms {low:8.3f} .. {high:7.3f} {len(seconds):5d} {speed:>8}{more}", flush=True)
-
-
-def report(seconds: dict[str, list[float]], units: dict[str, float], baseline: str) -> None:
-    """Prints a row for each candidate, with its speed relative to the baseline."""
-    head()
-    base = statistics.median(seconds[baseline]) / units[baseline]
+def report(seconds: dict[str, list[float]], cells: dict[str, int], baseline: str) -> None:
+    """Prints for each candidate milliseconds a cell, with quartiles and n, and its speed relative to the baseline."""
+    print(f"{'':40s} {'median':>10} {'quartiles':>23} {'n':>5} {'speed':>8}")
+    base = statistics.median(seconds[baseline]) / cells[baseline]
     for name, values in seconds.items():
-        row(name, values, units[name], base)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a copy within the device's memory in GB/s, counting reads and writes."""
-    source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    times = measure({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
-    return 2 * source.numel() * 4 / statistics.median(times) / 1e9
-
-
-def peak_memory(device: torch.device) -> str:
-    """Peak GPU memory since the last call, as text; empty on a CPU."""
-    if device.type != "cuda":
-        return ""
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return f"  {peak / 2**30:6.2f} GiB"
+        low, middle, high = (1e3 * q / cells[name] for q in quartiles(values))
+        speed = f"{1e3 * base / middle:.2f} x"
+        print(f"{name:40s} {middle:7.3f} ms {low:8.3f} .. {high:8.3f} {len(values):8d} {speed:>8}", flush=True)

@@ -1,84 +1,76 @@
-"""What a map of the paper's grid costs: its loop, trainings of their own, or one multi-rate training."""
+"""What a map of the rate plane costs: its training, one for each cell or one for all, its evaluation and its report."""
 
 import argparse
 import dataclasses
+import itertools
 import math
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 
-from datasets.loading import Data
-from models.build import build_model
-from utils.benchmark.grid import EPOCHS, MODELS
-from utils.benchmark.loops import config_of, like_the_papers, random_split, stepper
+import numpy as np
+
+from utils.benchmark.evaluation import multi_rate, seconds_of_cells
 from utils.benchmark.measuring import measure, report
-from utils.config import Config
-from utils.evaluation.batch import run_step
-from utils.evaluation.subject import Bench, Subject
-from utils.runs import Run
+from utils.benchmark.step import THEIRS, config_of, like_the_papers, random_split, stepper
+from utils.files import to_csv, write_text
 from utils.training.engine import Engine
-from utils.training.unfold import folded
 
-OWN, BY_MUON, ONE_FOR_ALL = "own trainings", "own trainings by Muon", "multi-rate training"
-THEIRS = "like the paper's code"
+EPOCHS, CELLS = 500, (49, 441)  # the paper's grid, and one of 7 x 7
+ADAM, MUON, MULTI_RATE = "separate trainings by Adam", "separate trainings by Muon", "one multi-rate training"
+ROOT = Path(__file__).parents[2]
 
 
 def plane(args: argparse.Namespace) -> None:
-    """Hours for 441 cells x 500 epochs, from training steps, and from a few cells that are unfolded and evaluated.
+    """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings of each kind, unfolding, evaluation, report.
 
-    A multi-rate training is one training; how long it must be to be as good as its cells' own is not measured here.
+    From training steps, two cells that are unfolded and evaluated, and reports of made results. How long a multi-rate
+    training must be to be as good as separate ones is not measured here.
     """
-    config, device, n = config_of(args, num_epochs=EPOCHS), args.device, args.images or 50_000
-    on_gpu, steps = device.type == "cuda", math.ceil(n / args.batch_size)
-    print(f"{config.vae_type}, {n:,} {args.dataset}-shaped random images, batch {args.batch_size}, {config.precision}")
-    ends = {"beta_y": 0.1, "beta_z": 0.1, "beta_max_y": 10.0, "beta_max_z": 10.0}
-    conditioned = dataclasses.replace(
-        config, multi_rate=True, lr_schedule=None, optimizer=None, warmup_epochs=None, **ends
-    )
-    split, m = random_split(config, n, device), max(args.cells or [1])
-    how = (device, on_gpu, on_gpu, args.convolutions[0])
-    candidates = {THEIRS: like_the_papers(config, split, device), OWN: stepper(Engine(config, m, *how), split)}
-    candidates[BY_MUON] = stepper(Engine(dataclasses.replace(config, optimizer="muon"), m, *how), split)
-    candidates[ONE_FOR_ALL] = stepper(Engine(conditioned, 1, *how), split)
-    units = dict.fromkeys(candidates, 1) | {OWN: m, BY_MUON: m}
+    config, device, on_gpu = config_of(args, num_epochs=EPOCHS), args.device, args.device.type == "cuda"
+    steps = EPOCHS * math.ceil(args.images / args.batch_size)
+    split = random_split(config, min(args.images, 20 * args.batch_size), device)
+    conditioned = multi_rate(config)
+    kinds = {ADAM: config, MUON: dataclasses.replace(config, optimizer="muon"), MULTI_RATE: conditioned}
+    candidates = {THEIRS: like_the_papers(config, split, device)}
+    candidates |= {name: stepper(Engine(c, 1, device, capture=on_gpu), split) for name, c in kinds.items()}
+    print(f"{args.dataset}'s shape: {args.images:,} images, batch {args.batch_size}, {config.precision}; a step:")
     seconds = measure(candidates, args.n, device)
-    report(seconds, units, OWN)
+    report(seconds, dict.fromkeys(candidates, 1), THEIRS)
     candidates.clear()
-    data = Data(split, random_split(config, max(1, n // 5), device), 10)
-    unfolding, evaluating = each_cell(conditioned, args.n, data, device)
-    for name, took in (("unfolding", unfolding), ("evaluating, step 1", evaluating)):
-        low, middle, high = statistics.quantiles(took, n=4)
-        print(
-            f"{name}: {middle:.2f} s a cell ({low:.2f} .. {high:.2f}, n = {len(took)}, {len(data.test):,} test images)"
-        )
-    unfolding, evaluating = statistics.median(unfolding), statistics.median(evaluating)
-    training = {name: statistics.median(took) / units[name] * steps * EPOCHS / 3600 for name, took in seconds.items()}
-    print(f"\n{'hours for a map':40s} {'49 cells':>12} {f'{MODELS} cells':>12}")
+    of_cell = seconds_of_cells(conditioned, args.test_images, 2, device)
+    unfolding = statistics.median(of_cell.pop("unfolding"))
+    evaluating = sum(map(statistics.median, of_cell.values()))
+    print(f"\n{'hours for a map':40s}" + "".join(f"{f'{n} cells':>12}" for n in CELLS))
 
-    def line(name, hours_of):
-        print(f"{name:40s} {hours_of(49):12.2f} {hours_of(MODELS):12.2f}")
+    def line(name: str, *hours: float) -> None:
+        print(f"{name:40s}" + "".join(f"{h:12.2f}" for h in hours))
 
-    for name in (THEIRS, OWN, BY_MUON):
-        line(name, lambda cells, name=name: cells * training[name])
-    for times in (1, 4):
-        name = f"{ONE_FOR_ALL}, {times} x {EPOCHS} epochs"
-        line(name, lambda cells, times=times: times * training[ONE_FOR_ALL] + cells * unfolding / 3600)
-    line("evaluating, step 1, of either", lambda cells: cells * evaluating / 3600)
+    for name, took in seconds.items():
+        training = steps * statistics.median(took) / 3600
+        line(name, *[training * (1 if name == MULTI_RATE else n) for n in CELLS])
+    line("unfolding", *[n * unfolding / 3600 for n in CELLS])
+    line("evaluation, all four steps", *[n * evaluating / 3600 for n in CELLS])
+    line("report", *[seconds_of_report(n) / 3600 for n in CELLS])
+    print(f"(evaluation of {args.test_images:,} test images by one process, n = 2 cells; other steps n = {args.n})")
 
 
-def each_cell(config: Config, n: int, data: Data, device) -> tuple[list[float], list[float]]:
-    """Seconds to unfold and to evaluate (rates, PSNR, latents) each of n cells of an untrained conditioned model."""
-    model, unfolding, evaluating = build_model(config).to(device).eval(), [], []
+def seconds_of_report(cells: int) -> float:
+    """Seconds of plot_eval.py for a made batch of so many cells, without pictures of models."""
+    rows, rng = [], np.random.default_rng(0)
+    betas = np.geomspace(0.1, 10, math.ceil(cells**0.5))
+    for beta_y, beta_z in itertools.islice(itertools.product(betas, betas), cells):
+        of_betas = {"run": f"{beta_y}-{beta_z}", "beta_y": beta_y, "beta_z": beta_z, "kl_y": 20 / beta_y}
+        rates = {"kl_z": 5 / beta_z, "ll": -20 * math.log(20 * beta_y) - 5 * math.log(5 * beta_z) - 300}
+        scores = dict(zip(("psnr", "is_mean", "svm_rbf_acc", "svm_rbf_acc_y"), rng.random(4), strict=True))
+        rows.append({**of_betas, **rates, **scores, "status": "finished", "vae_type": "HVAE"})
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(device, folder, folder)
-        bench._data[config.dataset, config.image_shape] = data
-        for i in range(n):
-            ends = {"beta_y": 0.1 + 9.9 * i / n, "beta_max_y": None, "beta_max_z": None, "source": "0" * 64}
-            run, start = Run.of(dataclasses.replace(config, **ends), folder), time.monotonic()
-            run.create()
-            run.finish(*folded(model, run, data, device))
-            unfolded = time.monotonic()
-            run_step(Subject(run, bench), "rates", force=True)
-            unfolding.append(unfolded - start)
-            evaluating.append(time.monotonic() - unfolded)
-    return unfolding, evaluating
+        Path(folder, "b").mkdir()
+        write_text(Path(folder, "b", "eval_results.csv"), to_csv(rows, rows[0]))
+        plot = [sys.executable, ROOT / "plot_eval.py", "--runs_dir", folder, "--run_batch_name", "b", "--device", "cpu"]
+        start = time.monotonic()
+        subprocess.run(plot, check=True, capture_output=True)
+        return time.monotonic() - start

@@ -1,72 +1,111 @@
-"""One training step by number of cells, convolution backend, and eager or compiled; single models on CUDA streams."""
+"""A training step, and what it is compared with: one in plain PyTorch, and one like the paper's code."""
 
 import argparse
 import itertools
-import statistics
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
-from utils.benchmark.loops import (
-    config_of,
-    forever,
-    or_say_why,
-    plain_step,
-    random_split,
-    stepper,
-)
-from utils.benchmark.measuring import head, measure, peak_memory, row
-from utils.errors import UserError
-from utils.training.engine import Engine, clock
+from datasets.batches import Resident
+from models.build import build_model
+from utils.benchmark.measuring import measure, report
+from utils.config import Config
+from utils.seeds import generator
+from utils.training.engine import Engine
+
+THEIRS, PLAIN = "like the paper's code", "plain PyTorch, data on the device"
 
 
 def step(args: argparse.Namespace) -> None:
-    """Times a training step per model, by number of cells and convolution backend; eager, captured, compiled."""
+    """Times a training step per cell: of one cell and of stacked cells; eager, on a GPU captured, and compiled."""
     config, device, on_gpu = config_of(args), args.device, args.device.type == "cuda"
-    split = random_split(config, 4 * args.batch_size, device)
-    plain, batches = plain_step(config, device), forever(lambda: split.batches(args.batch_size, (0, 0)))
-    modes = {"": {}} | ({"captured": {"capture": True}} if on_gpu else {})
-    modes |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
-    print(f"{config.vae_type}, {args.dataset}-shaped images, batch {args.batch_size}, {config.precision}, per model;")
-    print("speed relative to a step of one model in plain PyTorch, timed alternately:")
-    head()
-    for m, backend, mode in itertools.product(args.cells or [1, 4], args.convolutions, modes):
-        name = " ".join(filter(None, [f"{m} cell{'s' * (m > 1)},", backend, mode]))
-        with or_say_why(name):
-            peak_memory(device)
-            ours = stepper(Engine(config, m, device, backend=backend, **modes[mode]), split)
-            start = clock(device)
-            ours()
-            first = clock(device) - start
-            seconds = measure({"plain": lambda: plain(next(batches)[0]), name: ours}, args.n, device)
-            base = statistics.median(seconds["plain"])
-            row(name, seconds[name], m, base, f"{peak_memory(device)}  first step {first:.1f} s")
-            ours = None
+    split = random_split(config, min(args.images, 20 * args.batch_size), device)
+    batches, plain = forever(lambda: split.batches(args.batch_size, (0, 0))), plain_step(config, device)
+    candidates = {THEIRS: like_the_papers(config, split, device), PLAIN: lambda: plain(next(batches)[0])}
+    cells = dict.fromkeys(candidates, 1)
+    ways = {"eager": {}} | ({"captured": {"capture": True}} if on_gpu else {})
+    ways |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
+    for m, (way, how) in itertools.product(args.cells, ways.items()):
+        name = f"{m} cell{'s' * (m > 1)}, {way}"
+        candidates[name], cells[name] = stepper(Engine(config, m, device, **how), split), m
+    print(f"{config.vae_type}, {args.dataset}'s shape, batch {args.batch_size}, {config.precision}; a step, by cell:")
+    report(measure(candidates, args.n, device), cells, THEIRS)
+    if on_gpu:
+        print(f"memory of all together: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
 
 
-def streams(args: argparse.Namespace) -> None:
-    """Times captured steps of single models on 1, 4, 8 parallel CUDA streams, the alternative to stacking.
+def config_of(args: argparse.Namespace, **settings) -> Config:
+    """The Config of a benchmark's flags, with `settings` changed."""
+    names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
+    return Config(**{name: getattr(args, name) for name in names} | settings)
 
-    Raises UserError without a GPU.
-    """
-    config, device = config_of(args), args.device
-    if device.type != "cuda":
-        raise UserError("--device: streams need a GPU")
-    split = random_split(config, 4 * args.batch_size, device)
-    print(f"{config.vae_type}, batch {args.batch_size}, {config.precision}, per model:")
-    head()
-    alone = None
-    for k in args.cells or [1, 4, 8]:
-        ours = [stepper(Engine(config, 1, device, args.compile, True), split) for _ in range(k)]
-        places = [torch.cuda.Stream(device) for _ in range(k)]
 
-        def side_by_side(ours=ours, places=places):
-            for model_step, place in zip(ours, places, strict=True):
-                place.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(place):
-                    model_step()
-            for place in places:
-                torch.cuda.current_stream(device).wait_stream(place)
+def random_split(config: Config, n: int, device: torch.device) -> Resident:
+    """A split of n random images."""
+    images = torch.randint(0, 256, (n, *config.image_shape), generator=generator("cpu", 0), dtype=torch.uint8)
+    return Resident(images, torch.zeros(n, dtype=torch.long), device)
 
-        seconds = measure({"": side_by_side}, args.n, device)[""]
-        alone = alone or statistics.median(seconds) / k
-        row(f"{k} streams", seconds, k, alone, peak_memory(device))
+
+def forever(iterable_of: Callable) -> Iterator:
+    """The items of one iterable after another, without end."""
+    while True:
+        yield from iterable_of()
+
+
+def stepper(engine: Engine, split: Resident) -> Callable[[], Tensor]:
+    """This project's training step, including the conversion of images from bytes."""
+    config, device = engine.config, engine.device
+    noise_g, ones = generator(device, 0), torch.ones(engine.stack.m, device=device)
+    batches = forever(lambda: split.batches(config.batch_size, (0, 0)))
+
+    def step():
+        x = next(batches)[0]
+        return engine.step(x, engine.stack.model.noise(len(x), noise_g), ones, ones)
+
+    return step
+
+
+def plain_step(config: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The same training step in plain PyTorch: torch.distributions, their KL divergences, and Adam."""
+    model = build_model(config).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+
+    def step(x):
+        q_z = Normal(*model.q_z(x))
+        z = q_z.rsample()
+        p_y = Normal(*model.p_y(z))
+        q_y = Normal(*model.q_y_given(z, x, None))
+        ll = model.p_x(q_y.rsample()).log_prob(x)
+        kl_y = kl_divergence(q_y, p_y).flatten(1).sum(1)
+        kl_z = kl_divergence(q_z, Normal(torch.zeros_like(z), torch.ones_like(z))).flatten(1).sum(1)
+        optimizer.zero_grad()
+        loss = (-ll + config.beta_y * kl_y + config.beta_z * kl_z).mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+class Pictures(torch.utils.data.Dataset):
+    """PIL images that are converted to tensors one by one."""
+
+    def __init__(self, images: Tensor):
+        self.pictures = [v2.functional.to_pil_image(image) for image in images]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return v2.functional.to_dtype(v2.functional.pil_to_tensor(self.pictures[i]), scale=True)
+
+
+def like_the_papers(config: Config, split: Resident, device: torch.device) -> Callable[[], float]:
+    """A step like that of the paper's code: converts images one by one, and reads the loss back every time."""
+    loader = DataLoader(Pictures(split.images[: 20 * config.batch_size].cpu()), config.batch_size, shuffle=True)
+    batches, plain = forever(lambda: loader), plain_step(config, device)
+    return lambda: plain(next(batches).to(device)).item()

@@ -5,8 +5,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,15 +14,14 @@ from models.build import build_model
 from models.conditioned import OWN
 from models.hvae import Noise
 from models.stack import Stack
-from models.tables import BACKENDS
 from utils.config import Config
 from utils.distributed import place
-from utils.errors import UserError, is_out_of_memory, one_line
+from utils.errors import is_out_of_memory, one_line
 from utils.training.muon import Muon
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
 WARM_UP = 3  # steps before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
-LARGEST = 256  # the most cells that `fastest` tries to stack
+STACKED = 8  # the cells that `fastest` stacks; by a model of a GPU's speed, more gain nothing (untested)
 
 
 class Differs(Exception):
@@ -34,8 +32,8 @@ class Engine:
     """M stacked models and their optimiser; reused for all chunks of a grid, so that it compiles and captures once.
 
     `compile` runs the step through torch.compile, `capture` records it as a CUDA graph for all full-size batches; both
-    are compared with the eager step before they are used. `backend` is one of BACKENDS. With `data_parallel`, each
-    torchrun process takes its part of every batch.
+    are compared with the eager step before they are used. With `data_parallel`, each torchrun process takes its part of
+    every batch.
     """
 
     def __init__(
@@ -45,14 +43,13 @@ class Engine:
         device: torch.device,
         compile: bool = False,
         capture: bool = False,
-        backend: str = "plain",
         data_parallel: bool = False,
     ):
         on_gpu = device.type == "cuda"
         self.config, self.device, self.data_parallel = config, device, data_parallel
         self.compile, self.capture, self.replay = compile, capture and not data_parallel, None
         self.to_prepare = self.capture or compile and not data_parallel
-        self.stack = Stack(build_model(config).to(device), m, config.precision, backend)
+        self.stack = Stack(build_model(config).to(device), m, config.precision)
         parameters = self.stack.parameters
         adam = {"fused": True, "capturable": on_gpu and self.capture}
         adam["lr"] = torch.tensor(config.learning_rate, device=device) if adam["capturable"] else config.learning_rate
@@ -246,61 +243,30 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
             raise Differs(f"its result differs by {error:.3g} (tolerance {limit:.3g})")
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raises UserError if a convolution backend is not available on the device."""
-    if backend == "kernels" and (device.type != "cuda" or find_spec("triton") is None):
-        raise UserError("--convolutions: kernels need an NVIDIA GPU and the package triton; try plain")
-
-
-def doublings(most: int) -> list[int]:
-    """1, 2, 4, ... up to and including `most`, or LARGEST if that is smaller."""
-    most = min(most, LARGEST)
-    return sorted({min(2**i, most) for i in range(most.bit_length() + 1)})
-
-
-def fastest(
-    config: Config, sizes: Sequence[int], device: torch.device, backends: Sequence[str] = BACKENDS
-) -> tuple[int, str]:
-    """The number of cells to stack and the convolution backend that take the least time per cell on this device.
-
-    Times a few steps (on a GPU, captured ones) on random images, for increasing numbers of cells until the time per
-    cell stops falling or the memory is full. A backend that fails, or differs from the first one, is excluded.
-    """
+def fastest(config: Config, most: int, device: torch.device) -> int:
+    """How many of `most` cells to train at once: 1 or STACKED, whichever takes less time a cell in twenty steps."""
     g = torch.Generator(device).manual_seed(0)
     x = torch.rand(config.batch_size, *config.image_shape, generator=g, device=device)
-    noise = build_model(config).noise(len(x), g)
-    seconds, expected, out = {}, None, set()
-    for size in sizes:
-        before = min(seconds.values(), default=math.inf)
-        for backend in [b for b in backends if b not in out]:
-            ones, engine = torch.ones(size, device=device), None
-            try:
-                engine = Engine(config, size, device, capture=device.type == "cuda", backend=backend)
-                engine.restart(0)
-                results = engine.results(engine.step(x, noise, ones, ones))
-                if size == sizes[0]:
-                    expected = expected or results
-                    check_same(results, expected, engine.stack.low)
-                for i in range(6):
-                    if i == 2:
-                        start = clock(device)
-                    engine.step(x, noise, ones, ones)
-                took = clock(device) - start
-                few = noise.of(slice(None, None, 2))  # memory must also suffice for a smaller batch
-                engine.stack.step(engine.optimizer, x[::2], few, ones, ones)
-                with torch.no_grad():  # and for the evaluation
-                    engine.stack.terms(x, noise)
-                seconds[size, backend] = took / size
-            except Exception as e:
-                if not is_out_of_memory(e):
-                    out.add(backend)
-                    print(f"note: convolution backend {backend} is excluded: {one_line(e)}", flush=True)
-            finally:
-                engine = results = None
-                free(device)  # before the next engine allocates its own memory
-        if min(seconds.values(), default=math.inf) > 0.95 * before:
-            break
-    return min(seconds, key=seconds.get, default=(sizes[0], backends[0]))
+    noise, seconds = build_model(config).noise(len(x), g), {}
+    for m in sorted({1, min(STACKED, most)}):
+        ones, engine = torch.ones(m, device=device), None
+        try:
+            engine = Engine(config, m, device, capture=device.type == "cuda")
+            for i in range(-2, 20):
+                if i == 0:
+                    start = clock(device)
+                engine.step(x, noise, ones, ones)
+            seconds[m] = (clock(device) - start) / m
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        finally:
+            engine = None
+            free(device)  # before the next engine allocates its own memory
+    best = min(seconds, key=seconds.get, default=1)
+    told = ", ".join(f"{1e3 * each:.3g} ms a cell with {m} at once" for m, each in seconds.items())
+    print(f"cells at once: {best} (a step takes {told})", flush=True)
+    return best
 
 
 def use_precision(precision: str) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from models.tables import BACKENDS
 from utils import threads
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
@@ -20,17 +19,13 @@ from utils.locks import Held, left_to, remove_abandoned
 from utils.runs import Run
 from utils.training.bar import GridBar
 from utils.training.chunk import Chunk
-from utils.training.engine import Engine, check_backend, doublings, fastest, free, use_precision
+from utils.training.engine import Engine, fastest, free, use_precision
 from utils.training.loop import Interrupted, Signals, train
 from utils.training.start import begin
-
-LONG = 20_000  # model steps that take about as long as measuring and compiling, on a GPU
-AT_ONCE = 32  # cells stacked on a GPU when training is shorter than that
 
 
 def check_flags(args, config: Config) -> None:
     """Raises UserError for flags that are incompatible with each other or with the device."""
-    check_backend(args.convolutions, args.device)
     if config.precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
         raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
 
@@ -118,27 +113,18 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
 class Trainer:
     """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
 
-    def __init__(self, data, args, signals: Signals, n_cells: int, config: Config, bar: GridBar | None = None):
+    def __init__(self, data, args, signals: Signals, config: Config, bar: GridBar | None = None):
         self.data, self.args, self.signals, self.engine, self.bar = data, args, signals, None, bar
         torch.backends.cudnn.benchmark = True
         use_precision(config.precision)
         on_gpu, shared = args.device.type == "cuda", args.data_parallel
-        steps = math.ceil(len(data.train) / config.batch_size) * config.num_epochs * n_cells
-        long = on_gpu and steps >= LONG  # whether measuring and compiling pay off
-        self.compile = args.compile == "on" or args.compile == "auto" and long  # no faster on a CPU
-        self.capture = on_gpu and args.compile != "off"
-        self.size = args.cells_at_once or (1 if shared or not on_gpu else None if long else AT_ONCE)
-        usual = "channels_last" if config.image_shape[1] == 256 else "plain"  # 1.6 times as fast at 256 pixels on a CPU
-        backend = None if long and not shared else usual
-        self.backend = backend if args.convolutions == "auto" else args.convolutions
+        self.compile, self.capture = args.compile == "on", on_gpu and args.compile != "off"
+        self.size = args.cells_at_once or (1 if shared or not on_gpu else None)
 
     def size_for(self, config: Config, most: int) -> int:
         """How many of `most` cells to train at once, such that chunks are of equal size where possible."""
-        if self.size is None or self.backend is None:
-            sizes = [self.size] if self.size else doublings(most)
-            backends = [self.backend] if self.backend else BACKENDS
-            self.size, self.backend = fastest(config, sizes, self.args.device, backends)
-            print(f"{self.size} cells at once, convolution backend {self.backend}", flush=True)
+        if self.size is None:
+            self.size = fastest(config, most, self.args.device)
         return math.ceil(most / math.ceil(most / self.size))
 
     def train(self, cells: list[tuple[Run, dict | None]]) -> None:
@@ -173,7 +159,7 @@ class Trainer:
             if self.engine is None or not self.engine.fits(config, len(cells)):
                 self.engine = None
                 free(self.args.device)
-                how = {"compile": self.compile, "capture": self.capture, "backend": self.backend}
+                how = {"compile": self.compile, "capture": self.capture}
                 self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
             chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
             if chunk.epoch or chunk.step:
@@ -207,7 +193,7 @@ def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[t
     problems = []
     threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
     with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
-        trainer = Trainer(data, args, signals, len(runs), runs[0].config, bar) if runs else None
+        trainer = Trainer(data, args, signals, runs[0].config, bar) if runs else None
         while runs:
             together = [run for run in runs if run.config.seed == runs[0].config.seed]
             together = together[: trainer.size_for(together[0].config, len(together))]
