@@ -98,11 +98,13 @@ def main(argv=None) -> int:
     from utils.evaluation.steps import choose
     from utils.evaluation.subject import Bench  # these import torch, which takes seconds: only for flags that are right
 
-    paths, steps, problems = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args), {}
+    (runs, problems), steps = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args)
     bench = Bench.of(args)
+    n = len(runs) + len(problems)
     if is_first():
-        print(f"{len(paths)} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
-    mine = share(paths)
+        print(f"{n} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
+    mine, problems = share(runs), problems if is_first() else {}
+    n = len(mine) + len(problems)
     subjects = open_subjects(mine, bench, problems)
     steps = [chosen for chosen in (choose(name, bench) for name in steps) if chosen is not None]
     require_classifiers(subjects, steps)
@@ -112,7 +114,7 @@ def main(argv=None) -> int:
         gather(args.runs_dir, args.run_batch_name)
         raise
     wait_for_all()
-    return finish(args.runs_dir, args.run_batch_name, problems, len(mine))
+    return finish(args.runs_dir, args.run_batch_name, problems, n)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
-    from utils.evaluation.batch import gather, is_cell  # imports torch, which takes seconds: only for right flags
+    from utils.evaluation.batch import gather  # imports torch, which takes seconds: only for right flags
     from utils.evaluation.subject import Bench, listed
+    from utils.runs import is_cell
 
     bench, problems, several = Bench.of(args), {}, len(args.run_path) > 1
     paths = [p for p in share(args.run_path) if is_cell(p) or not several]  # a shell's * finds figures, too
@@ -46,12 +47,13 @@ def main(argv=None) -> int:
 
 def step_2(path: Path, bench, force: bool) -> None:
     """Estimates and prints the mutual information of one run, on a Bench."""
-    from utils.evaluation.batch import open_run, run_step
+    from utils.evaluation.batch import open_subject, run_step
     from utils.evaluation.steps import MI_STEPS, choose
-    from utils.evaluation.subject import Subject, metrics_of
+    from utils.evaluation.subject import metrics_of
+    from utils.runs import Run
 
-    run = open_run(path)
-    subject = Subject(run, bench)
+    run = Run.open(path)
+    subject = open_subject(run, bench)
     for name in MI_STEPS:
         if choose(name, bench):
             run_step(subject, name, force)

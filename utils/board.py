@@ -20,14 +20,11 @@ def link(batch: Path, folder: Path) -> int:
 
     Raises UserError if there are none.
     """
-    from utils.runs import Run
+    from utils.runs import runs_in
 
-    runs = []
-    for path in sorted(batch.glob("*/config.json")):
-        try:
-            runs.append(Run.open(path.parent))
-        except UserError as e:
-            print(f"note: {e}; left out", file=sys.stderr)
+    runs, problems = runs_in(batch)
+    for problem in problems.values():
+        print(f"note: {problem}; left out", file=sys.stderr)
     if not runs:
         raise UserError(f"{batch}: no runs in it")
     for run, name in zip(runs, what_differs([run.config for run in runs]), strict=True):

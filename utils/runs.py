@@ -213,12 +213,23 @@ class Run:
             (self.path / name).unlink(missing_ok=True)
 
 
-def is_conditioned(path: Path) -> bool:
-    """Whether a folder is the run of a conditioned model, from which cells are unfolded."""
+def runs_in(batch: Path) -> tuple[list[Run], dict[Path, str]]:
+    """The runs in a batch's folder, sorted by name, and what is wrong with the other folders there, by path."""
+    runs, problems = [], {}
+    for path in sorted(p for p in batch.glob("[!.]*") if p.is_dir() and p.name != "figures"):
+        try:
+            runs.append(Run.open(path))
+        except UserError as e:
+            problems[path] = str(e)
+    return runs, problems
+
+
+def is_cell(path: Path) -> bool:
+    """Whether a folder in a batch is a run to evaluate: neither figures, nor the model that cells are unfolded from."""
     try:
-        return Config.from_json(path / "config.json").is_conditioned
+        return not Run.open(path).config.is_conditioned
     except UserError:
-        return False
+        return path.name != "figures"
 
 
 def _kinds(tensors) -> dict | None:

@@ -13,45 +13,42 @@ from utils.evaluation.fits import run_probes
 from utils.evaluation.steps import STEPS
 from utils.evaluation.subject import PATIENCE, Bench, Subject, can_do, is_done, listed, metrics_of, record
 from utils.files import to_csv, write_text
-from utils.runs import Run, is_conditioned, locked
+from utils.runs import Run, locked, runs_in
 
 CONFIG_COLUMNS = [field.name for field in dataclasses.fields(Config)]
 METRIC_COLUMNS = [column for step in STEPS.values() for column in step.columns]
 TRAIN_COLUMNS = [f"train_{name}" for name in TERMS]
 
 
-def find_runs(runs_dir: str, batch: str) -> list[Path]:
-    """The run folders of a batch. Raises UserError, listing the existing batches, if it has none."""
+def find_runs(runs_dir: str, batch: str) -> tuple[list[Run], dict[Path, str]]:
+    """The runs of a batch that are to be evaluated, and what is wrong with others, by path.
+
+    Raises UserError, listing the existing batches, if there are none.
+    """
     root, folder = Path(runs_dir), batch_folder(runs_dir, batch)
-    found = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".") if folder.is_dir() else []
-    found = [p for p in found if is_cell(p)]
-    if not found:
+    runs, problems = runs_in(folder)
+    runs = [run for run in runs if not run.config.is_conditioned]
+    if not runs and not problems:
         batches = (
             sorted(p.name for p in root.iterdir() if p.is_dir() and p.name != "classifiers") if root.is_dir() else []
         )
         raise UserError(f"--run_batch_name: no runs in {folder}{nearest(batch, batches) if batches else ''}")
-    return found
+    return runs, problems
 
 
-def is_cell(path: Path) -> bool:
-    """Whether a folder in a batch is a run to evaluate: neither figures, nor the model that cells are unfolded from."""
-    return path.name != "figures" and not is_conditioned(path)
-
-
-def open_run(path: Path) -> Run:
-    """Opens a run for evaluation. Raises UserError if it is broken, unfinished or failed."""
-    run = Run.open(path)
+def open_subject(run: Run, bench: Bench) -> Subject:
+    """A run under evaluation. Raises UserError if it is unfinished or failed."""
     if run.status != "finished":
-        raise UserError(f"{path}: {run.status}; only finished runs are evaluated")
-    return run
+        raise UserError(f"{run.path}: {run.status}; only finished runs are evaluated")
+    return Subject(run, bench)
 
 
-def open_subjects(paths: list[Path], bench: Bench, problems: dict[Path, str]) -> list[Subject]:
+def open_subjects(runs: list[Run], bench: Bench, problems: dict[Path, str]) -> list[Subject]:
     """Opens the runs that can be evaluated; records the others in `problems`."""
     subjects = []
-    for path in paths:
-        with listed(problems, path):
-            subjects.append(Subject(open_run(path), bench))
+    for run in runs:
+        with listed(problems, run.path):
+            subjects.append(open_subject(run, bench))
     return subjects
 
 
@@ -86,17 +83,15 @@ def gather(runs_dir: str, batch: str) -> Path:
     columns = ["run", "status", *CONFIG_COLUMNS, *METRIC_COLUMNS, *TRAIN_COLUMNS]
     path = Path(runs_dir) / batch / "eval_results.csv"
     with locked(path.parent, PATIENCE):
-        rows = []
-        for folder in find_runs(runs_dir, batch):
-            problems = {}
-            row = {"run": folder.name}
-            with listed(problems, folder):
-                run = Run.open(folder)
-                row |= {"status": run.status, **vars(run.config), **metrics_of(run)}
+        runs, problems = find_runs(runs_dir, batch)
+        rows = {}
+        for run in runs:
+            with listed(problems, run.path):
+                row = {"status": run.status, **vars(run.config), **metrics_of(run)}
                 row["dataset"] = Path(run.config.dataset).name  # wherever it lies
-                row |= {f"train_{name}": value for name, value in run.result.get("train", {}).items()}
-            rows.append(row | {"status": "broken"} if problems else row)
-        write_text(path, to_csv(rows, columns))
+                rows[run.path] = row | {f"train_{n}": value for n, value in run.result.get("train", {}).items()}
+        rows |= {folder: {"status": "broken"} for folder in problems}
+        write_text(path, to_csv([{"run": folder.name, **rows[folder]} for folder in sorted(rows)], columns))
     return path
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from models.latents import Gaussian
 from utils.errors import UserError
-from utils.evaluation.batch import is_cell
 from utils.explore import Loaded, load
 from utils.files import check_writable, to_csv, write_atomic
 from utils.images import tiled
 from utils.names import what_differs
 from utils.plane.drawing import COLUMN, TEXT, Drawn, rendered, say
+from utils.runs import is_cell
 
 STEPS = 7  # images of a walk, and of a sweep from -3 to 3
 MOST = 8  # dimensions of z that are swept: those of the largest rates

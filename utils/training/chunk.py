@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from datasets.loading import Data
+from models.hvae import COLLAPSED
 from models.stack import TERMS
 from utils.distributed import is_first, largest_of_all
 from utils.errors import UserError
@@ -18,7 +19,6 @@ SAVING_SHARE = 0.05  # the largest share of the training time that automatic che
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
 IN_USE = 2.0  # nats of R(z), or half of what it can hold: more than noise keeps for a while
 SPREAD = 0.15  # of the training, in which a conditioned model's betas fill their range
-COLLAPSED = 0.1  # nats: a conditioned model whose R(z) is smaller at all betas does not use z
 SAVER = ThreadPoolExecutor(1)  # writes the checkpoints in the background
 
 

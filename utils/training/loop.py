@@ -13,6 +13,7 @@ import torch
 
 from datasets.loading import Data
 from models.conditioned import Conditioned
+from models.hvae import COLLAPSED
 from models.stack import TERMS
 from utils import locks
 from utils.config import FLAGS, Config
@@ -20,7 +21,7 @@ from utils.errors import UserError, heeded_signals
 from utils.runs import Run
 from utils.seeds import generator
 from utils.training.bar import GridBar
-from utils.training.chunk import COLLAPSED, Chunk
+from utils.training.chunk import Chunk
 from utils.training.pictures import N, pictures, write_pictures
 
 LONGEST_UNSAVED = 600.0  # seconds after the last checkpoint, at which one is written within an epoch

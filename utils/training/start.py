@@ -9,7 +9,7 @@ import torch
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest_of
-from utils.runs import Run, load_model
+from utils.runs import Run, load_model, runs_in
 from utils.training.engine import MOMENTS
 
 ARCHITECTURE = ("vae_type", "image_shape", "px_y_family_ll", "qz_family", "use_conv_z", "z_dims", "linear_y_with_dims")
@@ -37,17 +37,6 @@ def shorter(cells: list[Config], runs: list[Run]) -> dict[Config, Run]:
     return result
 
 
-def runs_in(batch: Path) -> list[Run]:
-    """The readable runs in a batch's folder."""
-    found = []
-    for path in sorted(batch.glob("*/config.json")):
-        try:
-            found.append(Run.open(path.parent))
-        except UserError:
-            continue
-    return found
-
-
 def with_start(cells: list[Config], path: str | None) -> dict[Config, Run | None]:
     """The cells, each with the finished run whose weights it starts from, or that it continues; None without a path.
 
@@ -60,7 +49,7 @@ def with_start(cells: list[Config], path: str | None) -> dict[Config, Run | None
         raise UserError("--init_from: a multi-rate model is trained from the beginning; start from one of its cells")
     folder = Path(path)
     one = (folder / "config.json").is_file()
-    runs = [Run.open(folder)] if one else runs_in(folder)
+    runs = [Run.open(folder)] if one else runs_in(folder)[0]
     if not runs:
         raise UserError(f"--init_from: {folder} is neither a run nor a batch of runs")
     continued, result = shorter(cells, [r for r in runs if (r.path / "adam.pth").exists()]), {}
@@ -81,7 +70,7 @@ def with_start(cells: list[Config], path: str | None) -> dict[Config, Run | None
 def note_shorter(runs: Iterable[Run], starts: Mapping[Path, Run]) -> None:
     """Says so if new runs could continue others in their batch, and are not asked to."""
     new = {run.config: run.path for run in runs if run.path not in starts and run.status == "new"}
-    if new and (found := shorter([*new], runs_in(next(iter(new.values())).parent))):
+    if new and (found := shorter([*new], runs_in(next(iter(new.values())).parent)[0])):
         first = next(iter(found.values())).path
         which = f"{first} is this run" if len(found) == 1 else f"{first.parent} has {len(found)} of these cells"
         path = first if len(found) == 1 else first.parent

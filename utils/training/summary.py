@@ -15,7 +15,7 @@ from utils.config import FLAGS, Config
 from utils.distributed import duration
 from utils.errors import UserError
 from utils.names import what_differs
-from utils.runs import Run
+from utils.runs import Run, runs_in
 
 
 def describe(configs: list[Config], device: torch.device) -> None:
@@ -62,9 +62,8 @@ def of_others(run: Run) -> list[float]:
     free = ("beta_y", "beta_z", "seed", "num_epochs", "warmup_epochs", "no_warmup", "lr_schedule", "learning_rate")
     free += ("optimizer", "target_rate_y", "target_rate_z", "init_from", "source", "data_digest")
     known, found = {k: v for k, v in vars(run.config).items() if k not in free}, []
-    for path in run.path.parent.glob("*/config.json"):
+    for other in runs_in(run.path.parent)[0]:
         try:
-            other = Run.open(path.parent)
             if known.items() <= vars(other.config).items() and other.status == "finished":
                 found.append(other.result["seconds"] / other.config.num_epochs)
         except (UserError, KeyError):  # a damaged one

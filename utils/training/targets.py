@@ -12,9 +12,9 @@ from models.conditioned import Conditioned
 from models.stack import TERMS, Stack
 from utils.config import Config
 from utils.errors import UserError
-from utils.runs import Run, load_model
+from utils.runs import Run, load_model, runs_in
 from utils.seeds import generator
-from utils.training.start import runs_in, settings
+from utils.training.start import settings
 
 IMAGES = 1024  # of the training set, on which rates are matched
 COARSE = 4  # points along each axis of the table that the search starts from
@@ -91,7 +91,7 @@ def near(runs: list[Run], data: Data, device: torch.device) -> list[Run]:
     """
     new = [run for run in runs if run.config.has_target and run.status == "new"]
     found = {}
-    for source in runs_in(new[0].path.parent) if new else ():
+    for source in runs_in(new[0].path.parent)[0] if new else ():
         if source.config.is_conditioned and source.status == "finished" and not source.result.get("collapsed"):
             alike = [run for run in new if settings(run.config, *FREE) == settings(source.config, *FREE)]
             alike = [run for run in alike if run.path not in found]

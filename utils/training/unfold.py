@@ -15,7 +15,7 @@ from utils.config import FLAGS, Config
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.files import digest_of
-from utils.runs import Run, load_model
+from utils.runs import Run, load_model, runs_in
 from utils.seeds import generator
 from utils.training.pictures import N, pictures, write_pictures
 from utils.training.targets import reach
@@ -51,8 +51,7 @@ def _existing(cells: list[Config], runs_dir: str) -> Run | None:
     alike |= {name: None for name in vars(cells[0]) if name not in FLAGS}
     plain = dataclasses.replace(cells[0], **dict.fromkeys(("target_rate_y", "target_rate_z")))
     batch, found, orphans = Path(runs_dir, cells[0].run_batch_name), [], False
-    for path in sorted(batch.glob("*-multi_rate*/config.json")):
-        run = Run.open(path.parent)
+    for run in runs_in(batch)[0]:
         moved = {"dataset": cells[0].dataset} if run.config.data_name == cells[0].data_name else {}
         if dataclasses.replace(run.config, **alike, **moved) == plain:
             orphans |= run.config.source is not None
