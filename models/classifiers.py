@@ -26,7 +26,7 @@ class Classifier(nn.Module):
 class InParts(nn.Module):
     """Any function of images (B, C, H, W), which on a CPU gets few of them at a time, in channels_last memory.
 
-    That is faster: `python -m utils.benchmark classifiers`.
+    That is faster there.
     """
 
     def __init__(self, network: Callable[[Tensor], Tensor], part: int = 32):
