@@ -5,6 +5,9 @@ and so on stand for it, each created exclusively: the one of the highest number 
 of two processes that take over a dead one's lock by creating the next, one wins; and whoever was taken for dead, asleep
 say, finds a higher number than its own when it is about to write. The holder touches its file now and then; times are
 compared with what the file system calls now, never with this machine's clock.
+
+The library filelock does not do for this. It takes over a dead process's lock by a rename that exchanges two files,
+which NFS, Lustre and many FUSE mounts refuse; one that is killed before it has written its file blocks all others.
 """
 
 import contextlib
@@ -17,10 +20,12 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from utils.errors import UserError
 
@@ -29,7 +34,7 @@ BEAT = 5.0  # seconds between the touches of a lock file
 STALE = 60.0  # seconds without one, after which the holder is taken for dead
 GLANCE = 0.2  # seconds in which whoever only asks for the holder has let go again
 FREE = "free"  # what a lock file says once its holder is done
-_held: dict[Path, "_LockFile"] = {}  # of this process, by the folder's real path
+_held: dict[Path, int] = {}  # numbers of this process's lock files, by the folder's real path
 
 
 class Held(UserError):
@@ -53,57 +58,62 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """
     began = time.monotonic()
     with open(folder / ".lock", "a+", encoding="utf-8", errors="replace") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as e:
-                if e.errno in NO_FLOCK:
-                    file = None
-                    break
-                if e.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-                if time.monotonic() >= began + max(patience, GLANCE):
-                    file.seek(0)
-                    raise Held(f"{folder}: locked by {file.read().strip() or 'another process'}") from e
-                time.sleep(0.05)
-        if file is None:
-            _tell_of_lock_files()
-            with _LockFile(folder).held(began + patience):
-                _remove_unfinished(folder)
-                yield
-            return
-        file.truncate(0)
-        file.write(_me())
-        file.flush()
-        _remove_unfinished(folder)
-        yield
+        while (ours := _flock(file, fcntl.LOCK_EX)) is False:
+            if time.monotonic() >= began + max(patience, GLANCE):
+                raise Held(f"{folder}: locked by {_owner(folder / '.lock')}")
+            time.sleep(0.05)
+        if ours:
+            file.truncate(0)
+            file.write(_me())
+            file.flush()
+        with contextlib.nullcontext() if ours else _held_by_file(folder, began + patience):
+            _remove_unfinished(folder)
+            yield
 
 
 def check(folder: Path) -> None:
     """Raises Lost if this process held the folder by a lock file and was taken for dead; called before a write."""
-    lock = _held.get(Path(os.path.realpath(folder))) if _held else None
-    if lock is not None:
-        lock.check()
+    number = _held.get(Path(os.path.realpath(folder))) if _held else None
+    if number is not None and (newest := _newest(folder)) != number:
+        raise Lost(
+            f"{folder}: taken over by {_owner(_path(folder, newest))} while this process was paused or could not "
+            "reach it; this one stops here, and has written nothing since"
+        )
 
 
 def holder(folder: Path) -> str | None:
     """Which process holds a folder, e.g. `pid 7 on host h`; None if none does."""
     try:
         with open(folder / ".lock", encoding="utf-8", errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once
-                return None
-            except OSError as e:
-                if e.errno in (errno.EAGAIN, errno.EACCES):
-                    return file.read().strip() or "another process"
-                if e.errno not in NO_FLOCK:
-                    raise
-        lock = _LockFile(folder)
-        number = lock._highest()
-        return lock._holder(number) if number and not lock._can_be_taken(number) else None
+            free = _flock(file, fcntl.LOCK_SH)  # let go at once
+            if free is not None:
+                return None if free else _owner(folder / ".lock")
+        newest = _newest(folder)
+        return _owner(_path(folder, newest)) if newest and not _can_be_taken(folder, newest) else None
     except OSError:  # no such folder, or none of ours to read
         return None
+
+
+def _flock(file: TextIO, kind: int) -> bool | None:
+    """Whether the kernel gives us the lock of that kind; None if the file system has no such locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except OSError as e:
+        if e.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        if e.errno in NO_FLOCK:
+            return None
+        raise
+
+
+def _owner(path: Path) -> str:
+    """Which process a lock file is of."""
+    try:
+        process = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        process = ""
+    return process if process not in ("", FREE) else "another process"  # which may be done by now
 
 
 def _me() -> str:
@@ -153,116 +163,96 @@ def _tell_of_lock_files() -> None:
     )
 
 
-class _LockFile:
-    """A folder's lock as a file of its own; see above."""
+@contextlib.contextmanager
+def _held_by_file(folder: Path, end: float) -> Iterator[None]:
+    """Holds a folder by a lock file; waits until then, in monotonic seconds, for another process that does."""
+    _tell_of_lock_files()
+    while not (number := _take(folder)):
+        if time.monotonic() >= end:
+            raise Held(f"{folder}: locked by {_owner(_path(folder, _newest(folder)))}")
+        time.sleep(0.05)
+    key, path, done = Path(os.path.realpath(folder)), _path(folder, number), threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, done), daemon=True)
+    beating.start()
+    _held[key] = number
+    try:
+        yield
+    finally:
+        del _held[key]
+        done.set()
+        beating.join()
+        with contextlib.suppress(OSError):
+            if _newest(folder) == number:
+                path.write_text(FREE, encoding="utf-8")
 
-    def __init__(self, folder: Path):
-        self.folder, self.number = folder, 0
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f".lock.{number}"
+def _take(folder: Path) -> int:
+    """Creates the file of the next number if the newest can be taken; returns that number, or 0 if it is not ours."""
+    newest = _newest(folder)
+    if newest and not _can_be_taken(folder, newest):
+        return 0
+    path = _path(folder, newest + 1)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(f"{_me()}\n{_machine()}")
+    except FileExistsError:  # another process was first
+        return 0
+    if _newest(folder) != newest + 1:  # we were slow, and others have been and gone
+        path.unlink(missing_ok=True)
+        return 0
+    for number in _numbers(folder):
+        if number <= newest:  # of a process that is done or dead
+            _path(folder, number).unlink(missing_ok=True)
+    return newest + 1
 
-    def _highest(self) -> int:
-        numbers = [name.removeprefix(".lock.") for name in os.listdir(self.folder) if name.startswith(".lock.")]
-        return max((int(n) for n in numbers if n.isdecimal()), default=0)
 
-    @contextlib.contextmanager
-    def held(self, end: float) -> Iterator[None]:
-        """Holds it; waits until then, in monotonic seconds, for another process that does."""
-        while not self._take():
-            if time.monotonic() >= end:
-                raise Held(f"{self.folder}: locked by {self._holder(self._highest())}")
-            time.sleep(0.05)
-        key, done = Path(os.path.realpath(self.folder)), threading.Event()
-        beating = threading.Thread(target=self._beat, args=(done,), daemon=True)
-        beating.start()
-        _held[key] = self
-        try:
-            yield
-        finally:
-            del _held[key]
-            done.set()
-            beating.join()
-            with contextlib.suppress(OSError):
-                if self._highest() == self.number:
-                    self._path(self.number).write_text(FREE, encoding="utf-8")
-
-    def _take(self) -> bool:
-        """Creates the file of the next number, if the one there is free or its holder dead; whether it is ours then."""
-        there = self._highest()
-        if there and not self._can_be_taken(there):
+def _can_be_taken(folder: Path, number: int) -> bool:
+    """Whether the process of that lock file is done or dead; watches it for 2 BEAT if only its age speaks for it."""
+    path = _path(folder, number)
+    try:
+        process, _, machine = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        pid = process.removeprefix("pid ").partition(" ")[0]
+        if process == FREE:
+            return True
+        if machine and machine == _machine() and pid.isdecimal() and not _is_alive(int(pid)):
+            return True
+        last = path.stat().st_mtime_ns
+        if abs(_now(folder) - last) < STALE * 1e9:
             return False
-        mine = self._path(there + 1)
-        try:
-            with open(mine, "x", encoding="utf-8") as file:
-                file.write(f"{_me()}\n{_machine()}")
-        except FileExistsError:  # another process was first
-            return False
-        if self._highest() != there + 1:  # we were slow, and others have been and gone
-            mine.unlink(missing_ok=True)
-            return False
-        self.number = there + 1
-        for number in range(there, 0, -1):  # of processes that are done or dead
-            try:
-                self._path(number).unlink()
-            except FileNotFoundError:
-                break
-        return True
+        time.sleep(2 * BEAT)  # or has the clock been set? One that is alive will have touched it meanwhile.
+        return path.stat().st_mtime_ns == last
+    except FileNotFoundError:  # another process has taken it over
+        return False
 
-    def _holder(self, number: int) -> str:
-        try:
-            text = self._path(number).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-        first = text.partition("\n")[0]
-        return first if first and first != FREE else "another process"  # which may be done by now
 
-    def _can_be_taken(self, number: int) -> bool:
-        path = self._path(number)
-        try:
-            who, _, machine = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-            if who == FREE:
-                return True
-            pid = who.split()[1] if who.startswith("pid ") else ""
-            if machine and machine == _machine() and pid.isdecimal() and not _is_alive(int(pid)):
-                return True
-            last = path.stat().st_mtime_ns
-            if abs(self._now() - last) < STALE * 1e9:
-                return False
-            time.sleep(2 * BEAT)  # or has the clock been set? One that is alive will have touched it meanwhile.
-            return path.stat().st_mtime_ns == last
-        except FileNotFoundError:  # another process has taken it over
-            return False
+def _beat(path: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT):
+        with contextlib.suppress(OSError):  # gone, when it was taken over: `check` will tell
+            os.utime(path)
 
-    def _now(self) -> int:
-        """What the file system calls now, in nanoseconds: a new file's time."""
-        probe = self.folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        try:
-            probe.touch()
-            return probe.stat().st_mtime_ns
-        finally:
-            probe.unlink(missing_ok=True)
 
-    def _beat(self, done: threading.Event) -> None:
-        while not done.wait(BEAT):
-            with contextlib.suppress(OSError):  # gone, when it was taken over: `check` will tell
-                os.utime(self._path(self.number))
+def _path(folder: Path, number: int) -> Path:
+    return folder / f".lock.{number}"
 
-    def check(self) -> None:
-        """Raises Lost if another process has taken it over."""
-        highest = self._highest()
-        if highest != self.number:
-            raise Lost(
-                f"{self.folder}: taken over by {self._holder(highest)} while this process was paused or could not "
-                "reach it; this one stops here, and has written nothing since"
-            )
+
+def _numbers(folder: Path) -> list[int]:
+    names = (name.removeprefix(".lock.") for name in os.listdir(folder) if name.startswith(".lock."))
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _newest(folder: Path) -> int:
+    return max(_numbers(folder), default=0)
+
+
+def _now(folder: Path) -> int:
+    """What the file system calls now, in nanoseconds: a new file's time."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
+        return os.stat(file.name).st_mtime_ns
 
 
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        pass
+    except OSError as e:
+        return e.errno != errno.ESRCH  # but another user's
     return True
