@@ -17,12 +17,12 @@ from pathlib import Path
 
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import run_script
-from utils.files import check_writable
+from utils.files import check_writable, write_text
 from utils.plane.advice import EXPLAINED, advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
-from utils.plane.excess import Pair, pairs, print_excess
+from utils.plane.excess import Pair, excess_rows, pairs, print_excess
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
-from utils.plane.report import write_comparison, write_report
+from utils.plane.report import page, remove_stale, settings, write_comparison, write_figures, write_tables
 from utils.plane.slopes import Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import to_markdown
 
@@ -126,14 +126,19 @@ def main(argv=None) -> int:
     found, compared = slopes(plane), pairs(plane)
     made = pictures(plane, folder, args)
     drawn = draw(plane, found, compared, names, folder, args, made)
-    write_report(out, args, plane, advised, found, compared, drawn, explorer(plane, names, terms, made))
+    images = write_figures(out, args.format, plane, drawn)
+    remove_stale(out, args.format, drawn)
+    estimates = slope_rows(found)
+    tables = write_tables(out, plane, advised, estimates, excess_rows(compared), names)
+    title, parts = f"Batch {args.run_batch_name[0]}", explorer(plane, names, made)
+    write_text(out / "report.html", page(title, settings(plane), plane.notes, tables, images, parts))
     for note in plane.notes:
         print(f"note: {note}")
     print(to_markdown(advised, headings_of(plane)), end="")
     print(EXPLAINED)
     for row in commands(advised):
         print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
-    print_far_off(slope_rows(found))
+    print_far_off(estimates)
     print_excess(compared)
     print(f"\nOpen {out / 'report.html'}")
     return 0

@@ -1,187 +1,126 @@
-"""The rate plane as a place to explore: its part of the report's page, which Bokeh draws and page.js answers in.
+"""The rate plane as a place to explore: its part of the report's page, which Bokeh draws and page.js answers in."""
 
-All that is computed is computed here; the browser colours, compares, and picks the best of what is within a budget.
-"""
-
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+from bokeh.document import Document
+from bokeh.embed import components
+from bokeh.events import DocumentReady
+from bokeh.models import ColorBar, ColumnDataSource, CustomJS, HoverTool, LinearColorMapper
+from bokeh.palettes import Cividis256, Viridis256
+from bokeh.plotting import figure
+from bokeh.resources import Resources
 
-from utils.plane.advice import LIMITS, TASKS, training
-from utils.plane.cells import UNITS, Plane
+from utils.plane.advice import TASKS, training
+from utils.plane.cells import BETAS, Plane
 from utils.plane.drawing import RED, crowded
-from utils.plane.gains import scores
-from utils.plane.metrics import FOUR, first_of, is_squared, metric
+from utils.plane.metrics import FOUR, first_of, metric
 from utils.plane.pictures import Pictures, to_uri
 
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # one clear pixel
-PICTURE = '<img src="@{0}" alt="{0}" style="width: 80px; margin: 4px 4px 0 0; image-rendering: pixelated">'
-TIP = (
-    '<div style="max-width: 178px"><b>beta_y @beta_y, beta_z @beta_z</b><br>'
-    "R(z) @r_z, R(y|z) @r_y {unit}<br>@shown<br>{pictures}</div>"
-)
-BODY = """<section id="explorer">
-<p class="controls"><label>colour <select id="colour"></select></label>
-<label>cell A <select id="cell-a" class="cell"></select></label>
-<label>cell B <select id="cell-b" class="cell"></select></label></p>
-<div class="wide"><div><div id="plane"></div>
-<p class="about">Each dot is a model, at its rates. Click or tap two to compare them. Dots are cells trained on their
-own, squares cells of a multi-rate model, crosses rates that were asked for; circles mark ordinary beta-VAEs (equal
-betas), small points single seeds, and numbered stars the advice below. Yellow is best, grey unknown.</p></div>
-<div><div class="table" id="compared" tabindex="0" role="region" aria-label="chosen cells"></div>
-<div id="commands"></div></div></div>
-<h2>The best within a budget</h2>
-<p class="controls" id="budget"></p>
-<div class="table" id="advised" tabindex="0" role="region" aria-label="the best within the budget"></div>
-<p class="about">The best cell for each metric, by all test images, and what ordinary beta-VAEs (beta_y = beta_z) reach
-at the same R: two of them mixed where none has it, or with less where they end. Both values are of the half of the
-images on which nothing was chosen, both ways, averaged; marked * they are those by which the cell was chosen, for want
-of terms of single images or of an ordinary beta-VAE, or as seeds differ. Whether a gain is more than chance, the table
-under Advice says.</p>
-</section>"""
+TIP = """<div style="max-width: 178px"><b>beta_y @beta_y, beta_z @beta_z</b><br>
+R(z) @kl_z, R(y|z) @kl_y {unit}<br>@shown<br>{pictures}</div>"""
+TIP_PICTURE = '<img src="@{0}" alt="{0}" style="width: 80px; margin: 4px 4px 0 0; image-rendering: pixelated">'
+PICTURE = '<details class="small"><summary><img alt="{}" src="{}"></summary></details>'
+BODY = """<section id="explorer"><div><label>colour <select id="colour"></select></label>
+<div id="plane">{plot}</div>
+<p class="about">Each mark is a model, at its rates. Click or tap two to compare them. Dots are cells trained on their
+own, squares cells of a multi-rate model, crosses rates that were asked for; rings mark ordinary beta-VAEs (equal
+betas), small points single seeds. Yellow is best, grey unknown.</p></div>
+<div class="table" tabindex="0"><table id="compared"><thead><tr><td></td>
+<th><label>A: beta_y, beta_z <select><option value="">none</select></label></th>
+<th><label>B: beta_y, beta_z <select><option value="">none</select></label></th></tr></thead>
+<tbody>{pictures}</tbody></table></div></section>"""
 
 
-def explorer(plane: Plane, names: Sequence[str], terms: Mapping, made: Pictures) -> tuple[str, str]:
-    """The page's part for its head, Bokeh itself, and for its body; first coloured by the first of the metrics `names`.
+def explorer(plane: Plane, names: Sequence[str], pictures: Pictures) -> tuple[str, str]:
+    """The page's part for its head, Bokeh itself, and for its body; coloured first by the first of the metrics."""
+    lines, plot, document = lines_of(plane), rate_plane(plane, pictures), Document()
+    first = next(n for n in [*names, *first_of(plane.names, FOUR), "rate"] if "values" in lines.get(n, ()))
+    labels = zip(*(lines[name]["texts"] for name in (*BETAS, *plane.differing)), strict=True)
+    args = {name: plot.select_one({"name": name}) for name in ("cells", "dots", "mapper", "pair")}
+    args |= {"plot": plot, "lines": list(lines.values()), "first": list(lines).index(first), "empty": EMPTY}
+    args |= {"labels": [", ".join(filter(None, texts)) for texts in labels], "start": plane.best(first)}
+    args["palettes"] = [Cividis256, Viridis256, Viridis256[::-1]]  # at 0, 1 and -1: the better way
+    document.add_root(plot)
+    document.js_on_event(DocumentReady, CustomJS(args=args, code=Path(__file__).with_name("page.js").read_text()))
+    script, place = components(plot)
+    rows = []
+    for kind in (kind for kind, of in pictures.shown.items() if of):
+        heading = kind if kind == "samples" else f"{kind} of{PICTURE.format('test images', to_uri(pictures.originals))}"
+        rows.append(f"<tr><th>{heading}</th>{2 * f'<td>{PICTURE.format(kind, EMPTY)}</td>'}</tr>")
+    body = BODY.format(plot=place, pictures="".join(rows))
+    return Resources(mode="inline", components=["bokeh"]).render_js(), body + script
 
-    `terms` are those of single images, by metric, see `terms_of`.
+
+def lines_of(plane: Plane) -> dict[str, dict]:
+    """What is told of the cells, by name: a title, a text for each, and for numbers what colours them.
+
+    First betas, rates and the metrics of the tasks; last the commands.
     """
-    from bokeh.embed import json_item
-    from bokeh.resources import Resources
-
-    islands = {"explored": explored(plane, names, terms, made), "drawn": json_item(drawn(plane, made))}
-    parts = [f'<script type="application/json" id="{name}">{inert(data)}</script>' for name, data in islands.items()]
-    return Resources(mode="inline", components=["bokeh"]).render_js(), "\n".join([BODY, *parts])
-
-
-def inert(data: object) -> str:
-    """JSON that ends no script element, whatever texts are in it; NaN and infinities are null."""
-    return json.dumps(_plain(data), allow_nan=False).replace("<", "\\u003c")
-
-
-def _plain(data):
-    """Of numpy's types and numbers that are not finite, what JSON has."""
-    if isinstance(data, Mapping):
-        return {str(k): _plain(v) for k, v in data.items()}
-    if isinstance(data, np.ndarray | np.generic):
-        return _plain(data.tolist())
-    if isinstance(data, list | tuple):
-        return [_plain(v) for v in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def explored(plane: Plane, names: Sequence[str], terms: Mapping, made: Pictures) -> dict:
-    """What page.js shows of the plane: cells, columns, and what the advice is made of; in the plane's unit."""
-    from bokeh.palettes import Cividis256, Viridis256
-
-    shown = columns(plane)
-    known = {column["name"] for column in shown}
-    first = next(name for name in [*names, *first_of(plane.names, FOUR), "rate"] if name in known)
-    rates = {name: plane.values(name) for name in LIMITS}
-    about = {name: [cell.settings.get(name) or "" for cell in plane.cells] for name in plane.differing}
-    about |= {"seeds": [", ".join(cell.seeds) for cell in plane.cells]} if len(plane.seeds) > 1 else {}
-    advice = []
-    for task, name in ((task, name) for task, names in TASKS.items() for name in names if name in plane.names):
-        chosen, told = scores(name, terms[name], [cell.seeds for cell in plane.cells]) if name in terms else ((), ())
-        entry = {"task": task, "title": plane.title(name), "better": metric(name).better, "values": plane.values(name)}
-        entry |= {"mixes": metric(name).mixes, "squared": is_squared(name), "alike": alike(plane, terms.get(name, ()))}
-        advice.append(entry | {"chosen": chosen, "told": [plane.scale(name) * values for values in told]})
-    return {
-        "unit": plane.unit,
-        "betas": {name: plane.values(name) for name in ("beta_y", "beta_z")},
-        "rates": [{"name": name, "title": title, "values": rates[name]} for name, title in LIMITS.items()],
-        "diagonal": plane.diagonal,
-        "about": about | {"runs": [" ".join(cell.runs) for cell in plane.cells]},
-        "commands": [training(cell) for cell in plane.cells],
-        "columns": shown,
-        "first": first,
-        "start": plane.best(first),
-        "advice": advice,
-        "originals": None if made.originals is None else to_uri(made.originals),
-        "palettes": {"1": Viridis256, "-1": Viridis256[::-1], "0": Cividis256},
-    }
-
-
-def alike(plane: Plane, terms: Sequence[np.ndarray | None]) -> bool:
-    """Whether all cells that have terms have the same seeds and tested images, so that any of them choose as all do."""
-    kinds = {
-        (cell.seeds, np.isfinite(of_cell).all(0).tobytes())
-        for cell, of_cell in zip(plane.cells, terms, strict=False)
-        if of_cell is not None
-    }
-    return len(kinds) <= 1
-
-
-def columns(plane: Plane) -> list[dict]:
-    """The columns by which cells can be coloured, to six digits, with their standard errors: first rates and tasks."""
     of_tasks = [name for names in TASKS.values() for name in names]
     names = [n for n in dict.fromkeys(["kl_z", "kl_y", "rate", *of_tasks, *plane.names]) if n in plane.names]
     names = [n for n in names if not (n.endswith("_se") and n.removesuffix("_se") in names)]
-    found, titles = [], [plane.title(name) for name in names]
+    titles = [plane.title(name) for name in names]
+    lines = {name: {"title": name, "texts": [f"{v:.4g}" for v in plane.values(name)]} for name in BETAS}
     for name, title in zip(names, titles, strict=True):
-        title += f" [{name}]" if titles.count(title) > 1 else ""
-        errors = rounded(plane.values(f"{name}_se")) if f"{name}_se" in plane.names else None
-        found.append({"name": name, "title": title, "better": metric(name).better})
-        found[-1] |= {"values": rounded(plane.values(name)), "errors": errors}
-    for name in ("beta_y", "beta_z"):
-        betas = plane.values(name)
-        with np.errstate(divide="ignore"):
-            logs = rounded(np.log10(betas))
-        found.append({"name": f"log10 {name}", "title": f"log10 {name}", "better": 0, "values": logs, "errors": None})
-    return found
+        title += f" [{name}]" * (titles.count(title) > 1)
+        lines[name] = numbers(title, metric(name).better, plane.values(name), plane.values(f"{name}_se"))
+    for name in BETAS:
+        logs = np.log10(np.where(plane.values(name) > 0, plane.values(name), np.nan))
+        lines[f"log10 {name}"] = numbers(f"log10 {name}", 0, logs, np.nan * logs)
+    about = {name: [cell.settings.get(name) or "" for cell in plane.cells] for name in plane.differing}
+    about["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
+    about["runs"] = [" ".join(cell.runs) for cell in plane.cells]
+    none = "none: it started from other weights, or its settings are incomplete"
+    about["command"] = [training(cell) or none for cell in plane.cells]
+    return lines | {name: {"title": name, "texts": texts} for name, texts in about.items()}
 
 
-def rounded(values: np.ndarray) -> list[float]:
-    """To six digits, to be shown."""
-    return [float(f"{v:.6g}") for v in values]
+def numbers(title: str, better: int, values: np.ndarray, errors: np.ndarray) -> dict:
+    """A line of numbers (N,) with their standard errors, NaN where unknown, and the range of their colours."""
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    texts = [f"{v:.4g}" if np.isfinite(v) else "" for v in values]
+    texts = [f"{text} ± {e:.2g}" if np.isfinite(e) else text for text, e in zip(texts, errors, strict=True)]
+    colours = {"better": better, "values": values, "low": low, "high": high + (high == low)}
+    return {"title": title, "texts": texts, **colours}
 
 
-def drawn(plane: Plane, made: Pictures):
-    """The scatter plot of the plane, with empty places for the colours, the chosen cells and the advice."""
-    from bokeh.models import ColorBar, ColumnDataSource, HoverTool, LinearColorMapper
-    from bokeh.palettes import Viridis256
-    from bokeh.plotting import figure
-
+def rate_plane(plane: Plane, pictures: Pictures):
+    """The scatter plot of the plane, with places for its colours and for the pair of cells that is compared."""
     tools = "hover,box_zoom,wheel_zoom,pan,reset,save"
-    plot = figure(tools=tools, sizing_mode="stretch_both", toolbar_location="above", toolbar_sticky=False, name="plot")
-    plot.x_range.range_padding = 0.2  # for the labels at its sides
+    plot = figure(tools=tools, sizing_mode="stretch_both", toolbar_location="below", title=" ")
     plot.toolbar.logo, plot.toolbar.active_drag, plot.toolbar.active_scroll = None, None, None
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
-    place = {"x": axis(plot.xaxis, plane, "kl_z"), "y": axis(plot.yaxis, plane, "kl_y")}
-    (x, y), on = (place[of](plane.values(name)) for of, name in (("x", "kl_z"), ("y", "kl_y"))), plane.diagonal
-    asked = UNITS[plane.unit] * plane.asked[:, ::-1].T
-    ax, ay = (np.where(np.isnan(a), b, place[of](a)) for of, a, b in zip("xy", asked, (x, y), strict=True))
-    there = np.isfinite(plane.asked).any(1)
-    several = [(row, i) for i, cell in enumerate(plane.cells) if len(cell.repeats) > 1 for row in cell.repeats]
-    sx, sy = (
-        place[of](plane.scale(n) * np.array([row[n] for row, _ in several])) for of, n in (("x", "kl_z"), ("y", "kl_y"))
-    )
-    plot.scatter(sx, sy, size=3, color="gray", level="underlay")
-    plot.scatter(ax[there], ay[there], marker="x", size=9, color="gray", level="underlay")
+    x_of, y_of = axis(plot.xaxis, plane, "kl_z"), axis(plot.yaxis, plane, "kl_y")
+    x, y, on = x_of(plane.values("kl_z")), y_of(plane.values("kl_y")), plane.diagonal
+    unit = plane.scale("kl_z")
+    repeats = [row for cell in plane.cells if len(cell.repeats) > 1 for row in cell.repeats]
+    seeds = unit * np.array([[row["kl_z"], row["kl_y"]] for row in repeats]).reshape(-1, 2)
+    plot.scatter(x_of(seeds[:, 0]), y_of(seeds[:, 1]), size=3, color="gray", level="underlay")
+    asked_y, asked_z = unit * plane.asked.T
+    is_asked = np.isfinite(plane.asked).any(1)
+    crosses = np.where(np.isnan(asked_z), x, x_of(asked_z)), np.where(np.isnan(asked_y), y, y_of(asked_y))
+    plot.scatter(*(at[is_asked] for at in crosses), marker="x", size=9, color="gray", level="underlay")
     data = {"x": x, "y": y, "value": np.full(len(x), np.nan), "shown": [""] * len(x)}
-    data |= {"marker": np.where(plane.unfolded, "square", "circle").tolist()}
-    texts = (("beta_y", "beta_y"), ("beta_z", "beta_z"), ("r_z", "kl_z"), ("r_y", "kl_y"))
-    data |= {column: [f"{v:.4g}" for v in plane.values(name)] for column, name in texts}
-    data |= {kind: [of.get(i, EMPTY) for i in range(len(x))] for kind, of in made.shown.items() if of}
+    data["marker"] = np.where(plane.unfolded, "square", "circle").tolist()
+    data |= {name: [f"{v:.4g}" for v in plane.values(name)] for name in (*BETAS, "kl_z", "kl_y")}
+    data |= {kind: [of.get(i, EMPTY) for i in range(len(x))] for kind, of in pictures.shown.items() if of}
     mapper = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="gray", name="mapper")
     dots = plot.scatter(
-        "x", "y", source=ColumnDataSource(data, name="cells"), marker="marker", size=11, line_color="gray",
-        line_width=0.5, fill_color={"field": "value", "transform": mapper},
+        "x", "y", source=ColumnDataSource(data, name="cells"), name="dots", marker="marker", size=11,
+        line_color="gray", line_width=0.5, fill_color={"field": "value", "transform": mapper},
     )  # fmt: skip
-    plot.scatter(x[on], y[on], size=15, fill_color=None, line_color="gray", name="ring")
-    for name, marker in (("stars", "star"), ("chosen", "circle")):
-        source = ColumnDataSource({k: [] for k in ("x", "y", "label", "shift", "side", "align")}, name=name)
-        plot.scatter("x", "y", source=source, marker=marker, size=24, fill_color=None, line_color=RED, line_width=1.8)
-        plot.text(
-            "x", "y", "label", source=source, x_offset="side", y_offset="shift", text_align="align", text_color=RED,
-            text_baseline="middle", text_font_size="12px", text_font_style="bold",
-        )  # fmt: skip
-    hover = plot.select_one(HoverTool)
-    kinds = "".join(PICTURE.format(kind) for kind in made.shown if made.shown[kind])
-    hover.update(renderers=[dots], limit=1, tooltips=TIP.format(unit=plane.unit, pictures=kinds))
-    plot.add_layout(ColorBar(color_mapper=mapper, width=14, background_fill_color=None, name="bar"), "right")
+    plot.scatter(x[on], y[on], size=15, fill_color=None, line_color="gray", name="rings")
+    pair = ColumnDataSource({"x": [], "y": [], "label": []}, name="pair")
+    plot.scatter("x", "y", source=pair, size=22, fill_color=None, line_color=RED, line_width=2)
+    plot.text("x", "y", "label", source=pair, x_offset=12, y_offset=-6, text_color=RED, text_font_style="bold")
+    tip = TIP.format(unit=plane.unit, pictures="".join(TIP_PICTURE.format(k) for k, of in pictures.shown.items() if of))
+    plot.select_one(HoverTool).update(renderers=[dots], limit=1, tooltips=tip)
+    bar = ColorBar(color_mapper=mapper, width=14, background_fill_color=None, major_label_text_color="gray")
+    plot.add_layout(bar, "right")
     return plot
 
 
@@ -192,7 +131,7 @@ def axis(axes, plane: Plane, name: str):
         return np.asarray
     from matplotlib.scale import SymmetricalLogTransform  # which Bokeh's axes lack
 
-    scale = SymmetricalLogTransform(10, UNITS[plane.unit], 1).transform
+    scale = SymmetricalLogTransform(10, plane.scale(name), 1).transform
     ticks = [0.0, *(m * 10.0**k for k in range(12) for m in (1, 2, 5)), 0.5]
     ticks = np.array([tick for tick in ticks if tick <= 2 * plane.values(name).max()])
     axes.ticker = scale(ticks).tolist()

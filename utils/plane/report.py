@@ -1,10 +1,11 @@
 """The report of a batch: figures, tables, and one HTML page with all of them."""
 
 import base64
-import html
 import math
-import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from html import escape
+from itertools import chain
 from pathlib import Path
 
 from utils.distributed import progress
@@ -13,9 +14,9 @@ from utils.plane.advice import ADVICE, EXPLAINED, TASKS, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.compare import COMPARED, comparisons, groups
 from utils.plane.drivers import DRIVERS, drivers
-from utils.plane.excess import EXCESS, Pair, excess_rows
-from utils.plane.metrics import ACCURACIES, metric, wanted
-from utils.plane.slopes import SLOPES, Slope, slope_rows
+from utils.plane.excess import EXCESS
+from utils.plane.metrics import ACCURACIES, metric
+from utils.plane.slopes import SLOPES
 from utils.plane.tables import to_html, to_markdown
 
 CAPTIONS = {
@@ -41,109 +42,87 @@ CAPTIONS = {
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
-LARGE = '<dialog id="large"><form method="dialog"><button>close</button></form><img alt=""></dialog>'
 TO_TRAIN = {"metrics": "best for", "command": "command"}
-STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style>{head}</head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
 
 
-def page(
-    title: str,
-    settings: Mapping[str, str],
-    notes: Sequence[str],
-    tables: Mapping[str, str],
-    images: Mapping[str, bytes],
-    explorer: tuple[str, str] = ("", ""),
-) -> str:
-    """A self-contained HTML page; `tables` are HTML by heading, `images` are PNGs by figure name.
+def page(title: str, settings: dict, notes: list, tables: dict, images: dict, explorer=("", "")) -> str:
+    """A self-contained HTML page; tables are HTML by heading, images PNGs by name, explorer HTML for head and body."""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    first, *others = [f"<h2>{escape(heading)}</h2>{table}" for heading, table in tables.items()]
+    values = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in settings.items())
+    body = [explorer[1], f"<h2>Notes</h2><ul>{items}</ul>" if notes else "", first, "<h2>Figures</h2>"]
+    body += [figure_of(name, png) for name, png in images.items()] + others
+    body.append(f"<h2>Settings</h2><dl>{values}</dl>")
+    style = Path(__file__).with_name("page.css").read_text()
+    return PAGE.format(title=escape(title), style=style, head=explorer[0], body="\n".join(body))
 
-    `explorer` is HTML for the head and for the top of the body.
-    """
-    parts = [f"<h1>{html.escape(title)}</h1>", explorer[1]]
-    if notes:
-        parts += ["<h2>Notes</h2><ul>", *(f"<li>{html.escape(note)}</li>" for note in notes), "</ul>"]
-    first, *others = tables.items()
-    parts += [f"<h2>{html.escape(first[0])}</h2>{first[1]}", "<h2>Figures</h2>"]
-    for name, png in images.items():
-        source = "data:image/png;base64," + base64.b64encode(png).decode()
-        base = next(known for known in CAPTIONS if name.startswith(known))
-        caption = f"<figcaption>{CAPTIONS[base]}{html.escape(name[len(base) :].replace('_', ' '))}</figcaption>"
-        picture = f'<button class="picture" type="button" title="enlarge"><img alt="{name}" src="{source}"></button>'
-        parts.append(f'<figure id="{name}">{picture}{caption}</figure>')
-    parts += [f"<h2>{html.escape(heading)}</h2>{table}" for heading, table in others]
-    parts.append("<h2>Settings</h2><dl>")
-    parts += [f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in settings.items()]
-    parts.append(f"</dl>{LARGE}")
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE.read_text()}</style>{explorer[0]}"
-    )
-    body = "\n".join(parts)
-    html_of = (
-        f'<html lang="en"><head>{head}</head>\n<body>\n{body}\n<script>{SCRIPT.read_text()}</script></body></html>'
-    )
-    return f"<!doctype html>\n{html_of}\n"
+
+def figure_of(name: str, png: bytes) -> str:
+    """A figure with its caption, as HTML; a click enlarges it."""
+    base = next(base for base in CAPTIONS if name.startswith(base))
+    caption = CAPTIONS[base] + escape(name.removeprefix(base).replace("_", " "))
+    picture = f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    enlarged = f'<details><summary title="enlarge">{picture}</summary></details>'
+    return f'<figure id="{name}">{enlarged}<figcaption>{caption}</figcaption></figure>'
 
 
 def settings(plane: Plane) -> dict[str, str]:
     """Each setting of the batch's cells, with all of its values."""
-    values = {}
-    for name in SETTINGS:
-        distinct = {cell.settings.get(name) or "" for cell in plane.cells}
-        if distinct != {""}:
-            values[name] = ", ".join(sorted(distinct, key=lambda v: (math.isnan(number(v)), number(v), v)))
-    return values
+    values = {name: {cell.settings.get(name) or "" for cell in plane.cells} for name in SETTINGS}
+    in_order = partial(sorted, key=lambda text: (math.isnan(number(text)), number(text), text))
+    return {name: ", ".join(in_order(texts)) for name, texts in values.items() if texts != {""}}
 
 
-def write_report(
-    out: Path,
-    args,
-    plane: Plane,
-    advised: list[dict],
-    found: list[Slope],
-    compared: list[Pair],
-    drawn: dict,
-    explorer: tuple[str, str],
-) -> None:
-    """Writes the figures in the requested formats, their data, the tables and the page; removes stale figures."""
+def write_tables(out: Path, plane: Plane, advice: list, slopes: list, excess: list, names: list) -> dict[str, str]:
+    """Writes the tables: advice, slopes, excess loss, metrics `names`; returns those of the page, HTML by heading."""
     from utils.plane.drawing import headings, table
 
-    out.mkdir(parents=True, exist_ok=True)
-    if (page_there := out / "report.html").is_file():  # from an earlier call, whose other figures are now stale
-        earlier = re.findall(r'<figure id="([\w.-]+)"', page_there.read_text(errors="replace"))
-        for stale in (out / f"{name}.{form}" for name in earlier for form in ("png", "pdf", "csv")):
-            if stale.stem not in drawn or stale.suffix[1:] not in (*args.format, "csv"):
-                stale.unlink(missing_ok=True)
-    images = write_figures(out, args.format, plane, drawn)
-    advice_headings, checked = headings_of(plane), slope_rows(found)
-    write_text(out / "advice.csv", to_csv(advised, {**ADVICE, **dict.fromkeys(plane.differing), "command": None}))
-    write_text(out / "advice.md", to_markdown(advised, advice_headings))
-    write_text(out / "slopes.csv", to_csv(checked, SLOPES))
-    of_tasks = [name for names in TASKS.values() for name in names]
-    of_tasks += [*ACCURACIES["z"], *ACCURACIES["y"]]
-    driven = drivers(plane, [name for name in of_tasks if name in plane.names])
-    of_grids = DRIVERS | {name: name for name in plane.differing}
-    write_text(out / "drivers.csv", to_csv(driven, of_grids))
-    if compared := excess_rows(compared):
-        write_text(out / "excess.csv", to_csv(compared, EXCESS))
-    shown = [name for name in dict.fromkeys([*of_tasks, *wanted(plane.names, args.metrics)]) if name in plane.names]
-    cells = [row for row in table(plane, shown) if row["what"] != "seed"]
-    to_train = commands(advised)
+    of_tasks = chain(*TASKS.values(), ACCURACIES["z"], ACCURACIES["y"])
+    of_tasks = [name for name in of_tasks if name in plane.names]
+    differing = {name: name for name in plane.differing}
+    correlations = drivers(plane, of_tasks)
+    cells = [row for row in table(plane, [*of_tasks, *names]) if row["what"] != "seed"]
+    write_text(out / "advice.csv", to_csv(advice, ADVICE | differing | {"command": None}))
+    write_text(out / "advice.md", to_markdown(advice, headings_of(plane)))
+    write_text(out / "slopes.csv", to_csv(slopes, SLOPES))
+    write_text(out / "drivers.csv", to_csv(correlations, DRIVERS | differing))
+    if excess:
+        write_text(out / "excess.csv", to_csv(excess, EXCESS))
     tables = {
-        "Advice": f'{to_html(advised, advice_headings)}<p class="about">{EXPLAINED}</p>',
-        **({"Commands that train these points on their own": to_html(to_train, TO_TRAIN)} if to_train else {}),
-        **({"Rank correlations with the rates": to_html(driven, of_grids)} if driven else {}),
-        "Cells": to_html(cells, headings(cells, plane)),
-        "Slopes": to_html(checked, SLOPES),
-        **({"Multi-rate cells and their own trainings": to_html(compared, EXCESS)} if compared else {}),
+        "Advice": (advice, headings_of(plane)),
+        "Commands that train these points on their own": (commands(advice), TO_TRAIN),
+        "Rank correlations with the rates": (correlations, DRIVERS | differing),
+        "Cells": (cells, headings(cells, plane)),
+        "Slopes": (slopes, SLOPES),
+        "Multi-rate cells and their own trainings": (excess, EXCESS),
     }
-    report = page(f"Batch {args.run_batch_name[0]}", settings(plane), plane.notes, tables, images, explorer)
-    write_text(out / "report.html", report)
+    of_page = {heading: to_html(rows, of) for heading, (rows, of) in tables.items() if rows}
+    if advice:
+        of_page["Advice"] += f'<p class="about">{EXPLAINED}</p>'
+    return of_page
+
+
+def remove_stale(out: Path, formats: Sequence[str], drawn: Mapping) -> None:
+    """Removes the files of figures that an earlier call's page shows and this call does not write."""
+    path, written = out / "report.html", {f"{name}.{form}" for name in drawn for form in (*formats, "csv")}
+    earlier = path.read_text(errors="replace") if path.is_file() else ""
+    for file in out.glob("*.*"):
+        is_figure = file.suffix in (".png", ".pdf", ".csv") and f'<figure id="{file.stem}"' in earlier
+        if is_figure and file.name not in written:
+            file.unlink()
 
 
 def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawn: Mapping) -> dict[str, bytes]:
     """Writes figures with their data; returns the PNGs by name."""
     from utils.plane.drawing import headings, rendered
 
+    out.mkdir(parents=True, exist_ok=True)
     images = {}
     for name, (figure, rows) in progress(drawn.items(), unit="figure"):
         files = rendered(figure, ("png", *formats))
@@ -158,7 +137,6 @@ def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane]
     """Writes the figure and the tables that compare batches; returns what to print: the table and notes."""
     from utils.plane.figures import batches
 
-    out.mkdir(parents=True, exist_ok=True)
     found = groups(planes, names)
     rows, (first, *others) = comparisons(found), planes
     name = f"compare_{'_'.join(others)}"

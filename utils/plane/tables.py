@@ -31,11 +31,8 @@ def to_markdown(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
 def to_html(rows: Sequence[Mapping], headings: Mapping[str, str]) -> str:
     """The rows as an HTML table, without empty columns, which a click on a heading sorts."""
     columns = columns_of(rows, headings)
-    longest = {
-        name: max((len(row[name]) for row in rows if isinstance(row.get(name), str)), default=0) for name in columns
-    }
-    width = {name: " long" * (n > 60) or " middle" * (n > 30) for name, n in longest.items()}
-    kinds = {name: f' class="text{width[name]}"' if n else "" for name, n in longest.items()}
+    texts = {name for name in columns if any(isinstance(row.get(name), str) for row in rows)}
+    kinds = {name: ' class="text"' * (name in texts) for name in columns}
 
     def line(tag: str, row: Mapping, inner: str) -> str:
         cells = [f"<{tag}{kinds[name]}>{inner.format(html.escape(shown(row, name)))}</{tag}>" for name in columns]
