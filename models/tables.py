@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 
+COLLAPSED = 0.5  # nats; a latent of a smaller rate carries hardly anything
+
 
 class Table(Mapping):
     """Classes by name; a class is imported when it is looked up, so that a --help need not import torch."""

@@ -10,6 +10,8 @@ from utils.files import digest_of, write_json
 from utils.plane.cells import Cell, Plane
 
 AXIS = [0.1, 10**-0.5, 1.0, 10**0.5, 10.0]
+HEADER = ["run", "status", "vae_type", "z_dims", "seed", "beta_y", "beta_z", "ll", "kl_y", "kl_z"]
+HEADER += ["psnr", "is_mean", "lr_acc_mean"]
 
 
 def plane_of(rows):
@@ -21,6 +23,12 @@ def plane_of(rows):
     return Plane(cells)
 
 
+def grid(axis=AXIS, **of_cell):
+    """The optima of a grid of betas, with further metrics, as functions of the row or values."""
+    rows = [exponential(by, bz) for by in axis for bz in axis]
+    return [row | {name: v(row) if callable(v) else v for name, v in of_cell.items()} for row in rows]
+
+
 def exponential(beta_y, beta_z, slope=1.0):
     """The optimum of D = a exp(-R(y|z) / c) + b exp(-R(z) / d) + e, where -dD/dR = slope * beta."""
     a, b, c, d = 400.0, 100.0, 20.0, 5.0
@@ -29,21 +37,11 @@ def exponential(beta_y, beta_z, slope=1.0):
     return {"beta_y": beta_y, "beta_z": beta_z, "kl_y": kl_y, "kl_z": kl_z, "ll": -distortion}
 
 
-HEADER = [
-    "run",
-    "status",
-    "vae_type",
-    "z_dims",
-    "seed",
-    "beta_y",
-    "beta_z",
-    "ll",
-    "kl_y",
-    "kl_z",
-    "psnr",
-    "is_mean",
-    "lr_acc_mean",
-]
+def rows_of(axis=AXIS, **more):
+    """The rows of a CSV of such a grid, with PSNR, inception score and accuracy."""
+    settings = {"status": "finished", "vae_type": "HVAE", "z_dims": 8, "seed": 2, "lr_acc_mean": 0.5}
+    rows = grid(axis, psnr=lambda row: 20 + row["beta_z"], is_mean=lambda row: 2 + row["beta_y"])
+    return [{"run": f"r-{row['beta_y']}-{row['beta_z']}", **settings, **row, **more} for row in rows]
 
 
 def write_csv(rows, batch="b", header=HEADER):
@@ -56,14 +54,9 @@ def write_csv(rows, batch="b", header=HEADER):
     return path
 
 
-def rows_of(grid=AXIS, **more):
-    rows = []
-    for by in grid:
-        for bz in grid:
-            row = {"run": f"r-{by}-{bz}", "status": "finished", "vae_type": "HVAE", "z_dims": 8, "seed": 2}
-            row |= exponential(by, bz) | {"psnr": 20 + bz, "is_mean": 2 + by, "lr_acc_mean": 0.5} | more
-            rows.append(row)
-    return rows
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def write_terms(folder, **terms):

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import plot_eval
-from tests.plane.planes import AXIS, exponential, plane_of, rows_of, write_csv, write_terms
-from utils.plane.advice import ADVICE, advice, headings_of, training
-from utils.plane.cells import Cell, Plane
+from tests.plane.planes import AXIS, exponential, grid, plane_of, rows_of, write_csv, write_terms
+from utils.plane.advice import ADVICE, advice, headings_of, terms_for, training
+from utils.plane.cells import Cell, Plane, read_plane
 from utils.plane.report import to_markdown
+
+
+def by_metric(rows):
+    return {row["metric"]: row for row in rows}
 
 
 def test_advice_on_a_known_surface():
@@ -21,47 +24,46 @@ def test_advice_on_a_known_surface():
             kl_y, kl_z = 10 - 4 * math.log10(by), 6 - 5 * math.log10(bz)
             rows.append({"beta_y": by, "beta_z": bz, "kl_y": kl_y, "kl_z": kl_z, "psnr": 20 + kl_y})
             rows[-1] |= {"lr_acc_mean": 0.9 - 0.1 * abs(kl_z - 6) + 0.01 * kl_y, "fid": 100 - kl_y - kl_z}
-    found = {row["metric"]: row for row in advice(plane_of(rows))}
-    assert set(found) == {"psnr", "lr_acc_mean", "fid"}
-    psnr, acc, fid = found["psnr"], found["lr_acc_mean"], found["fid"]
+    plane = plane_of(rows)
+    told = by_metric(advice(plane))
+    psnr, acc, fid = (told.pop(name) for name in ("psnr", "lr_acc_mean", "fid"))
+    assert not told
     assert (psnr["beta_y"], psnr["beta_z"], psnr["value"]) == (0.1, 10, 34)  # the lowest total rate of the five
     ordinary = [(16 - 9 * t, 10 ** (-0.1 * (30 - 4 * t))) for t in np.log10(AXIS)]  # rates and squared errors
     pairs = [(a, b, (rb - 15) / (rb - ra)) for ra, a in ordinary for rb, b in ordinary if ra <= 15 < rb]
     mixed = -10 * math.log10(min(share * a + (1 - share) * b for a, b, share in pairs))
     assert psnr["diagonal_value"] == pytest.approx(mixed) and psnr["gain"] == pytest.approx(34 - mixed)
-    assert psnr["diagonal_rate"] == psnr["rate"] == 15
+    assert psnr["diagonal_rate"] == psnr["rate"] == 15 and psnr["told"] == "untested"
     assert (acc["beta_y"], acc["beta_z"], acc["kl_z"]) == (0.1, 1, 6)
     assert acc["diagonal_rate"] == 16 and acc["gain"] == pytest.approx(0.04)  # less than the 20 of the best
     assert (fid["beta_y"], fid["beta_z"], fid["value"], fid["gain"]) == (0.1, 0.1, 75, 0)
-    budget = {"rate": 17}
-    within = {row["metric"]: row for row in advice(plane_of(rows), budget)}
+    within = by_metric(advice(plane, {"rate": 17}))
     assert (within["psnr"]["beta_y"], within["psnr"]["beta_z"]) == (0.1, 10)
     assert all(row["rate"] <= 17 + 1e-9 and row["budget"] == "R(z) + R(y|z) <= 17 nats" for row in within.values())
     assert within["fid"]["value"] > 75 and within["fid"]["diagonal_rate"] == 16
-    assert advice(plane_of(rows), {"kl_z": 0.5}) == []
-    assert all(row["kl_z"] <= 3.5 for row in advice(plane_of(rows), {"kl_z": 3.5}))
+    assert advice(plane, {"kl_z": 0.5}) == [] and all(row["kl_z"] <= 3.5 for row in advice(plane, {"kl_z": 3.5}))
 
 
 def test_in_bits_everything_known_in_nats_is_bits():
-    rows = [exponential(by, bz) | {"psnr": 1.0 / by} for by in AXIS for bz in AXIS]
-    nats = plane_of([row | {"nelbo": row["kl_y"] + row["kl_z"] - row["ll"]} for row in rows])
+    rows = grid(psnr=lambda row: 1 / row["beta_y"], nelbo=lambda row: row["kl_y"] + row["kl_z"] - row["ll"])
+    nats, bit = plane_of(rows), math.log(2)
     bits = Plane(nats.cells, unit="bits")
-    for a, b in zip(advice(nats, {"rate": 60.0}), advice(bits, {"rate": 60.0 / math.log(2)}), strict=True):
+    for a, b in zip(advice(nats, {"rate": 60.0}), advice(bits, {"rate": 60.0 / bit}), strict=True):
         for name in ("kl_y", "kl_z", "rate", "diagonal_rate"):
-            assert b[name] == pytest.approx(a[name] / math.log(2)) and headings_of(bits)[name].endswith("(bits)")
-        per = math.log(2) if a["metric"] == "nelbo" else 1
-        assert b["value"] == pytest.approx(a["value"] / per) and b["gain"] == pytest.approx(a["gain"] / per)
-        assert (a["unit"], b["unit"]) == (("nats", "bits") if a["metric"] == "nelbo" else ("dB", "dB"))
+            assert b[name] == pytest.approx(a[name] / bit) and headings_of(bits)[name].endswith("(bits)")
+        per, units = (bit, ("nats", "bits")) if a["metric"] == "nelbo" else (1, ("dB", "dB"))
+        assert (b["value"], b["gain"]) == pytest.approx((a["value"] / per, a["gain"] / per))
+        assert (a["unit"], b["unit"]) == units
         assert b["budget"].endswith("bits") and a["budget"] == "R(z) + R(y|z) <= 60 nats"
 
 
 def test_advice_without_ordinary_cells_leaves_them_empty():
     (row,) = advice(plane_of([exponential(1, 10) | {"psnr": 3.0}]))
-    assert "gain" not in row and "diagonal_rate" not in row
+    assert "gain" not in row and "diagonal_rate" not in row and row["command"] == ""
     assert "gain" not in to_markdown([row], ADVICE)
 
 
-def test_the_advice_of_a_batch_with_terms_of_single_images(script):
+def test_the_advice_of_a_batch_with_terms_of_single_images():
     """Cells of equal accuracy, whose squared error is least at (0.1, 10): only one of the two is a difference."""
     rng, rows = np.random.default_rng(0), rows_of()
     of_image = rng.normal(size=300)
@@ -70,36 +72,30 @@ def test_the_advice_of_a_batch_with_terms_of_single_images(script):
         correct = (rng.random(300) < 0.85).astype(np.float32)
         row |= {"psnr": -10 * np.log10(mse.mean()), "lr_acc_mean": correct.mean()}
         write_terms(Path("runs/b", row["run"]), mse=mse, lr_acc_mean=correct)
-    write_csv(rows)
-    flags = ["--run_batch_name", "b", "--format", "png", "--device", "cpu"]
-    status, out, err = script(plot_eval.main, *flags)
-    assert status == 0 and "untested" in out, err  # the inception score is
-    told = {line.split("|")[2].strip(): line for line in out.splitlines() if line.count("|") > 9}
-    assert "no difference that these images show" in told["lr_acc_mean"] and "| yes (one seed) " in told["psnr"]
-    assert "no per_image.npz" not in out
-    Path("runs/b", rows[0]["run"], "per_image.npz").write_bytes(b"damaged")
-    status, out, err = script(plot_eval.main, *flags)
+    plane = read_plane(write_csv(rows))
+    told = by_metric(advice(plane, terms=terms_for(plane)))
+    assert told["lr_acc_mean"]["told"].startswith("no difference") and told["is_mean"]["told"] == "untested"
     assert (
-        status == 0 and "note: no per_image.npz for 1 of 25 cells: what the advice says of them is untested" in out
-    ), err
-    (line,) = [line for line in out.splitlines() if "| psnr" in line]
-    assert "untested" in line and f"{max(row['psnr'] for row in rows):.4g}" in line
+        told["psnr"]["told"] == "yes (one seed)" and told["psnr"]["low"] < told["psnr"]["gain"] < told["psnr"]["high"]
+    )
+    assert not plane.notes
+    Path("runs/b", rows[0]["run"], "per_image.npz").write_bytes(b"damaged")
+    (row, *_) = advice(plane, terms=terms_for(plane))
+    assert row["told"] == "untested" and row["value"] == max(row["psnr"] for row in rows)
+    assert [("per_image.npz" in note, "1 of 25" in note) for note in plane.notes] == [(True, True)]
 
 
-@pytest.mark.parametrize(
-    "settings, seeds, betas, command",
-    [
-        ({"num_epochs": "7"}, ("2",), (1, 1), "python train.py --num_epochs 7"),
-        ({}, ("2", "5", "2"), (10**-0.5, 3), f"python train.py --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
-        ({"target_rate_z": "8.0"}, ("4",), (0.123456789, 1), "python train.py --beta_y 0.123457 --seed 4"),
-        ({"multi_rate": "True", "source": "x"}, ("?",), (1, 1 / 3), "python train.py --beta_z 0.333333"),
+def test_the_command_of_a_cell():
+    for settings, seeds, betas, flags in (
+        ({"num_epochs": "7"}, ("2",), (1, 1), " --num_epochs 7"),
+        ({}, ("2", "5", "2"), (10**-0.5, 3), f" --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
+        ({"target_rate_z": "8.0"}, ("4",), (0.123456789, 1), " --beta_y 0.123457 --seed 4"),
+        ({"multi_rate": "True", "source": "x"}, ("?",), (1, 1 / 3), " --beta_z 0.333333"),
         ({"vae_type": "LVAE", "use_conv_z": "True", "run_name": "a b"}, (), (1, 1),
-         "python train.py --vae_type LVAE --use_conv_z --run_name 'a b'"),
-        ({"init_from": "0f"}, ("2",), (1, 1), ""),
-        ({"z_dims": "many"}, ("2",), (1, 1), ""),
-        ({"dataset": "no/such/folder"}, ("2",), (1, 1), ""),
-    ],
-)  # fmt: skip
-def test_the_command_of_a_cell(settings, seeds, betas, command):
-    row = dict(zip(("beta_y", "beta_z"), map(float, betas), strict=True))
-    assert training(Cell(settings, ("r",), (row,), seeds)) == command
+         " --vae_type LVAE --use_conv_z --run_name 'a b'"),
+        ({"init_from": "0f"}, ("2",), (1, 1), None),
+        ({"z_dims": "many"}, ("2",), (1, 1), None),
+        ({"dataset": "no/such/folder"}, ("2",), (1, 1), None),
+    ):  # fmt: skip
+        row = dict(zip(("beta_y", "beta_z"), map(float, betas), strict=True))
+        assert training(Cell(settings, ("r",), (row,), seeds)) == ("" if flags is None else f"python train.py{flags}")

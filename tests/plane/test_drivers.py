@@ -2,67 +2,55 @@
 
 import numpy as np
 import pytest
-import scipy.stats
+from scipy.stats import pearsonr, rankdata, sem, spearmanr
 
-from tests.plane.planes import AXIS, exponential, plane_of
+from tests.plane.planes import grid, plane_of
 from utils.plane.cells import Cell, Plane
 from utils.plane.drivers import drivers
 
-RATES = ("kl_z", "kl_y", "rate")
-
 
 def test_a_metric_goes_with_the_rate_that_it_is_a_function_of():
-    rows = [exponential(by, bz) for by in AXIS for bz in AXIS]
-    for row in rows:
-        row |= {"psnr": row["kl_y"] + row["kl_z"], "svm_rbf_acc": np.tanh(row["kl_z"] / 9), "fid": row["kl_y"]}
-    found = {row["metric"]: row for row in drivers(plane_of(rows), ["psnr", "svm_rbf_acc", "fid", "is_mean"])}
-    assert list(found) == ["psnr", "svm_rbf_acc", "fid"] and {row["n"] for row in found.values()} == {25}
-    assert found["psnr"]["rate"] == found["svm_rbf_acc"]["kl_z"] == pytest.approx(1)
-    assert found["svm_rbf_acc"]["kl_y"] == pytest.approx(0) and abs(found["psnr"]["kl_z"]) < 0.9
-    assert found["fid"]["kl_y"] == pytest.approx(-1)  # less is better
+    rows = grid(psnr=lambda r: r["kl_y"] + r["kl_z"], svm_rbf_acc=lambda r: np.tanh(r["kl_z"] / 9))
+    plane = plane_of([row | {"fid": row["kl_y"]} for row in rows])
+    told = {row["metric"]: row for row in drivers(plane, ["psnr", "svm_rbf_acc", "fid", "is_mean"])}
+    assert list(told) == ["psnr", "svm_rbf_acc", "fid"] and {row["n"] for row in told.values()} == {25}
+    assert told["psnr"]["rate"] == told["svm_rbf_acc"]["kl_z"] == pytest.approx(1)
+    assert told["svm_rbf_acc"]["kl_y"] == pytest.approx(0) and abs(told["psnr"]["kl_z"]) < 0.9
+    assert told["fid"]["kl_y"] == pytest.approx(-1)  # less is better
 
 
 def test_at_equal_rate_is_what_regressions_on_the_total_leave():
     """The partial correlation of ranks is that of residuals, once both are regressed on the ranks of the total."""
     rng = np.random.default_rng(0)
-    rows = [exponential(by, bz) for by in AXIS for bz in AXIS]
-    for row in rows:
-        row["rate"] = row["kl_y"] + row["kl_z"]
-        row["psnr"] = row["rate"] + 2 * row["kl_z"] + rng.normal()
-        row["fid"] = row["psnr"]  # of which less is better
-    z, total, m = (scipy.stats.rankdata([row[name] for row in rows]) for name in ("kl_z", "rate", "psnr"))
-    left = [v - np.polyval(np.polyfit(total, v, 1), total) for v in (z, m)]
-    expected = scipy.stats.pearsonr(*left)[0]
-    found = [row["kl_z_given_rate"] for row in drivers(plane_of(rows), ["psnr", "fid"])]
-    assert found == pytest.approx([expected, -expected]) and expected > 0.5
+    rows = grid(psnr=lambda row: row["kl_y"] + 3 * row["kl_z"] + rng.normal())
+    plane = plane_of([row | {"fid": row["psnr"]} for row in rows])  # of which less is better
+    z, total, m = (rankdata(plane.values(name)) for name in ("kl_z", "rate", "psnr"))
+    expected = pearsonr(*(v - np.polyval(np.polyfit(total, v, 1), total) for v in (z, m)))[0]
+    told = [row["kl_z_given_rate"] for row in drivers(plane, ["psnr", "fid"])]
+    assert told == pytest.approx([expected, -expected]) and expected > 0.5
 
 
 def test_errors_are_over_the_seeds_that_all_cells_share():
     rng = np.random.default_rng(0)
-    repeats = [{seed: exponential(by, bz) | {"psnr": rng.random()} for seed in "123"} for by in AXIS for bz in AXIS]
-    for runs in repeats:
-        for row in runs.values():
-            row["rate"] = row["kl_y"] + row["kl_z"]
-    plane = Plane([Cell({}, tuple(runs), tuple(runs.values()), tuple(runs)) for runs in repeats])
+    seeds = {seed: plane_of(grid(psnr=lambda _: rng.random())).cells for seed in "123"}
+    repeats = [tuple(cell.repeats[0] for cell in of_seeds) for of_seeds in zip(*seeds.values(), strict=True)]
+    plane = Plane([Cell({}, tuple("123"), of_cell, tuple("123")) for of_cell in repeats])
     (row,) = drivers(plane, ["psnr"])
-    for rate in RATES:
-        told = [scipy.stats.spearmanr([c[s][rate] for c in repeats], [c[s]["psnr"] for c in repeats])[0] for s in "123"]
-        assert (row[rate], row[f"{rate}_se"]) == pytest.approx((np.mean(told), scipy.stats.sem(told)))
-    one = plane.cells[0]
-    plane.cells[0] = Cell({}, one.runs[:1], one.repeats[:1], one.seeds[:1])
+    for rate in ("kl_z", "kl_y", "rate"):
+        told = [spearmanr(plane.of_seed(rate, seed), plane.of_seed("psnr", seed))[0] for seed in seeds]
+        assert (row[rate], row[f"{rate}_se"]) == pytest.approx((np.mean(told), sem(told)))
+    plane.cells[0] = Cell({}, ("1",), repeats[0][:1], ("1",))
     (row,) = drivers(plane, ["psnr"])
-    medians = [cell.median["psnr"] for cell in plane.cells]
-    assert row["rate"] == pytest.approx(scipy.stats.spearmanr(plane.values("rate"), medians)[0])
+    assert row["rate"] == pytest.approx(spearmanr(plane.values("rate"), plane.values("psnr"))[0])
     assert "rate_se" not in row and row["seeds"] == 3
 
 
 def test_grids_of_other_settings_are_told_apart_and_few_cells_tell_nothing():
-    rows = [exponential(by, bz) | {"psnr": bz} for by in AXIS for bz in AXIS]
+    rows = grid(psnr=lambda row: row["beta_z"])
     plane = plane_of(rows)
     for cell in plane.cells[:5]:
         cell.settings["vae_type"] = "LVAE"
-    found = drivers(plane, ["psnr"])
-    assert [(row["vae_type"], row["n"]) for row in found] == [("LVAE", 5), ("HVAE", 20)]
-    assert found[0]["kl_z"] == pytest.approx(-1) and "kl_y" not in found[0]  # which is the same in all five
-    assert drivers(plane_of(rows[:3]), ["psnr"]) == []
-    assert drivers(plane_of([row | {"psnr": 20.0} for row in rows]), ["psnr"]) == []
+    told = drivers(plane, ["psnr"])
+    assert [(row["vae_type"], row["n"]) for row in told] == [("LVAE", 5), ("HVAE", 20)]
+    assert told[0]["kl_z"] == pytest.approx(-1) and "kl_y" not in told[0]  # which is the same in all five
+    assert drivers(plane_of(rows[:3]), ["psnr"]) == [] == drivers(plane_of(grid(psnr=20.0)), ["psnr"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shlex
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from utils.config import FLAGS, Config, kind_of
 from utils.errors import UserError
 from utils.plane.cells import ASKED, BETAS, Cell, Plane
-from utils.plane.gains import UNTESTED, gain, mixture, terms_of
+from utils.plane.gains import gain
 from utils.plane.metrics import ACCURACIES, mean_of, metric, score_of, value_of
+from utils.plane.mixtures import mixture
+from utils.plane.paired import UNTESTED, terms_of
 
 ADVICE = {  # columns of the advice and their headings
     "task": "task",
@@ -65,34 +68,31 @@ def advice(plane: Plane, budget: dict[str, float] | None = None, terms: dict | N
         within &= plane.values(name) <= most
         ordinary = ordinary & ((plane.values(name) <= most) | (name == "rate"))
         limits.append(f"{LIMITS[name]} <= {most:g} {plane.unit}")
-    rows, seeds, terms = [], [cell.seeds for cell in plane.cells], terms or {}
-    rates = plane.values("rate")
-    for task, names in TASKS.items():
-        for name in names:
-            best = plane.best(name, within)
-            if best is None:
-                continue
-            cell, row = plane.cells[best], {"task": task, "budget": ", ".join(limits), "metric": name}
-            unit, values = plane.scale(name), plane.values(name)
-            row |= {"unit": plane.unit_of(name), "value": float(values[best])}
-            row |= {n: plane.scale(n) * cell.median[n] for n in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
-            row |= {name: cell.settings.get(name) for name in plane.differing} | {"command": own_training(cell)}
-            among = within & np.isfinite(values)
-            few = ordinary & np.isfinite(values)
-            if few.any():
-                known = name in terms and gain(name, terms[name], seeds, among, few, rates)
-                if known:
-                    row |= {n: unit * getattr(known, n) for n in ("value", "se", "gain", "low", "high")}
-                    row |= {"diagonal_value": unit * known.other, "diagonal_rate": known.rate}
-                    row |= {"told": known.told, "chosen_kl_z": span(plane.values("kl_z")[[*known.chosen]])}
-                else:
-                    means = mean_of(name, values)
-                    way = mixture(name, {i: score_of(name, means[i]) for i in np.flatnonzero(few)}, rates, rates[best])
-                    mean, row["diagonal_rate"] = (float(sum(w * v[i] for i, w in way.items())) for v in (means, rates))
-                    row["diagonal_value"], row["told"] = float(value_of(name, np.array(mean))), UNTESTED
-                    row["gain"] = metric(name).better * (row["value"] - row["diagonal_value"])
-                row["gain"] = round(row["gain"], 12) + 0.0  # never -0
-            rows.append(row)
+    rows, seeds, rates, terms = [], [cell.seeds for cell in plane.cells], plane.values("rate"), terms or {}
+    for task, name in ((task, name) for task, names in TASKS.items() for name in names):
+        best = plane.best(name, within)
+        if best is None:
+            continue
+        cell, unit, values = plane.cells[best], plane.scale(name), plane.values(name)
+        row = {"task": task, "budget": ", ".join(limits), "metric": name, "unit": plane.unit_of(name)}
+        row |= {n: plane.scale(n) * cell.median[n] for n in ("beta_y", "beta_z", "kl_y", "kl_z", "rate")}
+        row |= {n: cell.settings.get(n) for n in plane.differing} | {"value": float(values[best])}
+        row["command"] = training(cell) if plane.unfolded[best] else ""
+        few = ordinary & np.isfinite(values)
+        tested = gain(name, terms[name], seeds, within & np.isfinite(values), few, rates) if name in terms else None
+        if tested:
+            row |= {n: unit * getattr(tested, n) for n in ("value", "se", "gain", "low", "high")}
+            row |= {"diagonal_value": unit * tested.other, "diagonal_rate": tested.rate, "told": tested.told}
+            row["chosen_kl_z"] = span(plane.values("kl_z")[[*tested.chosen]])
+        elif few.any():
+            means = mean_of(name, values)
+            way = mixture(name, rates, np.where(few, score_of(name, means), math.nan), rates[best])
+            mean, row["diagonal_rate"] = (float(sum(w * v[i] for i, w in way.items())) for v in (means, rates))
+            row["diagonal_value"], row["told"] = float(value_of(name, np.array(mean))), UNTESTED
+            row["gain"] = metric(name).better * (row["value"] - row["diagonal_value"])
+        if "gain" in row:
+            row["gain"] = round(row["gain"], 12) + 0.0  # never -0
+        rows.append(row)
     return rows
 
 
@@ -105,11 +105,6 @@ def span(values: np.ndarray) -> str:
 def terms_for(plane: Plane) -> dict:
     """The terms of single images of all metrics that the advice is about."""
     return terms_of(plane, [name for names in TASKS.values() for name in names if name in plane.names])
-
-
-def own_training(cell: Cell) -> str:
-    """The command that trains the point of an unfolded cell on its own; empty for other cells."""
-    return training(cell) if cell.settings.get("multi_rate") == "True" else ""
 
 
 def training(cell: Cell) -> str:

@@ -8,16 +8,19 @@ import dataclasses
 import io
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
+from models.tables import COLLAPSED
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import read_arrays
-from utils.plane.metrics import METRICS, is_squared, mean_of, metric, value_of
+from utils.plane.metrics import METRICS, metric
 
 BETAS = ("beta_y", "beta_z")
 SETTINGS = [f.name for f in dataclasses.fields(Config)]
@@ -25,8 +28,8 @@ ASKED = {"beta_y": "target_rate_y", "beta_z": "target_rate_z"}  # the rates for 
 OF_RUN = ("seed", "run_name", "run_batch_name", "source")  # may differ between the repeats of a cell
 SAME_CELL = [n for n in SETTINGS if n not in OF_RUN]
 SHARED = [n for n in SAME_CELL if n not in (*BETAS, *ASKED.values())]  # equal for the cells of one grid
+SATURABLE = ("mi_q_mc", "mi_q_mc_y")  # estimates that are left out where they are saturated
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}  # per nat
-COLLAPSED = 0.5  # nats: a latent of less rate carries hardly anything
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Plane:
         """The median of a metric over the runs of every cell, (N,), in the plane's unit; NaN where it is missing."""
         return self.scale(name) * np.array([cell.median.get(name, math.nan) for cell in self.cells])
 
+    def of_seed(self, name: str, seed: str) -> np.ndarray:
+        """A metric of the cells' runs with a seed, (N,), as it is stored; NaN where it is missing."""
+        runs = [dict(zip(cell.seeds, cell.repeats, strict=True)).get(seed, {}) for cell in self.cells]
+        return np.array([run.get(name, math.nan) for run in runs])
+
     def scale(self, name: str) -> float:
         """What a metric as it is stored is multiplied by, to be in the plane's unit."""
         return UNITS[self.unit] if metric(name).unit == "nats" else 1.0
@@ -80,11 +88,11 @@ class Plane:
 
     @property
     def collapsed(self) -> dict[str, tuple[int, int]]:
-        """For z and y, the number of runs whose rate is below COLLAPSED, and of cells where only some of them are."""
+        """By rate, the number of runs in which it is below COLLAPSED, and of cells where it is in some of them only."""
         result = {}
-        for layer in "zy":
-            cells = [[row[f"kl_{layer}"] < COLLAPSED for row in cell.repeats] for cell in self.cells]
-            result[layer] = sum(map(sum, cells)), sum(any(c) and not all(c) for c in cells)
+        for name in ("kl_z", "kl_y"):
+            cells = [[row[name] < COLLAPSED for row in cell.repeats] for cell in self.cells]
+            result[metric(name).label] = sum(map(sum, cells)), sum(any(c) and not all(c) for c in cells)
         return result
 
     @cached_property
@@ -93,16 +101,13 @@ class Plane:
         data, epochs = (
             ", ".join(sorted({c.settings.get(n) or "?" for c in self.cells})) for n in ("dataset", "num_epochs")
         )
-        labels = labels_of(self)
-        n = "?" if labels is None else f"{len(labels):,}"
-        runs = sum(len(cell.runs) for cell in self.cells)
-        few = [
-            f"R({'y|' * (n == 'y')}z) < {COLLAPSED:g} nats in {k} of {runs} runs"
-            for n, (k, _) in self.collapsed.items()
-            if k
-        ]
-        one = f"{data}, {epochs} epochs, n = {n} test images; {len(self.cells)} cells, {len(self.seeds)} seed"
-        return "; ".join([one + "s" * (len(self.seeds) > 1), *few])
+        labels, seeds, runs = labels_of(self), len(self.seeds), sum(len(cell.runs) for cell in self.cells)
+        parts = [f"{data}, {epochs} epochs, n = {'?' if labels is None else f'{len(labels):,}'} test images"]
+        parts.append(f"{len(self.cells)} cells, {seeds} seed{'s' * (seeds > 1)}")
+        for rate, (count, _) in self.collapsed.items():
+            if count:
+                parts.append(f"{rate} < {COLLAPSED:g} nats in {count} of {runs} runs")
+        return "; ".join(parts)
 
     @property
     def diagonal(self) -> np.ndarray:
@@ -121,9 +126,7 @@ class Plane:
 
     def where(self, mask: np.ndarray) -> "Plane":
         """The plane of the cells in a mask (N,)."""
-        return Plane(
-            [cell for cell, there in zip(self.cells, mask, strict=True) if there], self.notes, self.folder, self.unit
-        )
+        return dataclasses.replace(self, cells=list(compress(self.cells, mask)))
 
     @property
     def kinds(self) -> dict[str, np.ndarray]:
@@ -203,35 +206,34 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
     if not groups:
         raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
     plane.cells = [merge(repeats) for repeats in groups.values()]
-    for status in sorted({row.get("status") or "without status" for row in without}):
-        runs = [row.get("run") or "?" for row in without if (row.get("status") or "without status") == status]
-        listed = ", ".join(runs[:3]) + ", ..." * (len(runs) > 3)
-        plane.notes.append(f"{len(runs)} run(s) left out, without rates ({status}): {listed}")
-    repeated = sum(len(cell.runs) > 1 for cell in plane.cells)
-    if repeated:
-        plane.notes.append(f"{repeated} cell(s) were trained more than once: medians over their runs")
-    if plane.differing:
-        listed = "; ".join(
-            f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in plane.differing
-        )
-        plane.notes.append(f"the batch mixes settings, each with a marker (heat maps and image sheets apart): {listed}")
-    saturated = [name for name in ("mi_q_mc", "mi_q_mc_y") if (plane.values(f"{name}_saturated") > 0).any()]
-    for name in saturated:
-        where = int((plane.values(f"{name}_saturated") > 0).sum())
-        plane.notes.append(
-            f"{metric(name).label} ({name}) is saturated in {where} of {len(plane.cells)} cells: left out"
-        )
-    for layer, (count, cells) in plane.collapsed.items():
-        if cells:
-            rate = "R(z)" if layer == "z" else "R(y|z)"
-            plane.notes.append(
-                f"in {cells} cell(s) some seeds collapse, others do not: {rate} < {COLLAPSED} nats in {count} run(s)"
-            )
+    plane.notes += _notes(plane, without)
+    return plane
+
+
+def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
+    """What the table lacks, and what figures cannot show; `without` are the rows without rates."""
+    by_status, cells = {}, len(plane.cells)
+    for row in without:
+        by_status.setdefault(row.get("status") or "without status", []).append(row.get("run") or "?")
+    for status, runs in sorted(by_status.items()):
+        more = ", ..." * (len(runs) > 3)
+        yield f"{len(runs)} run(s) left out, without rates ({status}): {', '.join(runs[:3])}{more}"
+    if repeated := sum(len(cell.runs) > 1 for cell in plane.cells):
+        yield f"{repeated} cell(s) were trained more than once: medians over their runs"
+    if settings := plane.differing:
+        values = (f"{n} {', '.join(sorted({str(c.settings.get(n)) for c in plane.cells}))}" for n in settings)
+        yield f"the batch mixes settings, each with a marker (heat maps and image sheets apart): {'; '.join(values)}"
+    saturated = {name: int((plane.values(f"{name}_saturated") > 0).sum()) for name in SATURABLE}
+    for name, count in saturated.items():
+        if count:
+            yield f"{metric(name).label} ({name}) is saturated in {count} of {cells} cells: left out"
+    for rate, (count, some) in plane.collapsed.items():
+        if some:
+            yield f"in {some} cell(s) some seeds collapse, others do not: {rate} < {COLLAPSED} nats in {count} run(s)"
     for name in plane.names:
         missing = int(np.isnan(plane.values(name)).sum())
-        if missing and name in METRICS and name not in saturated:
-            plane.notes.append(f"{metric(name).label} ({name}) is missing in {missing} of {len(plane.cells)} cells")
-    return plane
+        if missing and name in METRICS and not saturated.get(name):
+            yield f"{metric(name).label} ({name}) is missing in {missing} of {cells} cells"
 
 
 def merge(repeats: list[dict[str, str]]) -> Cell:
@@ -240,7 +242,7 @@ def merge(repeats: list[dict[str, str]]) -> Cell:
     for row in metrics:
         row["rate"] = row["kl_y"] + row["kl_z"]
         row["nelbo"] = row["rate"] - row.get("ll", math.nan)
-        for name in ("mi_q_mc", "mi_q_mc_y"):
+        for name in SATURABLE:
             if row.get(f"{name}_saturated", 0) > 0:
                 row[name] = math.nan
     runs, seeds = (tuple(row.get(name) or "?" for row in repeats) for name in ("run", "seed"))
@@ -255,41 +257,3 @@ def labels_of(plane: Plane) -> np.ndarray | None:
         except (UserError, KeyError):
             continue
     return None
-
-
-def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What mixtures of the cells in a mask (N,) reach at best, along their rates; empty for metrics that do not mix."""
-    rate, value, known = plane.values("rate"), plane.values(name), metric(name)
-    there = among & np.isfinite(value)
-    if not there.any() or not known.mixes or not known.better:
-        return np.empty(0), np.empty(0)
-    ends = rate[there].min(), rate[there].max()
-    at = np.unique([*np.linspace(*ends, 300), *rate[there]])  # straight neither in decibels nor over log rates
-    return at, reach(name, rate[there], value[there], at)
-
-
-def reach(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The best value within given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
-    better = -1 if is_squared(name) else metric(name).better  # of the mean term
-    xs, vs = frontier(rate, mean_of(name, value), better)
-    best = np.argmax(better * vs)  # beyond it, further rate is worth nothing
-    return value_of(name, np.interp(np.minimum(at, xs[best]), xs, vs))
-
-
-def frontier(rate: np.ndarray, value: np.ndarray, better: int) -> tuple[np.ndarray, np.ndarray]:
-    """The corners of the better side of the convex hull of the points, in order of increasing rate.
-
-    Points between two corners are achievable on average by alternating between two models (time sharing).
-    """
-    corners = []
-    for x, v in sorted(zip(rate.tolist(), (better * value).tolist(), strict=True)):
-        while corners and corners[-1][0] == x:  # at equal rates only the best counts, which comes last
-            corners.pop()
-        while len(corners) > 1:
-            (x0, v0), (x1, v1) = corners[-2:]
-            if (v1 - v0) * (x - x0) > (v - v0) * (x1 - x0):
-                break
-            corners.pop()
-        corners.append((x, v))
-    xs, vs = np.array(corners).reshape(-1, 2).T
-    return xs, better * vs

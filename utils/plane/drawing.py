@@ -34,9 +34,7 @@ class Drawn(NamedTuple):
     rows: list[dict]
 
 
-def panels(
-    plane: Plane, n: int, height: float = 0.8, columns: int | None = None, about: str = ""
-) -> tuple[Figure, list[Axes]]:
+def panels(plane: Plane, n: int, height: float = 0.8, columns: int = 0, about: str = "") -> tuple[Figure, list[Axes]]:
     """A figure with n panels that says what it is of; `height` is relative to a panel's width."""
     columns = min(n, columns or (2 if n <= 4 else 3))
     rows = math.ceil(n / columns)
@@ -51,26 +49,20 @@ def panels(
 
 def say(figure: Figure, about: str) -> None:
     """Writes above a figure what it is of."""
-    wide = int(20 * figure.get_figwidth())
-    figure.suptitle(
-        "\n".join(text for line in about.splitlines() for text in textwrap.wrap(line, wide)),
-        x=0.01,
-        ha="left",
-        fontsize=7,
-        color="0.35",
-    )
+    width = int(20 * figure.get_figwidth())  # characters
+    text = "\n".join(textwrap.fill(line, width) for line in about.splitlines())
+    figure.suptitle(text, x=0.01, ha="left", fontsize=7, color="0.35")
 
 
 def rate_axis(ax: Axes, which: str, plane: Plane, name: str) -> None:
     """Labels an axis as a rate; where most of the rates would crowd at 0, it is logarithmic from 1 nat on."""
-    getattr(ax, f"set_{which}label")(plane.title(name))
+    axis, nat = getattr(ax, f"{which}axis"), UNITS[plane.unit]
+    axis.set_label_text(plane.title(name))
     if crowded(plane, name):
-        getattr(ax, f"set_{which}scale")("symlog", linthresh=UNITS[plane.unit])
-        axis = getattr(ax, f"{which}axis")
+        getattr(ax, f"set_{which}scale")("symlog", linthresh=nat)
+        getattr(ax, f"set_{which}lim")(-0.1 * nat, 1.5 * plane.values(name).max())
         axis.set_major_formatter(ScalarFormatter())
         axis.set_minor_formatter(NullFormatter())
-        low = -0.1 * UNITS[plane.unit]
-        getattr(ax, f"set_{which}lim")(low, 1.5 * plane.values(name).max())
 
 
 def crowded(plane: Plane, name: str) -> bool:
@@ -111,19 +103,8 @@ def mark(ax: Axes, plane: Plane, x: str, y: str, name: str | None) -> None:
     ax.plot(xs[one], ys[one], "s", ms=8, mfc="none", mec="k", mew=0.8, ls="none", label="both 1")
     best = plane.best(name) if name and metric(name).better else None
     if best is not None:
-        ax.plot(
-            xs[best],
-            ys[best],
-            "*",
-            ms=17,
-            mfc="none",
-            mec=RED,
-            mew=1.1,
-            ls="none",
-            zorder=4,
-            label="best",
-            clip_on=False,
-        )
+        star = {"ms": 17, "mfc": "none", "mec": RED, "mew": 1.1, "ls": "none", "clip_on": False}
+        ax.plot(xs[best], ys[best], "*", zorder=4, label="best", **star)
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from utils.evaluation.probes import standard_error
 from utils.plane.cells import Plane
 from utils.plane.metrics import metric
 
@@ -43,7 +44,7 @@ def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | 
                     continue
                 row[rate] = float(values.mean())
                 if len(repeats) > 1:
-                    row[f"{rate}_se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+                    row[f"{rate}_se"] = standard_error(values)
             rows.append(row)
     return rows
 

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
-from utils.evaluation.per_image import per_image
 from utils.evaluation.probes import standard_error
 from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
+from utils.plane.paired import cell_terms
 
 OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "optimizer", "warmup_epochs", "no_warmup")
 OF_TRAINING += ("lr_schedule", "multi_rate")
@@ -41,14 +40,14 @@ class Pair(NamedTuple):
     @property
     def excess(self) -> float:
         """Nats by which the loss of the unfolded cell is larger; means over seeds, test images."""
-        return float(np.mean(_losses(self.unfolded)) - np.mean(_losses(self.own)))
+        return float(_losses(self.unfolded).mean() - _losses(self.own).mean())
 
     @property
     def se(self) -> float:
         """Its standard error, over the test images and over the seeds of either if it has several; NaN if unknown."""
-        spreads = [np.std(_losses(c), ddof=1) / math.sqrt(len(c.runs)) for c in self[:2] if len(c.runs) > 1]
-        known = [v for v in (*spreads, self.of_images) if math.isfinite(v)]
-        return math.hypot(*known) if known else math.nan
+        errors = [standard_error(_losses(cell)) for cell in self[:2]] + [self.of_images]
+        errors = [se for se in errors if math.isfinite(se)]
+        return math.hypot(*errors) if errors else math.nan
 
     @property
     def trainings(self) -> tuple[str, str]:
@@ -60,8 +59,8 @@ def _optimizer(cell: Cell) -> str:
     return cell.settings.get("optimizer") or "adam"  # as all cells were trained whose tables do not say
 
 
-def _losses(cell: Cell) -> list[float]:
-    return [row.get("loss", math.nan) for row in cell.repeats]
+def _losses(cell: Cell) -> np.ndarray:
+    return np.array([row.get("loss", math.nan) for row in cell.repeats])
 
 
 def pairs(plane: Plane) -> list[Pair]:
@@ -75,15 +74,10 @@ def pairs(plane: Plane) -> list[Pair]:
 
 def _of_images(plane: Plane, *cells: Cell) -> float:
     """The standard error over test images of the difference of two cells' losses, means over seeds; NaN if unknown."""
-    losses = []
-    try:
-        for cell in cells:
-            found = [per_image(plane.folder / run) for run in cell.runs]
-            rates = [cell.median["beta_y"] * of["kl_y"] + cell.median["beta_z"] * of["kl_z"] - of["ll"] for of in found]
-            losses.append(np.mean(rates, axis=0, dtype=np.float64))
-        return standard_error(losses[0] - losses[1])
-    except (UserError, KeyError, ValueError, TypeError):  # TypeError: no folder
+    terms = [(cell_terms(plane, cell, ["loss"]) or {}).get("loss") for cell in cells]
+    if any(t is None for t in terms) or terms[0].shape[1] != terms[1].shape[1]:
         return math.nan
+    return standard_error(terms[0].mean(0) - terms[1].mean(0))
 
 
 def _key(cell: Cell) -> tuple:
@@ -98,19 +92,20 @@ def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
         for whose, epochs, cell in (("", "num_epochs", pair.unfolded), ("own_", "own_epochs", pair.own)):
             row |= {epochs: cell.settings.get("num_epochs") or "", f"{whose}optimizer": _optimizer(cell)}
             row |= {whose + n: cell.median.get(n) for n in ("kl_y", "kl_z", "psnr")}
-            row |= {f"{whose}loss": float(np.mean(_losses(cell))), f"{whose}n": len(cell.runs)}
+            row |= {f"{whose}loss": float(_losses(cell).mean()), f"{whose}n": len(cell.runs)}
         rows.append({name: row[name] for name in EXCESS})
     return rows
 
 
 def print_excess(found: list[Pair]) -> None:
     """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead."""
-    for trainings in dict.fromkeys(pair.trainings for pair in found):
-        these = np.array([pair.excess for pair in found if pair.trainings == trainings])
-        these = these[np.isfinite(these)]
-        if len(these):
-            print(
-                f"\nmulti-rate cells ({trainings[0]}) against their own trainings ({trainings[1]}): loss "
-                f"{these.mean():+.2f} nats on average, {these.min():+.2f} to {these.max():+.2f}; lower in "
-                f"{(these < 0).sum()} of {len(these)} cells"
-            )
+    by_trainings = {}
+    for pair in found:
+        if math.isfinite(pair.excess):
+            by_trainings.setdefault(pair.trainings, []).append(pair.excess)
+    for (shared, own), excess in by_trainings.items():
+        print(
+            f"\nmulti-rate cells ({shared}) against their own trainings ({own}): loss {np.mean(excess):+.2f} nats on "
+            f"average, {min(excess):+.2f} to {max(excess):+.2f}; lower in {sum(e < 0 for e in excess)} of "
+            f"{len(excess)} cells"
+        )

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import Normalize
 
-from utils.plane.cells import COLLAPSED, UNITS, Plane, hull
+from models.tables import COLLAPSED
+from utils.plane.cells import UNITS, Plane
 from utils.plane.compare import Group
 from utils.plane.drawing import (
     BETA_Y,
@@ -32,6 +33,7 @@ from utils.plane.drawing import (
     table,
 )
 from utils.plane.metrics import ACCURACIES, BRACKETS, metric
+from utils.plane.mixtures import hull
 
 
 def dots(
@@ -72,12 +74,12 @@ def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, 
         seeds(ax, plane, x, name)
         return dots(ax, plane, x, name, np.where(np.isfinite(plane.values(name)), colours, math.nan), norm=norm, s=12)
     low, high = plane.values(name), plane.values(BRACKETS[name])
-    there = np.isfinite(low) & np.isfinite(high)
-    at, how = plane.values(x)[there], {"norm": norm, "cmap": "viridis", "zorder": 2}
-    bars = ax.vlines(at, low[there], np.maximum(high, low)[there], lw=1.8, label="at least to at most", **how)
-    bars.set_array(colours[there])
-    ax.scatter(at, low[there], c=colours[there], marker="_", s=14, lw=1, **how)
-    return ax.scatter(at, np.maximum(high, low)[there], c=colours[there], marker="_", s=14, lw=1, **how)
+    known = np.isfinite(low) & np.isfinite(high)
+    at, low, high, colours = (v[known] for v in (plane.values(x), low, np.maximum(high, low), colours))
+    how = {"norm": norm, "cmap": "viridis", "zorder": 2}
+    ax.vlines(at, low, high, lw=1.8, label="at least to at most", **how).set_array(colours)
+    ax.scatter(at, low, c=colours, marker="_", s=14, lw=1, **how)
+    return ax.scatter(at, high, c=colours, marker="_", s=14, lw=1, **how)
 
 
 def draw_targets(ax: Axes, plane: Plane) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.plane.cells import BETAS, SHARED, Cell, Plane
+from utils.plane.cells import BETAS, Cell, Plane
 from utils.plane.tables import to_markdown
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
@@ -52,28 +52,22 @@ def slopes(plane: Plane) -> list[Slope]:
     images are used, since the loss on these was minimised.
     """
     part = "train_" if all(f"train_{n}" in c.median for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
-    groups = {}
-    for cell in plane.cells:
-        groups.setdefault(tuple(cell.settings.get(n) for n in SHARED), []).append(cell)
-    return [slope for cells in groups.values() for slope in _slopes_of(cells, part)]
+    return [slope for mask in plane.kinds.values() for slope in _slopes_of(plane.where(mask), part)]
 
 
-def _slopes_of(cells: list[Cell], part: str) -> list[Slope]:
+def _slopes_of(plane: Plane, part: str) -> list[Slope]:
     """The slopes of the cells of one grid; the metrics' names begin with `part`."""
-    seeds = list(dict.fromkeys(seed for c in cells for seed in c.seeds))
-    runs = [dict(zip(c.seeds, c.repeats, strict=True)) for c in cells]
-    d, r_y, r_z = (
-        np.array([[run[s].get(part + n, math.nan) if s in run else math.nan for run in runs] for s in seeds]) * sign
-        for n, sign in (("ll", -1), ("kl_y", 1), ("kl_z", 1))
-    )  # (seeds, cells)
+    cells, names = plane.cells, ("ll", "kl_y", "kl_z")
+    ll, r_y, r_z = (np.array([plane.of_seed(part + n, s) for s in plane.seeds]) for n in names)  # (seeds, cells)
+    d = -ll
     b_y, b_z = (np.array([c.median[n] for c in cells]) for n in BETAS)
     at_y, at_z = (np.unique(b, return_inverse=True)[1] for b in (b_y, b_z))
     near = (abs(at_y[:, None] - at_y) <= 1) & (abs(at_z[:, None] - at_z) <= 1) & np.isfinite(d).any(0)
     np.fill_diagonal(near, False)
     losses = d[:, None] + b_y[:, None] * r_y[:, None] + b_z[:, None] * r_z[:, None]  # [s, i, j]: j at i's betas
-    worse = mean_of(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # means over the seeds that both have
+    worse = _mean(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # means over the seeds that both have
     excess = np.fmax.reduce(worse, axis=1)
-    between = abs(mean_of(d[:, :, None] - d[:, None]))
+    between = abs(_mean(d[:, :, None] - d[:, None]))
     typical = np.array([np.nanmedian(between[i, near[i]]) if near[i].any() else math.inf for i in range(len(cells))])
     candidates = excess > FAR_EXCESS * typical
 
@@ -99,7 +93,7 @@ def _slopes_of(cells: list[Cell], part: str) -> list[Slope]:
     return result
 
 
-def mean_of(values: np.ndarray) -> np.ndarray:
+def _mean(values: np.ndarray) -> np.ndarray:
     """The mean over the first axis of the values that are not NaN; NaN where there are none."""
     there = np.isfinite(values)
     return np.where(there.any(0), np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1), math.nan)
@@ -132,7 +126,7 @@ def _least_squares(
     there = np.isfinite(target) & np.isfinite(terms).all(0)
     there &= there.sum(1, keepdims=True) > 1
     centred = [
-        np.where(there, v - mean_of(np.where(there, v, math.nan).T)[:, None], 0.0) for v in (*terms[known], target)
+        np.where(there, v - _mean(np.where(there, v, math.nan).T)[:, None], 0.0) for v in (*terms[known], target)
     ]
     *columns, y = (v[there] for v in centred)
     a = np.array(columns).T

@@ -1,0 +1,91 @@
+"""What models reach within a rate: against scipy's convex hull, and a fine grid of mixtures."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.spatial import ConvexHull
+
+from tests.plane.planes import plane_of
+from utils.plane import figures
+from utils.plane.metrics import mean_of, metric, score_of, value_of
+from utils.plane.mixtures import frontier, hull, mixture
+
+
+def test_the_frontier_is_one_side_of_scipys_hull_up_to_the_best():
+    rate, value = np.random.default_rng(0).normal(size=(2, 60))
+    vertices = ConvexHull(np.stack([rate, value], 1)).vertices
+    for score in (value, -value):
+        ends = [vertices[rate[vertices].argmin()], vertices[score[vertices].argmax()]]
+        chord = np.interp(rate[vertices], rate[ends], score[ends])
+        side = vertices[(score[vertices] >= chord - 1e-12) & (rate[vertices] <= rate[ends[1]])]
+        assert frontier(rate, score).tolist() == side[rate[side].argsort()].tolist() and len(side) > 2
+
+
+def test_the_frontier_of_few_points():
+    for points, corners, stairs in (
+        ([(1, 2)], [0], [0]),
+        ([(1, 2), (1, 3), (1, 3)], [1], [1]),
+        ([(2, 2), (1, 1), (3, 3)], [1, 2], [1, 0, 2]),  # in line
+        ([(0, 0), (1, 2), (2, 1), (1, 0), (5, 2)], [0, 1], [0, 1]),
+        ([(0, 0), (1, 0.1), (2, 2), (3, math.nan)], [0, 2], [0, 1, 2]),
+    ):
+        rate, score = np.array(points, float).T
+        assert (frontier(rate, score).tolist(), frontier(rate, score, mixes=False).tolist()) == (corners, stairs)
+
+
+def test_what_cells_reach_within_a_rate():
+    """Three cells by hand, and the best of a fine grid of mixtures of any two of them."""
+    rates, value = np.array([1.0, 4.0, 5.0]), np.array([0.5, 0.8, 0.2])
+    for name, most, expected in (
+        ("recons_acc", 2.0, {0: 2 / 3, 1: 1 / 3}),  # 0.6, of 0.5 at R = 1 and 0.8 at 4
+        ("recons_acc", 4.0, {1: 1}),
+        ("recons_acc", 99.0, {1: 1}),  # more rate is allowed, and worth nothing
+        ("recons_acc", 0.5, {0: 1}),  # none has so little
+        ("is_mean", 3.9, {0: 1}),  # does not mix
+        ("nelbo", 5.0, {2: 1}),
+        ("nelbo", 3.0, {0: 1 / 2, 2: 1 / 2}),
+    ):
+        score = score_of(name, value)
+        weights = mixture(name, rates, score, most)
+        assert weights == pytest.approx(expected)
+        if metric(name).mixes and most >= 1:
+            share, i, j = np.meshgrid(np.linspace(0, 1, 1201), range(3), range(3))
+            within = share * rates[i] + (1 - share) * rates[j] <= most
+            best = (share * score[i] + (1 - share) * score[j])[within].max()
+            assert sum(w * score[i] for i, w in weights.items()) == pytest.approx(best, abs=1e-3)
+
+
+def test_of_equal_cells_the_one_of_least_rate_counts_alone():
+    """A mixture of the two scores no more, whatever its last digit says."""
+    rates, score = np.array([3.39, 18.2]), np.full(2, 0.9666666666666667)
+    for most in np.linspace(3.39, 18.19, 100):
+        assert mixture("recons_acc", rates, score, most) == {0: 1}
+
+
+def test_half_and_half_of_two_models_is_mixed_in_squared_errors():
+    """Half 22.3 dB and half 13.4 dB is 15.9 dB, not 17.9; D and accuracies mix as they are, inception scores do not."""
+    rows = []
+    for rate, psnr, distortion in ((10.0, 22.3, 200.0), (2.0, 13.4, 300.0)):
+        row = {"kl_z": rate, "kl_y": 0.0, "beta_y": 1 + rate, "beta_z": 1, "psnr": psnr, "D": distortion}
+        rows.append(row | {"train_psnr": psnr, "is_mean": psnr, "recons_acc": psnr / 30, "lr_acc_mean": 1 - psnr / 30})
+    plane, every = plane_of(rows), np.ones(2, bool)
+    half = 10 * math.log10(2 / (10**-2.23 + 10**-1.34))
+    for name, value in (("psnr", half), ("train_psnr", half), ("D", 250.0), ("recons_acc", (22.3 + 13.4) / 60)):
+        xs, vs = hull(plane, name, every)
+        assert np.interp(6.0, xs, vs) == pytest.approx(value, abs=0.02)
+        assert (vs[-1], vs[0]) == pytest.approx(plane.values(name))
+    assert set(hull(plane, "lr_acc_mean", every)[1]) == {1 - 13.4 / 30}  # further rate costs no accuracy
+    assert not len(hull(plane, "is_mean", every)[0]) and not len(hull(plane, "D", ~every)[0])
+    axes = figures.total_rates(plane, ["psnr", "is_mean"]).figure.axes[:2]
+    assert [sum("hull" in line.get_label() for line in ax.lines) for ax in axes] == [1, 0]  # none has equal betas
+
+
+def test_values_and_the_terms_behind_them():
+    for name, value, mean, worse in (
+        ("psnr", 20.0, 0.01, 0.02),
+        ("nelbo", 3.0, 3.0, 4.0),
+        ("recons_acc", 0.8, 0.8, 0.7),
+    ):
+        assert value_of(name, np.array(mean)) == pytest.approx(value) and mean_of(name, value) == pytest.approx(mean)
+        assert score_of(name, mean) > score_of(name, worse)
