@@ -7,7 +7,7 @@ import numpy as np
 
 from utils.evaluation.probes import standard_error
 from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
-from utils.plane.paired import cell_terms
+from utils.plane.paired import terms_of
 
 OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "optimizer", "warmup_epochs", "no_warmup")
 OF_TRAINING += ("lr_schedule", "multi_rate")
@@ -74,10 +74,8 @@ def pairs(plane: Plane) -> list[Pair]:
 
 def _of_images(plane: Plane, *cells: Cell) -> float:
     """The standard error over test images of the difference of two cells' losses, means over seeds; NaN if unknown."""
-    terms = [(cell_terms(plane, cell, ["loss"]) or {}).get("loss") for cell in cells]
-    if any(t is None for t in terms) or terms[0].shape[1] != terms[1].shape[1]:
-        return math.nan
-    return standard_error(terms[0].mean(0) - terms[1].mean(0))
+    a, b = terms_of(Plane(cells, folder=plane.folder), ["loss"])["loss"]
+    return math.nan if a is None or b is None or a.shape[1] != b.shape[1] else standard_error(a.mean(0) - b.mean(0))
 
 
 def _key(cell: Cell) -> tuple:

@@ -1,7 +1,4 @@
-"""Differences of cells on the test images that they share: the terms of single images, intervals, and words for these.
-
-Images differ more than cells do, so that differences image by image have far smaller errors than the cells themselves.
-"""
+"""Differences of cells on shared test images: the terms of single images, intervals, and the words for these."""
 
 import functools
 import math
@@ -10,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from utils.evaluation.per_image import per_image
-from utils.plane.cells import BETAS, Cell, Plane
+from utils.plane.cells import BETAS, Plane
 
 RESAMPLES = 1000
 LEAST_IMAGES = 20  # to compare cells by
@@ -18,33 +15,28 @@ UNTESTED = "untested"
 
 
 def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | None]]:
-    """By metric, the terms of each cell, see `cell_terms`; None where it has none. Notes cells without any."""
-    cells = [cell_terms(plane, cell, names) for cell in plane.cells]
-    if missing := cells.count(None):
+    """By metric, the terms of each cell, (seeds, images), whose mean is the metric (of PSNR: the squared error).
+
+    None for cells whose runs lack them, or have them of different images; cells without any are noted.
+    """
+    terms, missing = {name: [] for name in names}, 0
+    for cell in plane.cells:
+        runs = [per_image(plane.folder / run) for run in cell.runs] if plane.folder else []
+        missing += not all(runs)
+        betas = {"nelbo": (1.0, 1.0), "loss": [cell.median[name] for name in BETAS]}
+        for run in runs:
+            run["psnr"] = run.get("mse")
+            if {"ll", "kl_y", "kl_z"} <= run.keys():
+                run |= {name: y * run["kl_y"] + z * run["kl_z"] - run["ll"] for name, (y, z) in betas.items()}
+        for name in names:
+            rows = [run.get(name) for run in runs]
+            alike = rows and all(row is not None and row.shape == rows[0].shape for row in rows)
+            terms[name].append(np.stack(rows).astype(np.float64) if alike else None)
+    if missing:
         plane.notes.append(
-            f"no per_image.npz for {missing} of {len(cells)} cells: what the advice says of them is untested; "
+            f"no per_image.npz for {missing} of {len(plane.cells)} cells: what the advice says of them is untested; "
             "repeat eval_beta_grid.py (steps 1 and 3)"
         )
-    return {name: [(terms or {}).get(name) for terms in cells] for name in names}
-
-
-def cell_terms(plane: Plane, cell: Cell, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """By metric, a cell's terms (seeds, images), whose mean is the metric; of PSNR, it is the squared error.
-
-    Without metrics whose terms a run lacks, or has of other images; None if a run has no terms at all.
-    """
-    runs, terms = [per_image(plane.folder / run) for run in cell.runs] if plane.folder else [], {}
-    if not all(runs):
-        return None
-    betas = {"nelbo": (1.0, 1.0), "loss": [cell.median[name] for name in BETAS]}
-    for run in runs:
-        run["psnr"] = run.get("mse")
-        if {"ll", "kl_y", "kl_z"} <= run.keys():
-            run |= {name: y * run["kl_y"] + z * run["kl_z"] - run["ll"] for name, (y, z) in betas.items()}
-    for name in names:
-        rows = [run.get(name) for run in runs]
-        if rows and all(row is not None and row.shape == rows[0].shape for row in rows):
-            terms[name] = np.stack(rows).astype(np.float64)
     return terms
 
 

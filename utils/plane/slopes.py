@@ -159,10 +159,10 @@ def slope_rows(found: list[Slope]) -> list[dict]:
     rows = []
     for s in found:
         b_y, b_z = s.cell.median["beta_y"], s.cell.median["beta_z"]
-        estimates = {"slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z, "excess": s.excess}
-        estimates |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
-        row = {"run": s.cell.runs[0], "beta_y": b_y, "beta_z": b_z}
-        rows.append(row | {k: v for k, v in estimates.items() if math.isfinite(v)} | {"far_off": "yes" * s.far_off})
+        numbers = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
+        numbers |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z, "excess": s.excess}
+        numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
+        rows.append({"run": s.cell.runs[0], **numbers, "far_off": "yes" * s.far_off})
     return rows
 
 
