@@ -90,19 +90,3 @@ def choices(name: str, terms: Sequence, seeds: Sequence[tuple], among: np.ndarra
 def _reported(terms: Mapping[int, np.ndarray], images: np.ndarray, half: int, seeds: slice, cell: int) -> np.ndarray:
     means = terms[cell][:, images] @ resamples(len(images), half).T / len(images)
     return np.median(means[seeds], axis=0)
-
-
-def scores(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """What each cell would be chosen by, and the mean term that would then be told of it, (choices, N) each.
-
-    As `gain` does it among all cells that have terms, on the images that all of these were tested on; NaN for other
-    cells, and no choices where `gain` would make none.
-    """
-    among = np.array([of_cell is not None for of_cell in terms])
-    tested = tested_images(list(compress(terms, among))) if among.any() else None
-    made = [] if tested is None else list(choices(name, terms, seeds, among, tested))
-    chosen, reported = np.full((2, len(made), len(terms)), math.nan)
-    for k, (score, means_of) in enumerate(made):
-        chosen[k] = score
-        reported[k, among] = [means_of(i)[0] for i in np.flatnonzero(among)]
-    return chosen, reported
