@@ -160,7 +160,7 @@ def slope_rows(found: list[Slope]) -> list[dict]:
     for s in found:
         b_y, b_z = s.cell.median["beta_y"], s.cell.median["beta_z"]
         numbers = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
-        numbers |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z, "excess": s.excess}
+        numbers |= {"excess": s.excess, "se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
         rows.append({"run": s.cell.runs[0], **numbers, "far_off": "yes" * s.far_off})
     return rows
