@@ -8,7 +8,7 @@ from scipy.stats import linregress
 
 from tests.plane.planes import AXIS, exponential, grid, plane_of
 from utils.plane.cells import Cell, Plane
-from utils.plane.slopes import slopes
+from utils.plane.slopes import slope_rows, slopes
 
 
 def ratios(slopes):
@@ -16,8 +16,11 @@ def ratios(slopes):
 
 
 def test_slopes_at_an_optimum_equal_the_betas():
-    for s in slopes(plane_of(grid())):
+    of_cells = slopes(plane_of(grid()))
+    for s in of_cells:
         assert (s.ratio_y, s.ratio_z, s.excess) == pytest.approx((1, 1, 0), abs=1e-9) and not s.far_off
+    columns = ["run", "beta_y", "beta_z", "slope_y", "slope_z", "excess", "se_y", "se_z", "far_off"]
+    assert all(list(row) == columns for row in slope_rows(of_cells))  # those of the figure's data, in their order
     rows = [{f"train_{k}" if k in ("ll", "kl_y", "kl_z") else k: v for k, v in row.items()} for row in grid()]
     rows = [row | {"kl_y": 1.0, "kl_z": 1.0, "ll": math.nan} for row in rows]  # those of training images count
     assert all(s.ratio_y == pytest.approx(1, abs=1e-9) for s in slopes(plane_of(rows)))
