@@ -23,8 +23,6 @@ from . import networks
 from .latents import Gaussian
 from .tables import LATENTS, LIKELIHOODS
 
-COLLAPSED = 0.5  # nats: a latent of a smaller rate carries hardly anything
-
 
 class Terms(NamedTuple):
     """Log-likelihood and both rates of each image, in nats; (B,), or (M, B) for M models."""

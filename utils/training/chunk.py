@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from datasets.loading import Data
-from models.hvae import COLLAPSED
 from models.stack import TERMS
+from models.tables import COLLAPSED
 from utils.distributed import is_first, largest_of_all
 from utils.errors import UserError
 from utils.runs import Run

@@ -13,8 +13,8 @@ import torch
 
 from datasets.loading import Data
 from models.conditioned import Conditioned
-from models.hvae import COLLAPSED
 from models.stack import TERMS
+from models.tables import COLLAPSED
 from utils import locks
 from utils.config import FLAGS, Config
 from utils.errors import UserError, heeded_signals
