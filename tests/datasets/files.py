@@ -6,12 +6,14 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import pytest
 import scipy.io
 import torch
 from PIL import Image
 
 from datasets.loading import Data, load_data
 from utils.config import Config
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -20,6 +22,13 @@ MNIST = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 def load(name, root="data", **settings) -> Data:
     return load_data(Config(dataset=name, **settings), root, CPU)
+
+
+def refused(name, *words, **settings) -> None:
+    """Loading the data set is refused in one line that has these words in it."""
+    with pytest.raises(UserError) as e:
+        load(str(name), **settings)
+    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), e.value
 
 
 def write_idx(path: Path, values: np.ndarray, zipped=False) -> None:

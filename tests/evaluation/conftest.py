@@ -1,31 +1,47 @@
-"""A small real batch for the tests of the evaluation."""
+"""A small real batch for the tests of the evaluation, trained and evaluated once for all of them."""
 
 import csv
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import eval_beta_grid
 import eval_beta_single
 import train
 import train_classifier
-from utils.locks import locked
 
 FAST = ["--device", "cpu", "--run_batch_name", "b"]
-
-
+RATES = [*FAST, "--exclude_mi", "--exclude_fid"]
 STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]
+
+
+def runs(folder="runs") -> list[Path]:
+    """The batch's run folders."""
+    return sorted(p for p in Path(folder, "b").iterdir() if p.is_dir())
+
+
+def four_steps(folder="runs") -> list[list]:
+    """The steps of the evaluation: a script's main and its flags."""
+    where = ["--runs_dir", folder]
+    return [
+        [eval_beta_grid.main, *STEP1, *where],
+        [eval_beta_single.main, "--run_path", *runs(folder), "--device", "cpu", *where],
+        [eval_beta_grid.main, *FAST, *where, "--get_mi_cal_acc"],
+        [eval_beta_grid.main, *FAST, *where, "--recons_acc", "--pca"],
+    ]
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, worker_id):
-    """A folder with a quick classifier and a batch `b` of four small but real models; shared by all workers."""
+    """A folder with `runs` and the same `evaluated`: a quick classifier, a batch `b` of four small but real models."""
     root = tmp_path_factory.getbasetemp()
     root = (root if worker_id == "master" else root.parent) / "made"
     root.mkdir(exist_ok=True)
-    with locked(root, 600):
+    with FileLock(root / "lock"):
         if not (root / "done").exists():
             make(root)
             (root / "done").touch()
@@ -33,32 +49,45 @@ def made(tmp_path_factory, worker_id):
 
 
 def make(root: Path) -> None:
-    runs = ["--runs_dir", str(root / "runs"), "--device", "cpu"]
+    where = ["--runs_dir", str(root / "runs"), "--device", "cpu"]
     torch.set_num_threads(1)
-    assert train_classifier.main([*runs, "--num_epochs", "2"]) == 0
-    settings = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "25", "--batch_size", "100"]
-    settings += ["--learning_rate", "0.002"]
+    assert train_classifier.main([*where, "--num_epochs", "1"]) == 0
+    settings = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "3", "--batch_size", "20"]
+    settings += ["--learning_rate", "0.003", "--cells_at_once", "4"]
     grid = ["--beta_y", "0.1", "5", "--beta_z", "0.1", "5", "--run_batch_name", "b"]
-    assert train.main([*runs, *settings, *grid]) == 0
+    assert train.main([*where, *settings, *grid]) == 0
+    shutil.copytree(root / "runs", root / "evaluated")
+    for main, *flags in four_steps(root / "evaluated"):
+        assert main([str(flag) for flag in flags]) == 0
+
+
+class Here:
+    """Fits probes in this process; a worker would import the libraries anew, as those of the batch above have."""
+
+    def submit(self, function, *args) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture(autouse=True)
+def no_workers(monkeypatch):
+    monkeypatch.setattr("joblib.externals.loky.get_reusable_executor", lambda *_, **__: Here())
+
+
+def rows() -> list[dict]:
+    """The batch's CSV."""
+    with open("runs/b/eval_results.csv", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture
 def batch(made):
-    """A copy of it in the current folder; returns a reader of the batch's CSV."""
+    """A copy of the batch, not evaluated yet, as ./runs/b."""
     shutil.copytree(made / "runs", "runs")
 
-    def rows():
-        with open("runs/b/eval_results.csv", newline="") as file:
-            return list(csv.DictReader(file))
 
-    return rows
-
-
-def four_steps(script):
-    results = [script(eval_beta_grid.main, *STEP1)]
-    for path in sorted(Path("runs/b").iterdir()):
-        if path.is_dir():
-            results.append(script(eval_beta_single.main, "--run_path", path, "--device", "cpu"))
-    results.append(script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--cpu_n", 2))
-    results.append(script(eval_beta_grid.main, *FAST, "--recons_acc", "--pca"))
-    return results
+@pytest.fixture
+def evaluated(made):
+    """A copy of the evaluated batch, as ./runs/b."""
+    shutil.copytree(made / "evaluated", "runs")

@@ -1,4 +1,7 @@
-"""Mutual information and the accuracy bound against closed forms, numerical integration and slow versions."""
+"""Information on the label against closed forms, numerical integration and slow versions, and its bracket.
+
+The bracket is that of synthetic latents of known information, from collapsed ones to narrow ones.
+"""
 
 import math
 
@@ -7,16 +10,20 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
+from scipy.special import logsumexp
 from sklearn.metrics import mutual_info_score
 
+from tests.reliability.trials import first
 from utils.evaluation import information
-from utils.evaluation.information import accuracy_bound, discrete_mi, entropy, gaussian_mi, log_mixtures
+from utils.evaluation.information import accuracy_bound, channel_mi, discrete_mi, gaussian_mi, upper_end
+from utils.evaluation.probes import entropy, fit_probe
 
 SVHN = np.repeat(np.arange(10), [1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595])
+K = 4  # classes of the synthetic latents
 
 
-def draws(means, stds, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def draws(means, stds):
+    g = torch.Generator().manual_seed(0)
     return means + stds * torch.randn(means.shape, generator=g, dtype=torch.float64)
 
 
@@ -31,107 +38,45 @@ def slow_log_mixtures(samples, means, stds, labels):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("n, mixture, columns", [(300, 1, 100), (300, 3, 100), (5, 3, 2)])
 @pytest.mark.parametrize("std", [1e-3, 0.1, 2.0])
-@pytest.mark.parametrize("mixture", [1, 3])
-def test_log_densities_equal_a_direct_loop(std, mixture, monkeypatch):
+def test_log_densities_equal_a_direct_loop(std, n, mixture, columns, monkeypatch):
+    """In blocks; the smallest holds fewer columns than a mixture has components."""
     monkeypatch.setattr(information, "ROWS", 70)
-    monkeypatch.setattr(information, "COLUMNS", 100)
+    monkeypatch.setattr(information, "COLUMNS", columns)
     g = torch.Generator().manual_seed(0)
-    n, d = 300, 8
-    means = torch.rand(n, mixture, d, generator=g, dtype=torch.float64) * 6 - 3
-    stds = std * (0.5 + torch.rand(n, mixture, d, generator=g, dtype=torch.float64))
+    means = torch.rand(n, mixture, 8, generator=g, dtype=torch.float64) * 6 - 3
+    stds = std * (0.5 + torch.rand(n, mixture, 8, generator=g, dtype=torch.float64))
     labels = torch.randint(0, 7, (n,), generator=g)
     samples = draws(means[:, 0], stds[:, 0])
-    fast = log_mixtures(samples, means, stds, (labels,))
+    fast = information.log_mixtures(samples, means, stds, (labels,))
     torch.testing.assert_close(fast, slow_log_mixtures(samples, means, stds, labels), rtol=0, atol=1e-6)
-
-
-def test_mixtures_of_more_components_than_a_block_holds(monkeypatch):
-    monkeypatch.setattr(information, "COLUMNS", 2)
-    means = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).double()
-    stds, labels, samples = torch.ones_like(means), torch.tensor([0, 1, 0, 1, 1]), means[:, 0]
-    fast = log_mixtures(samples, means, stds, (labels,))
-    torch.testing.assert_close(fast, slow_log_mixtures(samples, means, stds, labels), rtol=0, atol=1e-12)
 
 
 def test_a_class_far_away_keeps_its_density():
     """Its sum relative to the largest underflows; the value must not."""
-    means = torch.tensor([[[0.0]], [[100.0]]]).double()
-    stds = torch.ones(2, 1, 1).double()
-    samples = torch.zeros(2, 1).double()
-    log_own = log_mixtures(samples, means, stds, (torch.tensor([0, 1]),))[1, 1].item()
+    means, stds = torch.tensor([[[0.0]], [[100.0]]]).double(), torch.ones(2, 1, 1).double()
+    log_own = information.log_mixtures(torch.zeros(2, 1).double(), means, stds, (torch.tensor([0, 1]),))[1, 1].item()
     assert log_own == pytest.approx(scipy.stats.norm(100, 1).logpdf(0), rel=1e-12)
 
 
-def test_gaussians_far_apart_give_the_labels_entropy():
-    labels = torch.arange(1000) % 5
-    means = (1000.0 * labels)[:, None, None].double().expand(-1, 1, 3)
-    stds = torch.ones_like(means)
-    mi = gaussian_mi(draws(means[:, 0], stds[:, 0]), means, stds, labels)
-    assert mi.mi == pytest.approx(math.log(5), abs=1e-6) and mi.null < 0.05
-
-
-def test_independent_labels_with_broad_posteriors_give_zero():
-    g = torch.Generator().manual_seed(0)
-    means = torch.randn(2000, 1, 2, generator=g).double() * 0.1
-    stds = torch.ones_like(means)
-    mi = gaussian_mi(draws(means[:, 0], stds[:, 0]), means, stds, torch.randint(0, 10, (2000,), generator=g))
-    assert abs(mi.mi) < 0.01 and abs(mi.null) < 0.01
-
-
-def test_narrow_posteriors_saturate_and_the_null_tells():
-    g = torch.Generator().manual_seed(0)
-    means, labels = torch.randn(500, 1, 4, generator=g).double(), torch.arange(500) % 10
-    mi = gaussian_mi(means[:, 0], means, torch.full_like(means, 1e-3), labels)
-    assert mi.mi == pytest.approx(math.log(10), abs=1e-3) and mi.null == pytest.approx(math.log(10), abs=1e-3)
-
-
-@pytest.mark.parametrize("gap", [0.5, 1.0, 3.0])
-def test_two_classes_in_one_dimension_equal_numerical_integration(gap):
-    n = 4000
+@pytest.mark.parametrize(
+    "gap, shifts, std", [(0.5, [0.0], 1.0), (1.0, [0.0], 1.0), (3.0, [0.0], 1.0), (1.0, [-0.7, 0.7], 0.8)]
+)
+def test_two_classes_in_one_dimension_equal_numerical_integration(gap, shifts, std):
+    """Around -gap and gap; the last posterior is a mixture of two Gaussians, as of y."""
+    n, g = 4000, torch.Generator().manual_seed(3)
     labels = torch.arange(n) % 2
-    means = (gap * (2 * labels - 1)).double()[:, None, None]
-    stds = torch.ones_like(means)
-    mi = gaussian_mi(draws(means[:, 0], stds[:, 0]), means, stds, labels)
+    means = (gap * (2.0 * labels - 1))[:, None, None] + torch.tensor(shifts).double()[:, None]
+    component = torch.randint(0, len(shifts), (n,), generator=g)
+    samples = draws(means[torch.arange(n), component], std)
+    mi = gaussian_mi(samples, means, torch.full_like(means, std), labels)
 
     def integrand(t):
-        p = [scipy.stats.norm(m, 1).pdf(t) for m in (-gap, gap)]
-        total = sum(p) / 2
-        return sum(v / 2 * math.log(v / total) for v in p if v > 0)
-
-    expected = scipy.integrate.quad(integrand, -gap - 8, gap + 8)[0]
-    assert abs(mi.mi - expected) < 3 * mi.se
-
-
-def test_mixture_posteriors_equal_numerical_integration():
-    """q(y|x) is a mixture of two Gaussians, as for y: samples of either component, classes +-1."""
-    n = 4000
-    labels = torch.arange(n) % 2
-    centre = (2.0 * labels - 1).double()
-    means = torch.stack([centre - 0.7, centre + 0.7], 1)[:, :, None]
-    stds = torch.full_like(means, 0.8)
-    component = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(3))
-    samples = draws(means[torch.arange(n), component], stds[:, 0])
-    mi = gaussian_mi(samples, means, stds, labels)
-
-    def density(t, m):
-        return (scipy.stats.norm(m - 0.7, 0.8).pdf(t) + scipy.stats.norm(m + 0.7, 0.8).pdf(t)) / 2
-
-    def integrand(t):
-        p = [density(t, m) for m in (-1, 1)]
+        p = [scipy.stats.norm.pdf(t, m + np.array(shifts), std).mean() for m in (-gap, gap)]
         return sum(v / 2 * math.log(v / (sum(p) / 2)) for v in p if v > 0)
 
-    assert abs(mi.mi - scipy.integrate.quad(integrand, -9, 9)[0]) < 3 * mi.se
-
-
-def test_memory_and_shape_do_not_depend_on_blocks(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    means = torch.randn(333, 2, 3, generator=g)
-    stds, labels = torch.rand(333, 2, 3, generator=g) + 0.1, torch.arange(333) % 4
-    whole = gaussian_mi(means[:, 0], means, stds, labels)
-    monkeypatch.setattr(information, "ROWS", 50)
-    monkeypatch.setattr(information, "COLUMNS", 64)
-    assert gaussian_mi(means[:, 0], means, stds, labels) == pytest.approx(whole, rel=1e-12)
+    assert abs(mi.mi - scipy.integrate.quad(integrand, -gap - 8, gap + 8)[0]) < 3 * mi.se
 
 
 def test_discrete_information_equals_sklearn():
@@ -141,30 +86,145 @@ def test_discrete_information_equals_sklearn():
     assert discrete_mi(a, b) == pytest.approx(mutual_info_score(a, b))
     assert discrete_mi(a, a) == pytest.approx(entropy(a))
     assert entropy(a) == pytest.approx(scipy.stats.entropy(np.bincount(a)))
-
-
-def grid_bound(mi, labels):
-    """The largest a of a fine grid whose residual uncertainty is enough."""
-    k = len(np.unique(labels))
-    a = np.linspace(1 / k, 1, 2_000_001)[:-1]
-    h2 = -a * np.log(a) - (1 - a) * np.log1p(-a)
-    possible = entropy(labels) - h2 - (1 - a) * (math.log(k - 1) if k > 2 else 0) <= mi
-    return a[possible].max() if possible.any() else 1 / k
+    labels = np.arange(1000) % K  # and a category drawn from its probabilities
+    certain, right = np.eye(K)[labels], 0.9 + 0.1 / K
+    assert channel_mi(certain, labels) == pytest.approx(math.log(K))
+    assert channel_mi(np.full((1000, 7), 1 / 7), labels) == pytest.approx(0, abs=1e-12)
+    expected = math.log(K) + right * math.log(right) + (1 - right) * math.log((1 - right) / (K - 1))
+    assert channel_mi(0.9 * certain + 0.1 / K, labels) == pytest.approx(expected)  # a symmetric channel
 
 
 @pytest.mark.parametrize("labels", [np.arange(2), np.arange(10), np.arange(100), SVHN], ids=["2", "10", "100", "SVHN"])
 def test_accuracy_bound_equals_a_fine_grid_search(labels):
-    h = entropy(labels)
+    h, k = entropy(labels), len(np.unique(labels))
+    grid = np.linspace(1 / k, 1, 2_000_001)[:-1]
+    h2 = -grid * np.log(grid) - (1 - grid) * np.log1p(-grid)
+    needed = h - h2 - (1 - grid) * (math.log(k - 1) if k > 2 else 0)  # nats, for an accuracy
     for mi in np.linspace(0, h, 12)[:-1]:
-        assert accuracy_bound(mi, labels) == pytest.approx(grid_bound(mi, labels), abs=2e-6)
+        expected = grid[needed <= mi].max() if (needed <= mi).any() else grid[0]
+        assert accuracy_bound(mi, labels) == pytest.approx(expected, abs=2e-6)
     assert accuracy_bound(h, labels) == 1 and accuracy_bound(h + 1, labels) == 1
-    bounds = [accuracy_bound(mi, labels) for mi in np.linspace(0, h, 50)]
-    assert (np.diff(bounds) > 0).all()
+    assert (np.diff([accuracy_bound(mi, labels) for mi in np.linspace(0, h, 50)]) > 0).all()
+    assert accuracy_bound(0.5, 0 * labels) == 1  # of one class
 
 
-def test_accuracy_bound_known_values():
-    assert accuracy_bound(0.0, np.arange(10)) == pytest.approx(0.1)
-    assert accuracy_bound(0.0, SVHN) == pytest.approx(0.239, abs=1e-3)
-    assert accuracy_bound(1.0, np.arange(10)) == pytest.approx(0.689, abs=1e-3)
-    assert accuracy_bound(1.0, SVHN) == pytest.approx(0.715, abs=1e-3)
-    assert accuracy_bound(0.5, np.zeros(9, dtype=int)) == 1
+class Latents:
+    """N images whose posteriors N(m, std^2) average to unit variance; the first dimension depends on the label.
+
+    Given the label, a sample's first coordinate is Gaussian around the class's centre, the others are not told apart.
+    """
+
+    def __init__(self, n: int, rate: float, d: int, seed: int, informative: bool = True):
+        rng = np.random.default_rng(seed)
+        self.labels, self.std = np.arange(n) % K, math.exp(-rate / d)
+        between = 0.7 * (1 - self.std**2) * informative  # variance of the centres
+        self.centres = (np.arange(K) - 1.5) * math.sqrt(between / 1.25)
+        self.within = math.sqrt(1 - between)
+        self.means = rng.normal(size=(n, d)) * math.sqrt(1 - self.std**2)
+        self.means[:, 0] = self.centres[self.labels] + rng.normal(size=n) * math.sqrt(self.within**2 - self.std**2)
+        self.samples = self.means + self.std * rng.normal(size=(n, d))
+        self.rates = 0.5 * (self.means**2 + self.std**2 - 1).sum(1) - d * math.log(self.std)
+
+    @property
+    def truth(self) -> float:
+        """I(z; label), by numerical integration."""
+
+        def integrand(t):
+            p = scipy.stats.norm(self.centres, self.within).pdf(t)
+            return float((p / K * np.log(p / p.mean())).sum())
+
+        return scipy.integrate.quad(integrand, -7, 7, limit=200)[0]
+
+    def estimate(self, spread: np.ndarray | float = 0.0) -> information.MutualInformation:
+        """From posteriors around the means, or of mixtures of S that are spread (N, S, d) around them."""
+        means = torch.tensor(self.means[:, None] + spread)
+        samples = torch.tensor(self.samples) + means[:, 0] - torch.tensor(self.means)
+        return gaussian_mi(samples, means, torch.full_like(means, self.std), torch.tensor(self.labels))
+
+    def bracket(self, train: "Latents", mi: information.MutualInformation):
+        """Lower end and its standard error, upper end and its standard error, accuracy of the probe on samples."""
+        probe, _ = fit_probe("lr", (train.samples, train.labels), (self.samples, self.labels), "", standardize=True)
+        low = max(0.0, entropy(self.labels) - probe["lr_nll"])
+        rate = self.rates.mean(), scipy.stats.sem(self.rates)
+        return low, probe["lr_nll_se"], *upper_end(self.labels, rate, (mi.upper, mi.upper_se)), probe["lr_acc_mean"]
+
+
+@pytest.mark.parametrize("d, rate", [(1, 0.1), (2, 1.0), (4, 4.0), (8, "ln N"), (8, "3 ln N")])
+@pytest.mark.parametrize("n_and_seed", first(2, (360, 0), (2000, 0), (360, 1), (360, 2), (360, 3), (10_000, 0)))
+def test_the_bracket_holds_the_truth_and_the_estimate_says_when_it_does_not(n_and_seed, d, rate):
+    n, seed = n_and_seed
+    rate = {"ln N": math.log(n), "3 ln N": 3 * math.log(n)}.get(rate, rate)
+    test, train = Latents(n, rate, d, seed), Latents(n, rate, d, seed + 100)
+    assert test.rates.mean() == pytest.approx(rate, rel=0.1)
+    mi = test.estimate()
+    low, low_se, high, high_se, accuracy = test.bracket(train, mi)
+    assert low - 3 * low_se <= test.truth <= high + 3 * high_se
+    assert high - low < 0.9 * entropy(test.labels) and low > 0 and high <= entropy(test.labels)
+    if rate <= 1:  # few posteriors are narrow, so that leaving one of many out costs hardly anything
+        assert high - test.truth <= 3 * high_se + 10 * math.exp(rate) / n
+    assert accuracy <= accuracy_bound(high, test.labels) + 3 * math.sqrt(0.25 / n)
+    if rate > math.log(n) - 2:  # the estimate claims nearly all of H(label), whatever the truth
+        assert mi.is_saturated(rate, n) and mi.mi > test.truth + 3 * mi.se
+    elif not mi.is_saturated(rate, n):
+        assert abs(mi.mi - test.truth) < 4 * mi.se + rate * math.exp(rate) / n
+
+
+def test_a_collapsed_y_says_nothing():
+    """Four samples of z make its posterior a mixture of four all but equal Gaussians, those of all other images."""
+    n, rng = 1000, np.random.default_rng(0)
+    labels, means = np.arange(n) % K, 1e-3 * rng.normal(size=(n, 4, 6))
+    samples = means[:, 0] + rng.normal(size=(n, 6))
+    mi = gaussian_mi(*(torch.tensor(v) for v in (samples, means, np.ones_like(means), labels)))
+    rate = 0.5 * (means**2).sum(2).mean()
+    high, _ = upper_end(labels, (rate, 0.0), (mi.upper, mi.upper_se))
+    assert 0 <= high <= rate < 1e-5 and abs(mi.mi) < 1e-3 and not mi.is_saturated(rate, n)
+
+
+@pytest.mark.parametrize("n", first(1, 1000, 360, 10_000))
+@pytest.mark.parametrize("rate", [1e-4, 5.0, 20.0])
+def test_latents_that_know_nothing_of_the_label(rate, n):
+    """Collapsed ones, where everything says 0; and informative ones of other things, where the lower end does."""
+    test, train = Latents(n, rate, 6, 0, informative=False), Latents(n, rate, 6, 1, informative=False)
+    mi = test.estimate()
+    low, low_se, high, high_se, accuracy = test.bracket(train, mi)
+    assert low <= 3 * low_se and low < 0.02 and abs(accuracy - 1 / K) < 4 * math.sqrt(0.19 / n)
+    if rate < 1:
+        assert 0 <= high < 2e-3 and not mi.is_saturated(rate, n) and abs(mi.mi) < 2e-3
+        assert accuracy_bound(high, test.labels) < 1 / K + 0.04
+    else:
+        assert mi.is_saturated(rate, n) or mi.mi < 0.1
+        assert mi.mi > 0.5 or rate < 20
+
+
+def test_the_bracket_of_a_mixture_posterior():
+    """As of y: each posterior is a mixture of 4 Gaussians, around the image's own mean."""
+    test = Latents(1000, 2.0, 2, 0)
+    spread = 0.4 * np.random.default_rng(0).normal(size=(1000, 4, 2)) * [0, 1]  # where the label is not known
+    mi = test.estimate(spread)
+    assert test.truth - 3 * mi.upper_se <= mi.upper < entropy(test.labels)
+
+
+@pytest.mark.parametrize("rate", [1.0, 12.0])
+def test_the_upper_bound_is_that_of_a_plain_double_loop(rate):
+    """log q(s | label), own posterior included, less log q(s) of the others; each mean over images one by one."""
+    n = 40
+    test = Latents(n, rate, 2, 0)
+    spread = 0.1 * np.random.default_rng(0).normal(size=(n, 3, 2))
+    means, samples = test.means[:, None] + spread, test.samples + spread[:, 0]
+    log_p = scipy.stats.norm.logpdf(samples[:, None, None], means, test.std).sum(3)  # of i's sample, j's component
+    log_p = logsumexp(log_p, axis=2) - math.log(3)
+    expected = []
+    for i in range(n):
+        same, others = log_p[i, test.labels == test.labels[i]], np.delete(log_p[i], i)
+        expected.append(logsumexp(same) - math.log(len(same)) - logsumexp(others) + math.log(n - 1))
+    mi = test.estimate(spread)
+    assert mi.upper == pytest.approx(np.mean(expected), rel=1e-6)
+    assert mi.upper_se == pytest.approx(scipy.stats.sem(expected), rel=1e-6)
+
+
+def test_the_upper_end_is_the_smallest_bound():
+    labels = np.arange(100) % K
+    assert upper_end(labels, (9.0, 0.1), (3.0, 0.2)) == (entropy(labels), 0.0)
+    assert upper_end(labels, (1.0, 0.1), (0.5, 0.2)) == (0.5, 0.2)
+    assert upper_end(labels, (1.0, 0.1), (math.nan, math.nan)) == (1.0, 0.1)
+    assert upper_end(labels, (0.1, 0.01), (-0.2, 0.2)) == (0.0, 0.2)

@@ -1,4 +1,4 @@
-"""Every model of the paper: sizes, the outputs of the paper's code, and all combinations from training to reload."""
+"""Every model of the paper: sizes, the outputs of the paper's code, and the combinations from training to reload."""
 
 import itertools
 import json
@@ -7,13 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+from torch.func import functional_call
 
+from datasets.batches import Resident
+from datasets.loading import Data
 from models.build import build_model
-from models.hvae import Terms
+from models.hvae import Noise, Terms
 from models.stack import Stack
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from tests.conftest import ROOT, random_data
+from tests.reliability.trials import first
 from utils.config import Config
 from utils.errors import UserError
 from utils.runs import Run, load_model
@@ -25,27 +30,28 @@ from utils.training.loop import Interrupted, train
 REFERENCE = ROOT / "tests" / "reference_runs"
 CPU = torch.device("cpu")
 FIXED = "GaussianFixedSigma"
+PARAMETERS = [
+    (475_811, dict(dataset="CIFAR10", conv_channels=32, z_dims=32, px_y_family_ll=FIXED)),
+    (122_713, dict(dataset="BinaryMNIST", conv_channels=16, z_dims=20)),
+    (819_732, dict(dataset="CIFAR10", conv_channels=32, use_conv_z=True, px_y_family_ll="MoL")),
+    (33_503_140, dict(dataset="ImageNet", conv_channels=192, px_y_family_ll="GaussianLearnedSigma")),
+    (123_387, dict(dataset="BinaryMNIST", z_dims=10, qz_family="GumbelSoftmax", linear_y_with_dims=64)),
+    (408_131, dict(vae_type="LVAE", dataset="SVHN", conv_channels=32, z_dims=32, px_y_family_ll=FIXED)),
+    (566_996, dict(vae_type="LVAE", dataset="SVHN", conv_channels=32, use_conv_z=True)),
+]
 
 
-@pytest.mark.parametrize(
-    "parameters, settings",
-    [
-        (475_811, dict(dataset="CIFAR10", conv_channels=32, z_dims=32, px_y_family_ll=FIXED)),
-        (122_713, dict(dataset="BinaryMNIST", conv_channels=16, z_dims=20)),
-        (819_732, dict(dataset="CIFAR10", conv_channels=32, use_conv_z=True, px_y_family_ll="MoL")),
-        (33_503_140, dict(dataset="ImageNet", conv_channels=192, px_y_family_ll="GaussianLearnedSigma")),
-        (123_387, dict(dataset="BinaryMNIST", z_dims=10, qz_family="GumbelSoftmax", linear_y_with_dims=64)),
-        (408_131, dict(vae_type="LVAE", dataset="SVHN", conv_channels=32, z_dims=32, px_y_family_ll=FIXED)),
-        (566_996, dict(vae_type="LVAE", dataset="SVHN", conv_channels=32, use_conv_z=True)),
-    ],
-)
-def test_parameter_counts(parameters, settings):
-    assert sum(p.numel() for p in build_model(Config(**settings)).parameters()) == parameters
+def test_parameter_counts():
+    for parameters, settings in PARAMETERS:
+        with torch.device("meta"):
+            model = build_model(Config(**settings))
+        assert sum(p.numel() for p in model.parameters()) == parameters, settings
 
 
+@pytest.mark.parametrize("draws", first(1, 40, 400))
 @pytest.mark.parametrize("name", ["hvae_fixed_cifar_gauss", "hvae_fixed_cifar_mol", "lvae_conv_svhn_learned"])
 @torch.no_grad()
-def test_runs_of_the_papers_code_give_its_outputs(name):
+def test_runs_of_the_papers_code_give_its_outputs(name, draws):
     run = Run.open(REFERENCE / name)
     model, golden = load_model(run, CPU), np.load(REFERENCE / name / "golden.npz")
     x, z = torch.from_numpy(golden["x_uint8"]).float() / 255, torch.from_numpy(golden["z"])
@@ -57,14 +63,154 @@ def test_runs_of_the_papers_code_give_its_outputs(name):
     for key, value in ours.items():
         scale = np.abs(golden[key]).max()
         np.testing.assert_allclose(value, golden[key], rtol=1e-4, atol=1e-4 * scale, err_msg=key)
-    noise = generator(CPU, 0)
-    draws = []
-    for _ in range(400):
+    noise, means = generator(CPU, 0), []
+    for _ in range(draws):
         terms = model(x, model.noise(len(x), noise))
         loss = terms.loss(run.config.beta_y, run.config.beta_z)
-        draws.append([t.mean().item() for t in (loss, terms.ll, terms.kl_z, terms.kl_y)])
-    error = np.hypot(golden["mc_stderr"], np.std(draws, axis=0) / 20) + 1e-5 * np.abs(draws[0])
-    assert (np.abs(np.mean(draws, axis=0) - golden["mc_mean_loss_ll_klz_kly"]) < 4 * error).all()
+        means.append([t.mean().item() for t in (loss, terms.ll, terms.kl_z, terms.kl_y)])
+    error = np.hypot(golden["mc_stderr"], scipy.stats.sem(means)) + 1e-5 * np.abs(means[0])
+    assert (np.abs(np.mean(means, axis=0) - golden["mc_mean_loss_ll_klz_kly"]) < 4 * error).all()
+
+
+AXES = dict(
+    vae_type=MODELS,
+    use_conv_z=(False, True),
+    qz_family=LATENTS,
+    px_y_family_ll=LIKELIHOODS,
+    dataset=("MNIST", "CIFAR10", "ImageNet"),
+    linear_y_with_dims=(-1, 6),
+)
+EVERY = [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+SMALL = dict(conv_channels=4, z_dims=3, batch_size=4, num_epochs=2, warmup_epochs=0, sigma=0.3)
+
+
+def allowed(s: dict) -> bool:
+    """What the paper's models allow, as one independent statement (ImageNet's z is convolutional anyway)."""
+    conv = s["use_conv_z"] or s["dataset"] == "ImageNet"
+    if s["px_y_family_ll"] == "Bernoulli" and s["dataset"] != "MNIST":
+        return False
+    if s["vae_type"] == "BVAE":
+        return not conv and s["qz_family"] == "DiagonalGaussian"
+    if s["vae_type"] == "LVAE" and s["dataset"] == "ImageNet":
+        return False
+    return not (conv and (s["qz_family"] == "GumbelSoftmax" or s["linear_y_with_dims"] > 0))
+
+
+def test_forbidden_combinations_are_refused_in_one_line():
+    for settings in EVERY:
+        if not allowed(settings):
+            with pytest.raises(UserError, match=r"^--\w+: [^\n]+$"):
+                Config(**settings, **SMALL)
+
+
+def pairs(s: dict) -> set:
+    return set(itertools.combinations(s.items(), 2))
+
+
+def pairwise(every: list[dict]) -> list[dict]:
+    """A few of the combinations, in which each two settings that go together do so."""
+    few, left = [], set().union(*map(pairs, every))
+    while left:
+        few.append(max(every, key=lambda s: len(left & pairs(s))))
+        left -= pairs(few[-1])
+    return few
+
+
+def cases() -> list:
+    """All distinct combinations; the default suite takes a few, without the largest model, which takes minutes."""
+    distinct = [s for s in EVERY if allowed(s) and (s["use_conv_z"] or s["dataset"] != "ImageNet")]
+    few = [s for s in pairwise(distinct) if (s["px_y_family_ll"], s["dataset"]) != ("MoL", "ImageNet")]
+    return [
+        pytest.param(s, marks=[] if s in few else [pytest.mark.slow], id="-".join(map(str, s.values())))
+        for s in distinct
+    ]
+
+
+class Signals:
+    """What has been received: nothing, or SIGTERM once the first epoch of a chunk is over."""
+
+    def __init__(self, chunk: Chunk | None = None):
+        self.chunk = chunk
+
+    @property
+    def received(self) -> int | None:
+        return 15 if self.chunk and self.chunk.epoch == 1 else None
+
+
+def in_double(noise: Noise) -> Noise:
+    return noise._replace(z=noise.z.double(), y=noise.y.double())
+
+
+def chunk_of(run: Run, *state) -> Chunk:
+    return Chunk([run], [*state, None][:1], Engine(run.config, 1, CPU))
+
+
+@pytest.fixture(scope="module", params=cases())
+def case(request, tmp_path_factory) -> tuple[Run, Data, torch.Tensor]:
+    """A training of two steps of a combination, its random images, and the test images as floats."""
+    torch.set_num_threads(1)
+    config = Config(**request.param, **SMALL)
+    data = random_data(config, n=4 if config.image_shape[1] < 256 else 1)
+    run = Run.of(config, tmp_path_factory.mktemp("whole"))
+    run.create()
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("utils.training.pictures.N", 1)
+        train(chunk_of(run), data, Signals())
+        yield run, data, data.test.images.float() / 255
+
+
+def test_two_steps_lower_the_loss(case):
+    run, _, x = case
+    torch.manual_seed(run.config.seed)
+    losses = []
+    for model in (build_model(run.config), load_model(run, CPU)):
+        terms = model(x, model.noise(len(x), generator(CPU, 1)))
+        losses.append(terms.loss(run.config.beta_y, run.config.beta_z).mean().item())
+        assert (terms.kl_y > 0).all() and (terms.kl_z >= 0).all()
+        assert (terms.kl_z == 0).all() == (run.config.vae_type == "BVAE")
+    assert losses[1] < losses[0]
+
+
+def test_an_interrupted_training_continues_to_the_same_bytes(case):
+    whole, data, _ = case
+    run = Run.of(whole.config, "resumed")
+    run.create()
+    chunk = chunk_of(run)
+    with pytest.raises(Interrupted):
+        train(chunk, data, Signals(chunk))
+    chunk = chunk_of(run, run.load_state()[0])
+    assert chunk.epoch == 1
+    train(chunk, data, Signals())
+    assert (run.path / "vae.pth").read_bytes() == (whole.path / "vae.pth").read_bytes()
+
+
+def test_alone_a_model_has_the_terms_and_gradients_that_it_has_in_a_stack(case):
+    """In float64."""
+    run, _, x = case
+    model, x = load_model(run, CPU).double(), x.double()
+    noise = in_double(model.noise(len(x), generator(CPU, 2)))
+    betas = torch.tensor([[0.1, 1.0], [10.0, 0.5]], dtype=torch.float64)
+    stack = Stack(model, 2)
+    loss = stack.terms(x, noise).loss(betas[:, :1], betas[:, 1:])
+    loss.mean(1).sum().backward()
+    for m in range(2):
+        model.zero_grad()
+        alone = model(x, noise).loss(*betas[m])
+        alone.mean().backward()
+        torch.testing.assert_close(loss[m], alone, rtol=1e-12, atol=1e-9)
+        for name, p in model.named_parameters():
+            atol = 1e-12 * max(1.0, p.grad.abs().max().item())
+            torch.testing.assert_close(stack.parameters[name].grad[m], p.grad, rtol=1e-9, atol=atol)
+
+
+def test_samples_and_reconstructions_are_images_and_repeat(case):
+    run, _, x = case
+    model = load_model(run, CPU)
+    samples, from_z = model.sample(3, generator=generator(CPU, 3)), model.sample(z=model.q_z(x).mode)
+    for images, n in ((samples, 3), (from_z, len(x)), (model.reconstruct(x), len(x))):
+        assert images.shape == (n, *run.config.image_shape)
+        assert images.min() >= 0 and images.max() <= 1
+    assert torch.equal(model.reconstruct(x), model.reconstruct(x))
 
 
 def paper_names(config: Config) -> list[str]:
@@ -91,135 +237,18 @@ def paper_names(config: Config) -> list[str]:
     return [*names, "qy_conv1_zx", "qy_mu", "qy_pre_sp", *last, *numbered("px_convs", 2 + mol)]
 
 
-def combinations():
-    """Every combination of model, z, family, likelihood, size and y, as settings; allowed or not."""
-    sizes = {28: "MNIST", 32: "CIFAR10", 256: "ImageNet"}
-    for vae, conv, family, ll, size, linear in itertools.product(
-        MODELS, (False, True), LATENTS, LIKELIHOODS, sizes, (-1, 6)
-    ):
-        yield dict(
-            vae_type=vae, use_conv_z=conv, qz_family=family, px_y_family_ll=ll, dataset=sizes[size],
-            linear_y_with_dims=linear, conv_channels=4, z_dims=3, batch_size=8, num_epochs=2, warmup_epochs=0,
-            sigma=0.3,
-        )  # fmt: skip
-
-
-def allowed(s) -> bool:
-    """What the paper's models allow, as one independent statement (ImageNet's z is convolutional anyway)."""
-    conv = s["use_conv_z"] or s["dataset"] == "ImageNet"
-    if s["px_y_family_ll"] == "Bernoulli" and s["dataset"] != "MNIST":
-        return False
-    if s["vae_type"] == "BVAE":
-        return not conv and s["qz_family"] == "DiagonalGaussian"
-    if s["vae_type"] == "LVAE" and s["dataset"] == "ImageNet":
-        return False
-    return not (conv and (s["qz_family"] == "GumbelSoftmax" or s["linear_y_with_dims"] > 0))
-
-
-def label(s) -> str:
-    return "-".join(str(v) for v in list(s.values())[:6])
-
-
-@pytest.mark.parametrize("settings", [s for s in combinations() if not allowed(s)], ids=label)
-def test_forbidden_combinations_are_refused_in_one_line(settings):
-    with pytest.raises(UserError, match=r"^--\w+: [^\n]+$"):
-        Config(**settings)
-
-
-class StopAfterOneEpoch:
-    """Signals that has received one, once the first epoch is over."""
-
-    def __init__(self, chunk):
-        self.chunk = chunk
-
-    @property
-    def received(self):
-        return 15 if self.chunk.epoch == 1 else None
-
-
-class NoSignals:
-    received = None
-
-
-def train_run(config, data, where, interrupt=False) -> Run:
-    run = Run.of(config, where)
-    run.create()
-    chunk = Chunk([run], [None], Engine(config, 1, CPU))
-    if interrupt:
-        with pytest.raises(Interrupted):
-            train(chunk, data, StopAfterOneEpoch(chunk))
-        chunk = Chunk([run], [run.load_state()[0]], Engine(config, 1, CPU))
-        assert chunk.epoch == 1
-    train(chunk, data, NoSignals())
-    return run
-
-
-def timed(settings):
-    """The largest model takes minutes; the others tell the default suite as much."""
-    largest = settings["px_y_family_ll"] == "MoL" and settings["dataset"] == "ImageNet"
-    return pytest.param(settings, marks=[pytest.mark.slow] if largest else [], id=label(settings))
-
-
-DISTINCT = [s for s in combinations() if allowed(s) and (s["use_conv_z"] or s["dataset"] != "ImageNet")]
-
-
-@pytest.mark.parametrize("settings", [timed(settings) for settings in DISTINCT])
-def test_allowed_combinations_train_resume_stack_reload_and_sample(settings, monkeypatch):
-    monkeypatch.setattr("utils.training.pictures.N", 1)
-    config = Config(**settings)
-    data = random_data(config, n=8 if config.image_shape[1] < 256 else 1)
-    run = train_run(config, data, "whole")
-    x = data.test.images.float() / 255
-
-    # two steps make the loss fall
-    torch.manual_seed(config.seed)
-    before, after = build_model(config), load_model(run, CPU)
-    losses = []
-    for model in (before, after):
-        terms = model(x, model.noise(len(x), generator(CPU, 1)))
-        losses.append(terms.loss(config.beta_y, config.beta_z).mean().item())
-        assert (terms.kl_y >= 0).all() and (terms.kl_z >= 0).all()
-    assert losses[1] < losses[0]
-
-    # interrupted and resumed: the same bytes
-    again = train_run(config, data, "resumed", interrupt=True)
-    assert (again.path / "vae.pth").read_bytes() == (run.path / "vae.pth").read_bytes()
-
-    # alone = in a chunk: terms and gradients in float64
-    model = after.double()
-    noise = model.noise(len(x), generator(CPU, 2))
-    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
-    betas = torch.tensor([[0.1, 1.0], [10.0, 0.5]], dtype=torch.float64)
-    together, grads = Stack(model, 2), []
-    loss = together.terms(x.double(), noise).loss(betas[:, :1], betas[:, 1:])
-    loss.mean(1).sum().backward()
-    for m in range(2):
-        model.zero_grad()
-        model(x.double(), noise).loss(*betas[m]).mean().backward()
-        for name, p in model.named_parameters():
-            grads.append((together.parameters[name].grad[m], p.grad))
-    for ours, expected in grads:
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12 * max(1.0, expected.abs().max().item()))
-
-    # pictures
-    model = load_model(run, CPU)
-    samples, from_z = model.sample(3, generator=generator(CPU, 3)), model.sample(z=model.q_z(x).mode)
-    for images, n in ((samples, 3), (from_z, len(x)), (model.reconstruct(x), len(x))):
-        assert images.shape == (n, *config.image_shape)
-        assert images.min() >= 0 and images.max() <= 1
-    torch.testing.assert_close(model.reconstruct(x), model.reconstruct(x), rtol=0, atol=0)
-
-    # the same weights under the names of the paper's code
-    if settings["vae_type"] != "BVAE" and not (settings["use_conv_z"] and config.image_shape[1] == 28):
-        state = model.state_dict()
-        layers = [n for n in dict.fromkeys(k.rpartition(".")[0] for k in state) if n != "likelihood"]
-        names = dict(zip(layers, paper_names(config), strict=True)) | {"likelihood": ""}
-        renamed = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}".strip("."): v for k, v in state.items()}
-        shuffled = dict(sorted(renamed.items(), reverse=True))
-        shutil.copytree(run.path, "theirs")
-        torch.save(shuffled, "theirs/vae.pth")
-        ours = load_model(Run.open(Path("theirs")), CPU).state_dict()
-        assert all(torch.equal(ours[k], v) for k, v in state.items())
+def test_weights_under_the_names_of_the_papers_code_load(case):
+    run, _, x = case
+    if run.config.vae_type == "BVAE" or run.config.use_conv_z and x.shape[-1] == 28:
+        pytest.skip("the paper's code has no such model")
+    state = load_model(run, CPU).state_dict()
+    layers = [n for n in dict.fromkeys(k.rpartition(".")[0] for k in state) if n != "likelihood"]
+    names = dict(zip(layers, paper_names(run.config), strict=True)) | {"likelihood": ""}
+    renamed = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}".strip("."): v for k, v in state.items()}
+    shutil.copytree(run.path, "theirs")
+    torch.save(dict(sorted(renamed.items(), reverse=True)), "theirs/vae.pth")
+    ours = load_model(Run.open(Path("theirs")), CPU).state_dict()
+    assert all(torch.equal(ours[k], v) for k, v in state.items())
 
 
 def test_old_configs_of_the_paper_lack_keys():
@@ -242,37 +271,60 @@ def test_loss_is_the_negative_elbo_at_betas_one_and_weighted_otherwise():
 @pytest.mark.parametrize("vae_type", MODELS)
 def test_gradients_in_float64(vae_type):
     """The gradient of the loss against finite differences along random directions."""
-    config = Config(vae_type=vae_type, conv_channels=2, z_dims=3)
     torch.manual_seed(0)
-    model = build_model(config).double()
-    x = torch.rand(4, 1, 28, 28).double()
-    noise = model.noise(4, generator(CPU, 0))
-    noise = noise._replace(z=noise.z.double(), y=noise.y.double())
-    parameters = list(model.parameters())
+    model = build_model(Config(vae_type=vae_type, conv_channels=2, z_dims=3)).double()
+    x, noise = torch.rand(4, 1, 28, 28).double(), in_double(model.noise(4, generator(CPU, 0)))
+    for _ in range(3):
+        direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
 
-    def loss():
-        return model(x, noise).loss(0.3, 3.0).sum()
+        def loss(step, direction=direction):
+            moved = {name: p.detach() + step * direction[name] for name, p in model.named_parameters()}
+            return functional_call(model, moved, (x, noise)).loss(0.3, 3.0).sum()
 
-    grads = torch.autograd.grad(loss(), parameters)
-    for seed in range(3):
-        g = torch.Generator().manual_seed(seed)
-        direction = [torch.randn(p.shape, generator=g, dtype=torch.float64) for p in parameters]
-        values = []
-        for step in (1e-6, -2e-6):
-            with torch.no_grad():
-                for p, d in zip(parameters, direction, strict=True):
-                    p += step * d
-            values.append(loss().item())
+        assert torch.autograd.gradcheck(loss, torch.zeros(1, dtype=torch.float64, requires_grad=True), rtol=1e-6)
+
+
+def three(steps=3, betas=((0.1, 10.0), (1.0, 1.0), (10.0, 0.1)), poison=False):
+    """The sums of each step and the stack of a few steps of models of these betas, in float64."""
+    config, n = Config(conv_channels=8, z_dims=4), len(betas)
+    torch.manual_seed(config.seed)
+    stack, g, history = Stack(build_model(config).double(), n), generator("cpu", 0), []
+    if poison:
         with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p += 1e-6 * d
-        expected = (values[0] - values[1]) / 2e-6
-        ours = sum((a * d).sum() for a, d in zip(grads, direction, strict=True)).item()
-        assert ours == pytest.approx(expected, rel=1e-6)
+            stack.parameters["decoder.0.0.weight"][1] = torch.nan
+    optimizer = torch.optim.Adam(stack.parameters.values(), lr=1e-3)
+    for _ in range(steps):
+        x, noise = torch.rand(16, 1, 28, 28, generator=g).double(), in_double(stack.model.noise(16, g))
+        history.append(stack.step(optimizer, x, noise, *torch.tensor(betas).double().T))
+    return torch.stack(history), stack
 
 
-def test_bvae_has_no_rate_of_z():
-    config = Config(vae_type="BVAE", conv_channels=4)
-    model = build_model(config)
-    terms = model(torch.rand(5, 1, 28, 28), model.noise(5, generator(CPU, 0)))
-    assert (terms.kl_z == 0).all() and (terms.kl_y > 0).all()
+def test_after_ten_steps_a_cell_among_others_is_the_same_cell_alone():
+    together, stack = three(10)
+    assert together.shape == (10, 3, 4)
+    for m, betas in enumerate([(0.1, 10.0), (1.0, 1.0), (10.0, 0.1)]):
+        alone, one = three(10, [betas])
+        torch.testing.assert_close(together[:, m], alone[:, 0], rtol=1e-11, atol=1e-9)
+        for name, p in one.cell(0).items():
+            torch.testing.assert_close(stack.cell(m)[name], p, rtol=1e-6, atol=1e-8)
+
+
+def test_one_models_nan_leaves_its_neighbours_bitwise_alone():
+    (sums, ill), (_, well) = three(poison=True), three()
+    assert sums[-1, 1, 0].isnan()
+    for m in (0, 2):
+        for name, p in well.cell(m).items():
+            assert torch.equal(ill.cell(m)[name], p)
+
+
+def test_evaluation_gives_means_over_images_not_over_batches():
+    config = Config(conv_channels=4, z_dims=4)
+    stack = Stack(build_model(config), 2)
+    x = torch.rand(10, 1, 28, 28)
+    ones = torch.ones(2)
+    split = Resident((x * 255).to(torch.uint8), torch.zeros(10), CPU)
+    whole = stack.evaluate(split, 10, generator("cpu", 0), ones, ones)
+    # kl_z does not depend on the noise, so batches of 9 and 1 must give the same mean
+    ragged = stack.evaluate(split, 9, generator("cpu", 0), ones, ones)
+    torch.testing.assert_close(whole[:, 3], ragged[:, 3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(whole[:, 0], -whole[:, 1] + whole[:, 2] + whole[:, 3], rtol=1e-6, atol=1e-4)
