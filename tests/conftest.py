@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,9 +18,7 @@ import utils.threads  # noqa: F401, I001  before torch too, as scripts do: how l
 
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is: kernels then run on the CPU, slowly
-
+import eval_beta_grid
 import train
 from datasets.batches import Resident
 from datasets.loading import Data
@@ -26,11 +26,17 @@ from datasets.table import lookup
 from models.stack import Stack
 from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
+from utils.runs import Run
+from utils.training.chunk import Chunk
+from utils.training.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 STARTED: list = []  # processes
 TINY = ["--conv_channels", "2", "--z_dims", "3", "--num_epochs", "2", "--batch_size", "500", "--device", "cpu"]
 CELL = [*TINY[:4], "--num_epochs", "6", "--batch_size", "100", "--device", "cpu", "--save_every", "1"]
+EVALUATION = ["--run_batch_name", "singles", "--device", "cpu", "--exclude_fid"]
+UNFOLDED = [*TINY, "--multi_rate", "--force", "--run_batch_name", "m"]
+GRID = ["--beta_y", "0.1:10:3", "--beta_z", "0.5", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,49 +67,123 @@ def script(capfd):
 
 
 @pytest.fixture
-def trained(script):
-    """Trains tiny digits models in ./runs with further flags; returns their run folders."""
+def passes(script):
+    """Runs a script's main in this process, which must end well; returns stdout."""
 
-    def run(*flags, batch="singles"):
-        status, _, err = script(train.main, *TINY, "--run_batch_name", batch, *flags)
+    def run(main, *argv):
+        status, out, err = script(main, *argv)
         assert status == 0, err
-        return sorted(p for p in Path("runs", batch).iterdir())
+        return out
 
     return run
 
 
 @pytest.fixture
-def interrupted(script, monkeypatch):
-    """Runs train.py, with Ctrl-C in its n-th step."""
+def refused(script):
+    """Runs a script's main in this process, which must end with one line on stderr; returns it."""
 
-    def run(n, *flags):
-        real, calls = Stack.step, []
-
-        def stopping(self, *args):
-            calls.append(None)
-            if len(calls) == n:
-                raise KeyboardInterrupt
-            return real(self, *args)
-
-        with monkeypatch.context() as m:
-            m.setattr(Stack, "step", stopping)
-            assert script(train.main, *flags)[0] == 130
+    def run(main, *argv):
+        status, _, err = script(main, *argv)
+        assert status in (1, 2) and err.startswith(("error: ", "failed: ")) and err.count("\n") == 1, err
+        return err
 
     return run
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Has `act` called before the n-th training step from now on."""
+
+    def plan(n, act):
+        real, calls = Stack.step, []
+
+        def step(self, *args):
+            calls.append(None)
+            if len(calls) == n:
+                act()
+            return real(self, *args)
+
+        monkeypatch.setattr(Stack, "step", step)
+
+    return plan
+
+
+@pytest.fixture
+def interrupted(script, at_step):
+    """Runs train.py, with Ctrl-C in its n-th step: what is not saved by then is lost."""
+
+    def run(n, *flags):
+        at_step(n, Mock(side_effect=KeyboardInterrupt))
+        assert script(train.main, *flags)[0] == 130
+
+    return run
+
+
+def folder_of(tmp_path_factory, *flags) -> Path:
+    """The runs of a training that nothing happens to."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    assert train.main([*flags, "--runs_dir", str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The runs of a training of TINY; read only."""
+    return folder_of(tmp_path_factory, *TINY)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> str:
     """The digest of the weights of a training of CELL that nothing happens to."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    torch.set_num_threads(1)
-    assert train.main([*CELL, "--runs_dir", str(root)]) == 0
-    return weights(next(root.glob("singles/*")))
+    return weights(next(folder_of(tmp_path_factory, *CELL).glob("singles/*")))
+
+
+@pytest.fixture(scope="session")
+def multi_rate(tmp_path_factory) -> Path:
+    """The runs of a multi-rate model unfolded into GRID; read only."""
+    return folder_of(tmp_path_factory, *UNFOLDED, *GRID)
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory) -> Path:
+    """The evaluated runs of three cells; read only."""
+    root = folder_of(tmp_path_factory, *TINY, "--beta_y", "1", "2", "3")
+    assert eval_beta_grid.main([*EVALUATION, "--runs_dir", str(root)]) == 0
+    return root
+
+
+@pytest.fixture
+def trained(passes, tiny):
+    """Trains tiny digits models in ./runs with further flags; returns their run folders."""
+
+    def run(*flags, batch="singles"):
+        if flags or batch != "singles":
+            passes(train.main, *TINY, "--run_batch_name", batch, *flags)
+        else:
+            shutil.copytree(tiny, "runs", dirs_exist_ok=True)
+        return sorted(p for p in Path("runs", batch).iterdir())
+
+    return run
 
 
 def weights(path: Path) -> str:
     """The digest of a run's weights."""
     return hashlib.sha256((path / "vae.pth").read_bytes()).hexdigest()
+
+
+def all_weights(folder: str = "runs") -> dict[str, str]:
+    """The digests of the weights of all runs in a folder, by their names."""
+    return {path.parent.name: weights(path.parent) for path in Path(folder).rglob("vae.pth")}
+
+
+def in_training(n_cells: int = 2, **settings) -> tuple[list[Run], Chunk]:
+    """Runs that have just been made, and the chunk that trains them."""
+    settings = {"conv_channels": 2, "z_dims": 3, "batch_size": 4, **settings}
+    runs = [Run.of(Config(beta_y=1.0 + i, **settings), "runs") for i in range(n_cells)]
+    for run in runs:
+        run.create()
+    return runs, Chunk(runs, [None] * n_cells, Engine(runs[0].config, n_cells, torch.device("cpu")))
 
 
 def start(name, *argv, **where):

@@ -1,132 +1,212 @@
-"""One conditioned model and the cells that are unfolded from it, as a user of train.py sees them."""
+"""One conditioned model, the cells that are unfolded from it, and betas of rates that are asked for."""
 
-import json
+import math
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_beta_grid
 import train
-from models.conditioned import Conditioned
+from datasets.loading import load_data
 from models.stack import Stack
-from tests.conftest import TINY, weights
-from utils.files import digest_of, write_json
+from tests.conftest import GRID, TINY, UNFOLDED, all_weights, folder_of
+from utils.config import Config
+from utils.files import digest_of, read_json, write_json
 from utils.runs import Run, load_model
+from utils.training.betas import Betas
+from utils.training.targets import Search
 
-FLAGS = [*TINY, "--multi_rate", "--run_batch_name", "m"]
-GRID = ["--beta_y", "0.1:10:3", "--beta_z", "0.5", "2"]
+CPU = torch.device("cpu")
+UNFORCED = [flag for flag in UNFOLDED if flag != "--force"]
+LONGER = [*TINY, "--num_epochs", "6", "--batch_size", "25", "--learning_rate", "2e-3", "--run_batch_name", "m"]
+MULTI_RATE = [*LONGER, "--multi_rate", "--force", *GRID]
+
+
+@pytest.fixture
+def unfolded(multi_rate):
+    """A copy of the runs of GRID in ./runs."""
+    shutil.copytree(multi_rate, "runs")
 
 
 def cells_of(batch="m"):
     """The unfolded cells of a batch, by betas, and its conditioned models."""
-    runs = [Run.open(p.parent) for p in Path("runs", batch).glob("*/config.json")]
-    cells = {(r.config.beta_y, r.config.beta_z): r for r in runs if not r.config.is_conditioned}
-    return cells, [r for r in runs if r.config.is_conditioned]
+    runs = [Run.open(path.parent) for path in Path("runs", batch).glob("*/config.json")]
+    cells = {(run.config.beta_y, run.config.beta_z): run for run in runs if not run.config.is_conditioned}
+    return cells, [run for run in runs if run.config.is_conditioned]
 
 
-def test_every_cell_of_the_grid_is_an_ordinary_run(script):
-    status, out, err = script(train.main, *FLAGS, *GRID)
-    assert status == 0, err
+def betas(*values) -> list[str]:
+    """Flags of a cell or of a row of cells at beta_z = 1."""
+    return ["--beta_z", "1", "--beta_y", *map(str, values)]
+
+
+def test_every_cell_of_the_grid_is_an_ordinary_run(unfolded, passes):
+    """It is evaluated as any other; the model's curves are of single betas."""
+    out = passes(train.main, *UNFOLDED, *GRID)
     cells, (source,) = cells_of()
     assert set(cells) == {(y, z) for y in (0.1, 1, 10) for z in (0.5, 2)}
     assert (source.config.beta_y, source.config.beta_max_y) == (0.1, 10) and source.config.beta_max_z == 2
-    model = load_model(source, torch.device("cpu"))
-    assert isinstance(model, Conditioned)
+    model = load_model(source, CPU)
     for (beta_y, beta_z), run in cells.items():
         assert run.status == "finished" and run.config.multi_rate
         assert run.config.source == digest_of(source.path / "vae.pth")
         expected = model.at(torch.tensor([beta_y, beta_z]).log10())
-        for name, p in load_model(run, torch.device("cpu")).named_parameters():
+        for name, p in load_model(run, CPU).named_parameters():
             assert torch.equal(p, expected[name])
         test = run.result["test"]
         assert test["loss"] == pytest.approx(-test["ll"] + beta_y * test["kl_y"] + beta_z * test["kl_z"], rel=1e-6)
         assert f"{beta_y:10.5g} {beta_z:10.5g}" in out
-
-
-def test_more_cells_are_unfolded_without_training(script, monkeypatch):
-    assert script(train.main, *FLAGS, *GRID)[0] == 0
-    cells, (source,) = cells_of()
-    before = {run.path: weights(run.path) for run in [source, *cells.values()]}
-    monkeypatch.setattr(Stack, "step", None)
-    status, out, err = script(train.main, *FLAGS, "--beta_y", "0.3", "3", "--beta_z", "1")
-    assert status == 0 and "already complete" in out, err
-    cells, (same,) = cells_of()
-    assert len(cells) == 8 and same == source
-    assert {path: weights(path) for path in before} == before
-
-
-def test_a_wider_grid_trains_another_model(script):
-    assert script(train.main, *FLAGS, "--beta_y", "1", "2")[0] == 0
-    assert script(train.main, *FLAGS, "--beta_y", "1", "20")[0] == 2  # its cells have (1, 1) in common
-    status, _, err = script(train.main, *FLAGS[:-1], "n", "--beta_y", "1", "20")
-    assert status == 0, err
-    assert len(cells_of("n")[1]) == 1
-
-
-def test_cells_whose_model_is_gone_are_told_of(script):
-    assert script(train.main, *FLAGS, *GRID)[0] == 0
-    _, (source,) = cells_of()
-    source.path.rename("elsewhere")
-    status, _, err = script(train.main, *FLAGS, "--beta_y", "0.3", "3", "--beta_z", "1")
-    assert status == 2 and "a model that is not there any more" in err and err.count("\n") == 1
-
-
-def test_a_collapsed_model_is_not_unfolded_unless_forced(script):
-    assert script(train.main, *FLAGS, *GRID)[0] == 0
-    cells, (source,) = cells_of()
-    write_json(source.path / "training.json", source.result | {"collapsed": True})
-    status, _, err = script(train.main, *FLAGS, "--beta_y", "0.3", "--beta_z", "1")
-    assert status == 2 and "its z has collapsed" in err
-    assert len(cells_of()[0]) == len(cells)
-    assert script(train.main, *FLAGS, "--beta_y", "0.3", "--beta_z", "1", "--force")[0] == 0
-
-
-@pytest.mark.parametrize("flags", [["--beta_y", "1"], ["--beta_y", "1e-3", "1e4"], ["--beta_y", "0", "1"]])
-def test_ranges_that_cannot_be(flags, script):
-    status, _, err = script(train.main, *FLAGS, *flags)
-    assert status == 2 and err.count("\n") == 1 and not Path("runs").exists()
-
-
-def test_it_is_resumed_bit_for_bit(script, interrupted):
-    flags = [*FLAGS, *GRID, "--num_epochs", "4", "--batch_size", "300", "--save_every", "1"]
-    assert script(train.main, *flags, "--runs_dir", "whole")[0] == 0
-    interrupted(13, *flags)
-    status, out, err = script(train.main, *flags)
-    assert status == 0 and "resuming at epoch" in out, err
-    for path in Path("whole/m").iterdir():
-        assert weights(path) == weights(Path("runs/m", path.name))
-
-
-def test_its_curves_are_of_single_betas(script):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert script(train.main, *FLAGS, *GRID)[0] == 0
-    _, (source,) = cells_of()
     events = EventAccumulator(str(source.path)).Reload()
     points = {tag.rpartition("/")[0] for tag in events.Tags()["scalars"]} - {"train", "test"}
     assert points == {f"beta_y {y}, beta_z {z}" for y, z in ((0.1, 0.5), (0.1, 2), (10, 0.5), (10, 2), (1, 1))}
-    result = json.loads((source.path / "training.json").read_text())
-    for name, terms in result["points"].items():
+    for name, terms in source.result["points"].items():
         assert events.Scalars(f"{name}/kl_z")[-1].value == pytest.approx(terms["kl_z"], rel=1e-6)
-
-
-def test_a_batch_of_unfolded_cells_is_evaluated_as_any_other(script):
-    assert script(train.main, *FLAGS, *GRID)[0] == 0
-    cells, _ = cells_of()
-    flags = ["--run_batch_name", "m", "--device", "cpu", "--exclude_mi", "--exclude_fid"]
-    status, out, err = script(eval_beta_grid.main, *flags)
-    assert status == 0 and "6 of 6 runs evaluated" in out, err
+    passes(eval_beta_grid.main, "--run_batch_name", "m", "--device", "cpu", "--exclude_fid")
     for run in cells.values():
-        kl_z = json.loads((run.path / "metrics.json").read_text())["kl_z"]
+        kl_z = read_json(run.path / "metrics.json")["kl_z"]
         assert kl_z == pytest.approx(run.result["test"]["kl_z"], rel=0.2, abs=0.01)  # other noise
 
 
+def test_more_cells_are_unfolded_without_training(unfolded, passes, refused, monkeypatch):
+    before = all_weights()
+    monkeypatch.setattr(Stack, "step", None)
+    assert "already complete" in passes(train.main, *UNFOLDED, *betas(0.3, 3))
+    cells, (_,) = cells_of()
+    assert len(cells) == 8 and before.items() < all_weights().items()
+    refused(train.main, *UNFOLDED, *betas(3, 20))  # of another model, which cannot have (3, 1) in common
+
+
+def test_a_model_that_is_gone_or_collapsed_is_not_unfolded_unless_forced(unfolded, script, refused):
+    cells, (source,) = cells_of()
+    for collapsed, flags, expected in ((True, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
+        write_json(source.path / "training.json", source.result | {"collapsed": collapsed})
+        status, _, err = script(train.main, *flags, *betas(0.3))
+        assert status == expected and ("--force" in err) == (status == 2), err
+        assert len(cells_of()[0]) == len(cells) + (collapsed is False or flags is UNFOLDED)
+    source.path.rename("elsewhere")
+    assert "--multi_rate: runs/m holds cells of a model" in refused(train.main, *UNFOLDED, *betas(0.4))
+
+
+def test_it_is_resumed_bit_for_bit(passes, interrupted):
+    flags = [*UNFOLDED, *betas(0.1, 10), "--num_epochs", "4", "--save_every", "1"]
+    passes(train.main, *flags, "--runs_dir", "whole")
+    interrupted(8, *flags)  # in the third epoch, in which betas spread
+    assert "resuming at epoch" in passes(train.main, *flags)
+    assert all_weights("whole") == all_weights()
+
+
 @pytest.mark.parametrize("flags", [["--vae_type", "BVAE"], ["--qz_family", "GumbelSoftmax", "--force"]])
-def test_other_models_are_unfolded_too(script, flags):
+def test_other_models_are_unfolded_too(passes, flags):
     """A BVAE has one beta and no z that could collapse; a Gumbel temperature is that of the epoch."""
-    status, _, err = script(train.main, *FLAGS, *flags, "--beta_y", "0.1", "10")
-    assert status == 0, err
+    passes(train.main, *UNFORCED, *flags, "--beta_y", "0.1", "10")
     cells, (source,) = cells_of()
     assert set(cells) == {(0.1, 1), (10, 1)}
     assert flags[1] != "BVAE" or source.result["collapsed"] is False
+
+
+@pytest.fixture(scope="module")
+def searchable(tmp_path_factory) -> Path:
+    """The runs of a multi-rate model whose rates depend on the betas; read only."""
+    return folder_of(tmp_path_factory, *MULTI_RATE)
+
+
+@pytest.fixture
+def rates(searchable, monkeypatch):
+    """A copy of that model in ./runs, and its rates R(y|z), R(z) in nats at given betas, of few images."""
+    monkeypatch.setattr("utils.training.targets.IMAGES", 200)
+    shutil.copytree(searchable, "runs")
+    _, (source,) = cells_of()
+    search = Search(load_model(source, CPU), load_data(source.config, "data", CPU), 25)
+    return lambda *values: search.rates(np.log10(values))
+
+
+def test_rates_that_are_asked_for_are_found_on_the_conditioned_model(passes, rates):
+    """Rates of the model itself, at betas off the grid, lead back to those rates; the table shows them in bits."""
+    asked = rates(0.4, 1.1)
+    bits = [f"{rate / math.log(2):.6f}" for rate in asked]
+    targets = ["--rate_unit", "bits", "--target_rate_y", bits[0], "--target_rate_z", bits[1]]
+    out = passes(train.main, *MULTI_RATE, *targets)
+    (run,) = [run for run in cells_of()[0].values() if run.config.target_rate_z]
+    assert run.config.target_rate_y == pytest.approx(asked[0], abs=1e-5)
+    np.testing.assert_allclose(rates(run.config.beta_y, run.config.beta_z), asked, rtol=0.03, atol=1e-3)
+    line = next(line for line in out.splitlines() if re.match(rf" +{float(bits[0]):.4g} ", line))
+    shown = [run.result[split]["kl_y"] / math.log(2) for split in ("train", "test")]
+    assert [float(w) for w in line.split()[1:3]] == pytest.approx(shown, abs=1e-3) and "(bits per image)" in out
+
+
+def test_one_rate_leaves_the_other_beta(passes, rates):
+    asked = rates(0.7, 0.5)[0]
+    passes(train.main, *MULTI_RATE, "--target_rate_y", f"{asked:.6f}")
+    runs = {run.config.beta_z: run for run in cells_of()[0].values() if run.config.target_rate_y}
+    assert set(runs) == {0.5, 2}
+    for beta_z, run in runs.items():
+        assert "Rate_y_" in run.path.name and f"Beta_z_{beta_z}" in run.path.name
+        assert rates(run.config.beta_y, beta_z)[0] == pytest.approx(asked, rel=0.01)
+
+
+def test_rates_out_of_reach_are_refused_with_the_nearest(refused, rates):
+    before = set(Path("runs/m").iterdir())
+    err = refused(train.main, *MULTI_RATE, "--target_rate_y", "5000")
+    nearest, beta_y = (float(re.search(rf"{name} ([0-9.]+)", err)[1]) for name in (r"nearest: R\(y\|z\)", "beta_y"))
+    assert "--target_rate_y" in err and beta_y == 0.1 and nearest == pytest.approx(rates(0.1, 0.5)[0], rel=1e-3)
+    assert set(Path("runs/m").iterdir()) == before
+
+
+def test_rates_and_ranges_that_cannot_be(refused):
+    for message, *flags in (
+        ("--target_rate_z: must be > 0", "--target_rate_z", "-1"),
+        ("--target_rate_y: must be > 0", "--target_rate_y", "0"),
+        ("--target_rate_z: BVAE has no z", "--target_rate_z", "3", "--vae_type", "BVAE"),
+        ("hold less than 1.099 nats", "--target_rate_z", "1.2", "--qz_family", "GumbelSoftmax"),
+        ("--target_rate_z", "--target_rate_z", "two"),
+        ("--multi_rate", "--multi_rate", *betas(1)),
+        ("--beta_y", "--multi_rate", *betas(1e-3, 1e4)),
+        ("--beta_y", "--multi_rate", *betas(0, 1)),
+    ):
+        assert message in refused(train.main, *TINY, *flags) and not Path("runs").exists()
+
+
+def test_betas_are_steered_to_the_rates_asked_for(passes):
+    """More than five seconds, as steering has to come to rest."""
+    flags = [*LONGER, "--num_epochs", "12", "--batch_size", "20", "--lr_schedule", "tail", "--target_rate_y", "16"]
+    passes(train.main, *flags)
+    (run,) = cells_of()[0].values()
+    assert run.config.target_rate_y == 16 and run.config.beta_y != 1 and run.config.beta_z == 1
+    assert run.result["train"]["kl_y"] == pytest.approx(16, rel=0.05)
+    test = run.result["test"]
+    assert test["loss"] == pytest.approx(-test["ll"] + run.config.beta_y * test["kl_y"] + test["kl_z"], rel=1e-4)
+    assert "already complete" in passes(train.main, *flags)
+
+
+def test_steering_is_the_dual_ascent_of_its_docstring():
+    """Against a plain loop over one cell: averaged log rates, the clamped error, and nothing before or after."""
+    config = Config(target_rate_y=4.0, num_epochs=10, warmup_epochs=1)
+    steered, steps, log_beta, averaged = Betas([config], 1, CPU), 200, 0.0, None
+    rng = np.random.default_rng(0)
+    for step in range(steps):
+        rate = float(rng.uniform(2, 30))
+        steered.steer(torch.tensor([[0.0, 0.0, 8 * rate, 8 * 3.0]]), 8, step / steps, steps)
+        if 0.1 <= step / steps < 0.9:
+            averaged = math.log(rate) if averaged is None else averaged + (math.log(rate) - averaged) / 20
+            log_beta += 30 / steps * min(1, max(-1, averaged - math.log(4)))
+    assert steered.y.item() == pytest.approx(math.exp(log_beta), rel=1e-4) and steered.z.item() == 1
+
+
+def test_steering_starts_at_the_betas_of_a_multi_rate_model(script, rates, monkeypatch):
+    _, (source,) = cells_of()
+    write_json(source.path / "training.json", source.result | {"collapsed": False})  # one this small does collapse
+    asked, starts = rates(0.4, 1.1), []
+
+    def step(self, optimizer, x, noise, beta_y, beta_z):
+        starts.append((beta_y.item(), beta_z.item()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stack, "step", step)
+    targets = ["--target_rate_y", f"{asked[0]:.6f}", "--target_rate_z", f"{asked[1]:.6f}", "--warmup_epochs", "0"]
+    assert script(train.main, *LONGER, *targets)[0] == 130
+    np.testing.assert_allclose(rates(*starts[0]), asked, rtol=0.03, atol=1e-3)

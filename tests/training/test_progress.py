@@ -1,0 +1,178 @@
+"""What a training shows: its bar, where cells stand and how long the rest takes (--dry_run), its pictures."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+from torchvision.utils import make_grid
+
+import train
+from datasets.loading import load_data
+from tests.conftest import ROOT, TINY
+from tests.reliability.trials import first, in_terminal
+from utils import distributed, locks
+from utils.board import link
+from utils.errors import UserError
+from utils.files import write_json
+from utils.images import tiled
+from utils.runs import Run, load_model
+from utils.seeds import generator
+from utils.training.bar import GridBar
+from utils.training.summary import standing
+
+GRID = [*TINY, "--beta_y", "0.1", "1", "5", "--save_every", "1"]
+
+
+@pytest.mark.parametrize("variables", first(1, {}, {"PYTHONUNBUFFERED": "1"}))
+def test_a_grid_has_one_bar_and_a_line_for_each_cell(variables):
+    """More than five seconds, as libraries are imported in the process that it is of."""
+    pid, terminal = in_terminal(ROOT / "train.py", *GRID, **variables)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while data := os.read(terminal, 65536):
+            shown += data
+    os.close(terminal)
+    shown = shown.decode()
+    assert os.waitpid(pid, 0)[1] == 0, shown
+    bar = r"(\d+)%\|.{16}\| cell (\d)/3, beta_y (\S+), beta_z 1 · epoch (\d)/2(?: · loss \S+)? · (.+?) left"
+    bars = re.findall(bar, shown)
+    assert {(cell, beta) for _, cell, beta, *_ in bars} == {("1", "0.1"), ("2", "1"), ("3", "5")}
+    shares = [int(share) for share, *_ in bars]
+    assert shares == sorted(shares) and shares[-1] == 100 and bars[-1][3:] == ("2", "0 s")
+    ends = [*re.finditer(r"finished: beta_y (\S+), beta_z 1 · loss [\d.]+, R\(y\|z\) \S+, R", shown)]
+    assert [end[1] for end in ends] == ["0.1", "1", "5"]
+    assert shown.index("cell 3/3") > ends[1].start()  # each as soon as its cell is done
+
+
+def test_a_single_cell_has_no_line_and_a_resumed_one_starts_where_it_was(passes, interrupted, monkeypatch):
+    descriptions, real = [], GridBar.begin
+
+    def noting(self, chunk, steps):
+        real(self, chunk, steps)
+        descriptions.append(self.bar.desc)
+
+    interrupted(2 * 3 + 3 + 2, *GRID)  # in the second epoch of the second cell
+    monkeypatch.setattr(GridBar, "begin", noting)
+    assert passes(train.main, *GRID).count("finished: ") == 2
+    assert descriptions == ["cell 1/2, beta_y 1, beta_z 1 · epoch 1/2", "cell 2/2, beta_y 5, beta_z 1 · epoch 0/2"]
+    assert "finished: " not in passes(train.main, *TINY, "--run_batch_name", "one")
+    assert descriptions[-1] == "epoch 0/2"
+
+
+def test_a_process_in_the_background_draws_no_bar(monkeypatch):
+    """The bar of the one in front is drawn in that terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(distributed.sys.stderr, "fileno", lambda: 2)
+    for ahead, kind in ((0, distributed.Bar), (1, distributed.Lines)):
+        monkeypatch.setattr(os, "tcgetpgrp", lambda fd: os.getpgrp() + ahead)  # noqa: B023
+        assert type(distributed.progress([])) is kind
+
+
+def test_every_status_and_the_time_to_go(passes, interrupted):
+    grid = [*GRID, "--num_epochs", "4"]
+
+    def shown(*flags):
+        before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+        out = passes(train.main, *grid, "--dry_run", *flags)
+        assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
+        return out, dict(re.findall(r"^  (beta_y \S+), beta_z 1  +(.+)$", out, re.M))
+
+    out, cells = shown()
+    assert set(cells.values()) == {"new"} and not Path("runs").exists()
+    assert "3 new; 12 epochs left; how long they take shows once a cell has been trained" in out
+    interrupted(4 * 3 + 2 * 3 + 2, *grid)  # the second cell in its third epoch
+    runs = {run.config.beta_y: run for run in map(Run.open, Path("runs/singles").iterdir())}
+    assert set(runs) == {0.1, 1.0}
+    write_json(runs[0.1].path / "training.json", runs[0.1].result | {"seconds": 400.0})  # a hundred an epoch
+    out, cells = shown()
+    assert cells == {"beta_y 0.1": "finished", "beta_y 1": "unfinished at epoch 2 of 4", "beta_y 5": "new"}
+    assert re.search("1 finished, 1 unfinished, 1 new; 6 epochs left, about 5 min at 5[0-9.]+ s an epoch", out)
+    with runs[1.0].locked():
+        held = rf"held by pid {os.getpid()} on host \S+, unfinished at epoch 2 of 4"
+        assert re.fullmatch(held, shown()[1]["beta_y 1"])
+    assert "; all are trained anew; 12 epochs left, about " in shown("--overwrite")[0]
+    passes(train.main, *grid)
+    assert "3 finished; nothing left to train" in shown()[0]
+
+
+def test_failed_and_damaged_cells_and_checkpoints_within_an_epoch(trained, passes, monkeypatch):
+    (path,) = trained()
+    write_json(path / "training.json", {"status": "failed", "epoch": 2, "step": 7, "terms": {}})
+    assert standing(Run.open(path)) == ("failed at step 7 of epoch 2", 0, 0)
+    (path / "resume.pth").write_bytes(b"no")
+    out = passes(train.main, *TINY, "--dry_run")
+    assert f"damaged: {path}/resume.pth" in out and (path / "resume.pth").exists()
+    monkeypatch.setattr(Run, "peek", lambda run: {"epoch": 1, "step": 3, "history": [0] * 4, "seconds": 7.0})
+    assert standing(Run.open(path)) == ("unfinished at epoch 1 of 2", 1.75, 7.0)
+
+
+def test_the_speed_of_a_longer_training_is_that_of_the_shorter_ones_beside_it(trained, passes):
+    (path,) = trained()
+    write_json(path / "training.json", Run.open(path).result | {"seconds": 200.0})
+    longer = [*TINY, "--num_epochs", "6", "--beta_y", "0.1", "1", "--dry_run"]
+    assert "2 new; 12 epochs left, about 20 min at 100 s an epoch" in passes(train.main, *longer)
+    assert "how long they take shows once" in passes(train.main, *longer, "--batch_size", "50")
+    for seconds, text in ((40, "40 s"), (90, "2 min"), (720, "12 min"), (12600, "3.5 h"), (181440, "2.1 days")):
+        assert distributed.duration(seconds) == text
+
+
+def test_whoever_asks_for_the_holder_keeps_no_training_from_starting(monkeypatch):
+    """And hears of one where the file system has no flock, too."""
+    Path(".lock").touch()
+    with open(".lock") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
+        with locks.locked(Path()):
+            assert locks.holder(Path()).startswith(f"pid {os.getpid()} ")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with locks.locked(Path()):
+        assert locks.holder(Path()).startswith(f"pid {os.getpid()} ")
+    assert locks.holder(Path()) is None and locks.holder(Path("nowhere")) is None
+
+
+def test_tensorboard_is_shown_short_names(trained):
+    (path,) = trained()
+    shutil.copytree(path, path.with_name("copy"))
+    Path("shown").mkdir()
+    assert link(Path("runs/singles"), Path("shown")) == 2
+    runs = EventMultiplexer().AddRunsFromDirectory("shown").Reload().Runs()
+    assert sorted(runs) == ["beta_y 1, beta_z 1", "beta_y 1, beta_z 1, copy"]
+    with pytest.raises(UserError, match="nowhere: no runs in it"):
+        link(Path("nowhere"), Path("shown"))
+
+
+def tiles(path, rows):
+    """The 28 x 28 images of a picture of 16 columns, (rows * 16, 28, 28) in [0, 1]; the frame is 2 pixels wide."""
+    pixels = np.asarray(Image.open(path).convert("L"), np.float32) / 255
+    assert pixels.shape == (rows * 30 + 2, 16 * 30 + 2)
+    return pixels[2:, 2:].reshape(rows, 30, 16, 30)[:, :28, :, :28].transpose(0, 2, 1, 3).reshape(-1, 28, 28)
+
+
+def test_pictures_are_the_models_own(tiny, multi_rate):
+    """Originals above, reconstructions below; samples from the run's seed; tiled as by torchvision, in eight bits."""
+    for n, channels, columns, line in ((16, 1, 8, 2), (5, 3, 3, 1), (2, 1, 2, 1)):
+        images = torch.rand(n, channels, 5, 7)
+        assert torch.equal(tiled(images, columns, 0.5, line), make_grid(images, columns, line, pad_value=0.5))
+    for run in map(Run.open, (*tiny.glob("singles/*"), *multi_rate.glob("m/*"))):
+        if run.config.is_conditioned:
+            assert (run.path / "samples.png").is_file()
+            continue
+        model, cpu = load_model(run, torch.device("cpu")), torch.device("cpu")
+        images = next(iter(load_data(run.config, "data", cpu).test.batches(16)))[0]
+        originals, reconstructions = tiles(run.path / "reconstructions.png", 2).reshape(2, 16, 28, 28)
+        np.testing.assert_allclose(originals, images[:, 0], atol=1 / 255)
+        np.testing.assert_allclose(reconstructions, model.reconstruct(images)[:, 0], atol=1.5 / 255)
+        samples = model.sample(64, generator=generator("cpu", run.config.seed, "samples"))[:, 0]
+        np.testing.assert_allclose(tiles(run.path / "samples.png", 4), samples, atol=1.5 / 255)
