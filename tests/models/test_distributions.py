@@ -164,7 +164,12 @@ def test_the_continuous_bernoulli_equals_torchs_and_integrates_to_one():
         assert torch.trapezoid(density * grid, grid).item() == pytest.approx(mean.item(), abs=1e-5)
 
 
-def test_the_continuous_bernoulli_has_finite_gradients():
+def test_the_continuous_bernoulli_near_the_uniform_is_a_series_and_has_finite_gradients():
+    a = torch.tensor([-0.0999, 0.01, 0.0999]).double()
+    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(a[:, None])
+    log_norm = torch.log(torch.sinh(a / 2) / (a / 2))
+    torch.testing.assert_close(pixels.log_prob(torch.full((3, 1), 0.5).double()), -log_norm, rtol=0, atol=1e-11)
+    torch.testing.assert_close(pixels.mean[:, 0], 0.5 + 0.5 / torch.tanh(a / 2) - 1 / a, rtol=0, atol=1e-9)
     logits = torch.tensor([-100.0, -0.1, 0.0, 1e-8, 0.1, 100.0], requires_grad=True)
     pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(logits[:, None])
     x = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])[:, None]
