@@ -118,7 +118,9 @@ def test_nothing_is_done_twice_and_all_of_it_at_once_is_the_same(evaluated, scri
 
 
 def test_a_changed_setting_makes_only_its_step_stale(evaluated, script):
-    before = [row["psnr"] for row in rows()]
+    before, of_y = [row["psnr"] for row in rows()], [row["mi_q_mc_y"] for row in rows()]
+    done(script, eval_beta_single.main, "--run_path", *runs(), "--device", "cpu", "--y_samples", "1")
+    assert all(row["mi_q_mc_y"] != value for row, value in zip(rows(), of_y, strict=True))
     script(eval_beta_grid.main, *STEP1[:-1], "100", "--iw_samples", "3")
     assert [row["n_samples"] for row in rows()] == ["100"] * 4 and [row["psnr"] for row in rows()] == before
     for v in map(numbers, rows()):  # the bound is at least the ELBO's, which one sample of it estimates

@@ -268,6 +268,12 @@ def test_loss_is_the_negative_elbo_at_betas_one_and_weighted_otherwise():
     torch.testing.assert_close(terms.loss(0.5, 2.0), -ll + 0.5 * kl_y + 2 * kl_z)
 
 
+def test_noise_is_drawn_anew_for_z_for_y_and_for_each_pass():
+    model, g = build_model(Config(conv_channels=2, z_dims=3)), generator(CPU, 0)
+    values = torch.cat([t.flatten() for _ in range(2) for t in model.noise(4, g)[:2]])
+    assert len(values.unique()) == len(values) == 2 * 4 * (3 + 32)
+
+
 @pytest.mark.parametrize("vae_type", MODELS)
 def test_gradients_in_float64(vae_type):
     """The gradient of the loss against finite differences along random directions."""
