@@ -14,6 +14,7 @@ import signal
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -336,11 +337,10 @@ def test_these_guards_see_what_they_guard_against(monkeypatch):
     with pytest.raises(MemoryError), guarded():
         np.ones(2**28)
 
-    def fails():
-        raise UserError("damaged") from MemoryError()
-
+    too_large = UserError("damaged")
+    too_large.__cause__ = MemoryError()
     with pytest.raises(AssertionError):
-        told(fails)
+        told(Mock(side_effect=too_large))
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.1)
     with pytest.raises(KeyboardInterrupt), guarded():
         while True:

@@ -30,6 +30,7 @@ from utils.training.loop import lr_factor, rate_weights
 from utils.training.schedule import align, position
 
 CPU = torch.device("cpu")
+OTHERS = [["--qz_family", "GumbelSoftmax"], ["--vae_type", "LVAE", "--warmup_epochs", "1"], ["--optimizer", "muon"]]
 ENDS = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "beta_max_z": 10.0}
 
 
@@ -258,9 +259,6 @@ def test_a_cell_that_cannot_go_back_goes_on_by_itself():
     apart = align([(run, run.load_state()[0]) for run in runs])
     assert [position(state) for _, state in apart] == [(1, 0), (2, 0)]
     assert align([(runs[0], None), (runs[1], cells[1][1])])[1][1] is cells[1][1]  # a new cell waits for none
-
-
-OTHERS = [["--qz_family", "GumbelSoftmax"], ["--vae_type", "LVAE", "--warmup_epochs", "1"], ["--optimizer", "muon"]]
 
 
 @pytest.mark.parametrize("flags", first(3, *OTHERS, []))

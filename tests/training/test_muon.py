@@ -9,7 +9,6 @@ from utils.config import Config
 from utils.training.engine import Engine
 from utils.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 
-CPU = torch.device("cpu")
 TINY = Config(conv_channels=2, z_dims=3, batch_size=8, optimizer="muon", learning_rate=1e-2)
 
 
@@ -86,7 +85,7 @@ def test_no_single_batch_decides():
 def test_stacked_models_do_not_mix():
     def trained(*betas):
         m = len(betas)
-        engine = Engine(TINY, m, CPU)
+        engine = Engine(TINY, m, torch.device("cpu"))
         engine.restart(1)
         for i in range(4):
             g = torch.Generator().manual_seed(i)
