@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import train_classifier
 
 FAST = ["--device", "cpu", "--run_batch_name", "b"]
 RATES = [*FAST, "--exclude_mi", "--exclude_fid"]
+PROBES = [*FAST, "--get_mi_cal_acc", "--probe_images", "500"]
 STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]
 
 
@@ -30,7 +30,7 @@ def four_steps(folder="runs") -> list[list]:
     return [
         [eval_beta_grid.main, *STEP1, *where],
         [eval_beta_single.main, "--run_path", *runs(folder), "--device", "cpu", *where],
-        [eval_beta_grid.main, *FAST, *where, "--get_mi_cal_acc"],
+        [eval_beta_grid.main, *PROBES, *where],
         [eval_beta_grid.main, *FAST, *where, "--recons_acc", "--pca"],
     ]
 
@@ -59,20 +59,6 @@ def make(root: Path) -> None:
     shutil.copytree(root / "runs", root / "evaluated")
     for main, *flags in four_steps(root / "evaluated"):
         assert main([str(flag) for flag in flags]) == 0
-
-
-class Here:
-    """Fits probes in this process; a worker would import the libraries anew, as those of the batch above have."""
-
-    def submit(self, function, *args) -> Future:
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-@pytest.fixture(autouse=True)
-def no_workers(monkeypatch):
-    monkeypatch.setattr("joblib.externals.loky.get_reusable_executor", lambda *_, **__: Here())
 
 
 def rows() -> list[dict]:

@@ -14,7 +14,7 @@ import eval_beta_single
 import plot_eval
 import train_classifier
 from tests.conftest import start
-from tests.evaluation.conftest import FAST, RATES, STEP1, rows, runs
+from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, rows, runs
 from tests.scripts import done, refusal
 from utils.files import read_json
 
@@ -92,7 +92,7 @@ def test_a_batch_is_a_folder_of_runs(script):
 def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
     """It takes long since a process and its worker start."""
     script(eval_beta_grid.main, *RATES)
-    process = start("eval_beta_grid.py", *FAST, "--get_mi_cal_acc", PYTHONUNBUFFERED="1")
+    process = start("eval_beta_grid.py", *PROBES, PYTHONUNBUFFERED="1")
     while "runs of b" not in process.stdout.readline():
         pass
     time.sleep(1)
@@ -101,7 +101,7 @@ def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
     if "4 of 4 runs evaluated" not in out:  # it may have been done already
         assert process.returncode == 143, err
         assert "interrupted; rerun to continue: python " in err and "Traceback" not in err, err
-    done(script, eval_beta_grid.main, *FAST, "--get_mi_cal_acc")
+    done(script, eval_beta_grid.main, *PROBES)
     assert all(row["lr_acc_mean"] != "" for row in rows())
 
 

@@ -21,7 +21,7 @@ from models.hvae import Noise
 from models.latents import Gaussian
 from tests.conftest import TINY
 from tests.datasets.files import write_cifar10, write_svhn
-from tests.evaluation.conftest import FAST, RATES, STEP1, four_steps, rows, runs
+from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, four_steps, rows, runs
 from tests.models.test_models import REFERENCE
 from tests.scripts import done, refusal
 from utils.evaluation.batch import gather
@@ -36,7 +36,7 @@ EMPTY = """
 data_digest beta_max_y beta_max_z target_rate_y target_rate_z init_from source bpd bpd_se ll_iw ll_iw_se iw_samples
 fid fid_se fid_floor fid_features fid_samples kid kid_se mi_q mi_p is_mean_se run_name image_size image_channels
 """
-PROBES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
+ACCURACIES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
 H = math.log(10)
 
 
@@ -58,9 +58,9 @@ def test_the_relations_between_the_figures_of_the_four_steps(evaluated):
         for latent, rate in (("z", v["kl_z"]), ("y", v["kl_z"] + v["kl_y"])):
             assert 0 <= v[f"mi_{latent}_low"] <= v[f"mi_{latent}_high"] + 3 * v[f"mi_{latent}_low_se"]
             assert v[f"mi_{latent}_high"] <= min(H, rate) + 1e-9
-        for name in PROBES:  # samples keep to the bound
+        for name in ACCURACIES:  # samples keep to the bound
             assert v[f"{name}_sample"] <= v["acc_bound"] + 3 * v[f"{name}_sample_se"]
-        assert v["probe_images"] == 1437
+        assert v["probe_images"] == 500
         assert 1 <= v["is_mean"] <= 10 and v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
         assert 0 <= v["recons_acc"] <= 1 and 0 <= v["recons_pred_entropy"] <= H and 0 <= v["clsfr_ece"] <= 1
         assert v["psnr"] > 5 and v["fid_classifier"] >= 0 and 0 <= v["active_z"] <= 6
@@ -76,7 +76,7 @@ def test_figures_and_their_errors_are_those_of_the_terms_of_each_image(evaluated
     config = Run.open(runs()[0]).config
     pixels = next(load_data(config, "data", CPU).test.batches(360))[0].flatten(1).double().numpy()
     floor = scipy.special.entr(pixels).sum(1) + scipy.special.entr(1 - pixels).sum(1)
-    of_probes = {f"{name}{t}" for name in (*PROBES, "lr_nll") for t in ("", "_y", "_sample", "_sample_y")}
+    of_probes = {f"{name}{t}" for name in (*ACCURACIES, "lr_nll") for t in ("", "_y", "_sample", "_sample_y")}
     for row in rows():
         path, v = Path("runs/b", row["run"]), numbers(row)
         terms = per_image(path)
@@ -111,7 +111,7 @@ def test_nothing_is_done_twice_and_all_of_it_at_once_is_the_same(evaluated, scri
     for path in files:
         if path.name not in ("config.json", "training.json"):
             path.unlink()
-    flags = [*FAST, "--n_samples", "200", "--all", "--pca"]
+    flags = [*PROBES, "--n_samples", "200", "--all", "--pca"]
     done(script, eval_beta_grid.main, *flags)
     table = Path("runs/b/eval_results.csv")
     assert table.read_bytes() == before[table]
@@ -201,7 +201,7 @@ def test_both_protocols_of_the_probes_and_results_from_before(batch, script):
         assert np.isnan(per_image(path)["svm_rbf_acc_paper"]).sum() == 288
     gather("runs", "b")
     assert rows() == [row | dict.fromkeys(later, "") for row in old]
-    done(script, eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_images", "500")
+    done(script, eval_beta_grid.main, *PROBES)
     for row, before in zip(rows(), old, strict=True):
         assert row["svm_rbf_acc_paper"] == before["svm_rbf_acc_paper"] and row["svm_rbf_acc"]
         assert row["probe_images"] == "500" and row["acc_bound"] == ""
