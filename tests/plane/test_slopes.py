@@ -56,6 +56,17 @@ def test_under_trained_cells_are_found_and_no_others():
                 assert s.excess > 20 if i in bad else s.excess == pytest.approx(0, abs=1e-9)
 
 
+def test_cells_of_other_settings_are_no_neighbours_even_if_their_names_are_cut_off_alike():
+    """Of two grids, each at its optimum, one is 40 nats worse."""
+    worse = grid(ll=lambda row: row["ll"] - 40)
+    settings = [{"dataset": 130 * "a" + end} for end in "bc"]
+    cells = [
+        [Cell(s, c.runs, c.repeats) for c in plane_of(g).cells] for s, g in zip(settings, (grid(), worse), strict=True)
+    ]
+    result = slopes(Plane(sum(cells, [])))
+    assert len(result) == 50 and not any(s.far_off or s.excess > 1e-9 for s in result)
+
+
 def test_slopes_are_not_told_where_rates_do_not_change():
     of_cells = slopes(plane_of([exponential(by, 1.0) | {"beta_z": bz, "kl_z": 0.0} for by in AXIS for bz in AXIS]))
     assert all(math.isnan(s.ratio_z) and math.isfinite(s.ratio_y) for s in of_cells)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.plane.cells import BETAS, Cell, Plane
+from utils.plane.cells import BETAS, SHARED, Cell, Plane
 from utils.plane.tables import to_markdown
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
@@ -52,7 +52,9 @@ def slopes(plane: Plane) -> list[Slope]:
     images are used, since the loss on these was minimised.
     """
     part = "train_" if all(f"train_{n}" in c.median for c in plane.cells for n in ("ll", "kl_y", "kl_z")) else ""
-    return [slope for mask in plane.kinds.values() for slope in _slopes_of(plane.where(mask), part)]
+    keys = [tuple(cell.settings.get(name) for name in SHARED) for cell in plane.cells]  # names of kinds are cut off
+    grids = [plane.where(np.array([key == k for k in keys])) for key in dict.fromkeys(keys)]
+    return [slope for grid in grids for slope in _slopes_of(grid, part)]
 
 
 def _slopes_of(plane: Plane, part: str) -> list[Slope]:
