@@ -95,7 +95,7 @@ def test_training_ends_at_a_damaged_image(struck, pets):
 
 def test_other_scripts_end_at_a_damaged_image(passes):
     """More than five seconds: in processes, as what a failed loader leaves is closed late, on others' descriptors."""
-    write_folder(Path("pets"), (48, 48), n=5)
+    write_folder(Path("pets"), (48, 48), n=60)
     passes(train.main, *STREAMED, "--num_epochs", "1")
     passes(eval_beta_grid.main, *RATES)
     for path in Path("pets").rglob("*.png"):
