@@ -177,7 +177,7 @@ def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str
     if grid:
         add_target_flags(parser)
     for field in (f for f in dataclasses.fields(Config) if f.name in (only or FLAGS)):
-        title, kind = field.metadata["group"], kind_of(field)
+        title, kind = field.metadata["part"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
         text = field.metadata["help"].replace("%", "%%")
         if kind is bool:

@@ -7,73 +7,76 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from datasets.folders import SIZES, listed, nearest_size
 from datasets.table import DATASETS, Recipe, lookup
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
 
-# Beyond these something overflows: float32, a 64-bit seed, any machine's memory.
-LARGEST = {"beta_y": 1e30, "beta_z": 1e30, "learning_rate": 1e30, "sigma": 1e30, "seed": 2**63 - 1}
-LARGEST |= {"conv_channels": 4096, "z_dims": 2**20, "linear_y_with_dims": 2**20}
-LARGEST |= {"batch_size": 2**31 - 1, "num_epochs": 10**9, "warmup_epochs": 10**9}
-OPTIONAL = ("image_size", "image_channels", "px_y_family_ll", "warmup_epochs", "lr_schedule", "optimizer")
-OPTIONAL += ("data_digest", "beta_max_y", "beta_max_z", "source", "target_rate_y", "target_rate_z", "init_from")
 USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10}  # the paper's
+HUGE = 1e30  # beyond which float32 overflows
 
 
-def _flag(default, help, group, **kwargs):
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, **kwargs})
+def _flag(default, help, part, **metadata):
+    """A field with a flag; `part` says what it is for, `least`, `above` and `most` bound its value."""
+    return dataclasses.field(default=default, metadata={"help": help, "part": part, **metadata})
 
 
-def _usual(name: str, help: str, group: str):
+def _usual(name: str, help: str, part: str, **bounds):
     """A flag whose default depends on the data set."""
     others = "".join(f"; {of} {s.settings[name]:g}" for of, s in DATASETS.items() if name in s.settings)
-    return _flag(None, f"{help} (default: {USUAL[name]:g}{others})", group)
+    return _flag(None, f"{help} (default: {USUAL[name]:g}{others})", part, **bounds)
 
 
-def _kept(kind: type):
+def _kept(part: str, **bounds):
     """A field without a flag: kept in config.json where it has a value."""
-    return dataclasses.field(default=None, metadata={"type": kind})
+    return dataclasses.field(default=None, metadata={"part": part, **bounds})
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run's settings, a field per flag; complete and valid once made (UserError otherwise)."""
+    """One run's settings, a field per flag; complete and valid once made (UserError otherwise).
+
+    A field is part of the "model", "objective", "training", "data", "repeat" or "name" of a run, by which runs are
+    compared (`fields_of`, `differs_in`). Adding a flag is adding a field; with `in_name`, the name of the run folder
+    has its value where it is not the default.
+    """
 
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
     dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
     image_size: int | None = _flag(
-        None, f"for a folder: resize to {listed(SIZES)} pixels (default: the size nearest to the images' own)",
-        "data", type=int,
-    )  # fmt: skip
-    image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data", type=int)
+        None, f"for a folder: resize to {listed(SIZES)} pixels (default: the size nearest to the images' own)", "data"
+    )
+    image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data")
     px_y_family_ll: str | None = _flag(
         None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
     )
-    sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model")
+    sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model", above=0, most=HUGE)
     qz_family: str = _flag("DiagonalGaussian", "the family of z", "model", choices=LATENTS)
     use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
-    linear_y_with_dims: int = _flag(-1, "make y a vector with this many dimensions (-1: convolutional y)", "model")
-    conv_channels: int = _flag(16, "channels of the conv layers", "model")
-    z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model")
-    num_epochs: int = _usual("num_epochs", "epochs to train", "training")
-    batch_size: int = _usual("batch_size", "images per batch", "training")
-    learning_rate: float = _usual(
-        "learning_rate", "the learning rate; --multi_rate uses 3.5 times it once z is in use", "training"
+    linear_y_with_dims: int = _flag(
+        -1, "make y a vector with this many dimensions (-1: convolutional y)", "model", most=2**20
     )
+    conv_channels: int = _flag(16, "channels of the conv layers", "model", least=1, most=4096)
+    z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model", least=1, most=2**20)
+    num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
+    batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
+    learning_rate: float = _usual(
+        "learning_rate", "the learning rate; --multi_rate uses 3.5 times it once z is in use", "training",
+        above=0, most=HUGE,
+    )  # fmt: skip
     optimizer: str | None = _flag(
         None, "adam; muon: far ahead in short trainings of Gaussian z, at the same learning rate (default: adam, muon "
         "with --multi_rate)", "training", choices=("adam", "muon"),
     )  # fmt: skip
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "
-        "num_epochs // 5, --multi_rate num_epochs // 10, others 0)",
-        "training", type=int,
+        "num_epochs // 5, --multi_rate num_epochs // 10, others 0)", "training", least=0, most=10**9,
     )  # fmt: skip
     no_warmup: bool = _flag(False, "same as --warmup_epochs 0", "training")
-    beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "training")
-    beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "training")
+    beta_y: float = _flag(1.0, "weight of R(y|z), the rate of y given z", "objective", least=0, most=HUGE)
+    beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "objective", least=0, most=HUGE)
     lr_schedule: str | None = _flag(
         None, "constant; cosine: down to 0 over the whole training; tail: over its last 30 % (default: constant, tail "
         "with --multi_rate)", "training", choices=("constant", "cosine", "tail"),
@@ -85,67 +88,80 @@ class Config:
         "fp32", "fp32; tf32: TF32 products on a GPU; bf16: bfloat16 hidden layers, the rest in fp32",
         "training", choices=("fp32", "tf32", "bf16"),
     )  # fmt: skip
-    seed: int = _flag(2, "initial weights, batch order and noise, the same for all cells of a grid", "training")
-    run_name: str = _flag("", "prefix of the run folder's name", "run")
-    run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "run")
-    data_digest: str | None = _kept(str)  # of the list of files of a folder of images
-    beta_max_y: float | None = _kept(float)  # of a conditioned model: it is trained for beta_y to beta_max_y,
-    beta_max_z: float | None = _kept(float)  # beta_z to beta_max_z
-    target_rate_y: float | None = _kept(float)  # nats; of a cell whose betas were found for given rates
-    target_rate_z: float | None = _kept(float)
-    init_from: str | None = _kept(str)  # the digest of the weights that the training started from
-    source: str | None = _kept(str)  # of a cell unfolded from one: the digest of the conditioned model's weights
+    seed: int = _flag(
+        2, "initial weights, batch order and noise, the same for all cells of a grid", "repeat", least=0, most=2**63 - 1
+    )
+    run_name: str = _flag("", "prefix of the run folder's name", "name")
+    run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "name")
+    data_digest: str | None = _kept("data")  # of the list of files of a folder of images
+    beta_max_y: float | None = _kept("objective", least=0)  # of a conditioned model: it is trained for beta_y to
+    beta_max_z: float | None = _kept("objective", least=0)  # beta_max_y, beta_z to beta_max_z
+    target_rate_y: float | None = _kept("objective", above=0)  # nats; of a cell whose betas are those of given rates
+    target_rate_z: float | None = _kept("objective", above=0)
+    init_from: str | None = _kept("training")  # the digest of the weights that the training started from
+    source: str | None = _kept("repeat")  # of an unfolded cell: the digest of the conditioned model's weights
 
     def __post_init__(self):
         usual = USUAL | (DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {})
-        for name in [n for n in USUAL if getattr(self, n) is None]:
-            object.__setattr__(self, name, usual[name])
+        self._set(**{name: usual[name] for name in USUAL if getattr(self, name) is None})
         for field in dataclasses.fields(self):
-            self._check(field.name, kind_of(field), getattr(self, field.name), field.metadata.get("choices"))
+            self._check(field, getattr(self, field.name))
+        self._check_names()
         self._check_data()
         self._check_range()
-        object.__setattr__(self, "px_y_family_ll", self.px_y_family_ll or lookup(self).likelihood)
-        object.__setattr__(self, "use_conv_z", self.use_conv_z or self.image_shape[1] == 256)
+        likelihood = self.px_y_family_ll or lookup(self).likelihood
+        self._set(px_y_family_ll=likelihood, use_conv_z=self.use_conv_z or self.image_shape[1] == 256)
         self._check_warmup()
+        if self.linear_y_with_dims != -1 and self.linear_y_with_dims < 2:
+            raise UserError(f"--linear_y_with_dims: must be -1 (off) or >= 2, got {self.linear_y_with_dims}")
         if self.linear_y_with_dims > 0 and self.use_conv_z:
             raise UserError("--linear_y_with_dims: goes with a vector z, not with --use_conv_z or 256 pixels")
-        if self.image_shape[0] == 3 and not LIKELIHOODS[self.px_y_family_ll].colour:
-            raise UserError(f"--px_y_family_ll: {self.px_y_family_ll} is for grey images, {self.dataset} is in colour")
+        if self.image_shape[0] == 3 and not LIKELIHOODS[likelihood].colour:
+            raise UserError(f"--px_y_family_ll: {likelihood} is for grey images, {self.dataset} is in colour")
         MODELS[self.vae_type].check(self)
         self._check_targets()
         if len(self.folder_name.encode(errors="surrogateescape")) > 255:
             raise UserError("--run_name: too long for a folder name")
 
-    def _check(self, name: str, kind: type, value, choices) -> None:
+    def _set(self, **values) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check(self, field: dataclasses.Field, value) -> None:
+        """Raises UserError for a value of another type than the field's, or outside its choices and bounds."""
+        name, kind, known = field.name, kind_of(field), field.metadata
+
         def need(right: str):
             raise UserError(f"--{name}: must be {right}, got {value!r}")
 
-        if value is None and name in OPTIONAL:
+        if value is None and is_optional(field):
             return
         if kind is float and type(value) is int:
-            object.__setattr__(self, name, float(value))
+            self._set(**{name: float(value)})
         elif type(value) is not kind:
             need({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
-        if choices is not None and value not in choices:
-            raise UserError(f"--{name}: unknown {value!r}{nearest(value, choices)}")
+        if "choices" in known and value not in known["choices"]:
+            raise UserError(f"--{name}: unknown {value!r}{nearest(value, known['choices'])}")
         if kind is float and not math.isfinite(value):
             need("a finite number")
-        if name in LARGEST and value > LARGEST[name]:
-            need(f"at most {LARGEST[name]:g}")
-        if name in ("beta_y", "beta_z", "beta_max_y", "beta_max_z", "seed", "warmup_epochs") and value < 0:
-            need("> 0 or 0")
-        if name in ("sigma", "learning_rate") and value <= 0:
-            need("> 0")
-        if name in ("conv_channels", "z_dims", "num_epochs", "batch_size") and value < 1:
-            need(">= 1")
-        if name == "linear_y_with_dims" and value != -1 and value < 2:
-            need("-1 (off) or >= 2")
-        if name.startswith("run_") and (set(value) & set("/\\") or value[:1] == "." or not value.isprintable()):
-            need("a plain folder name, without slashes, control characters or a leading dot")
-        if name == "run_batch_name" and len(value.encode(errors="surrogateescape")) > 255:
-            raise UserError("--run_batch_name: too long for a folder name")
-        if name == "run_batch_name" and value in ("", "classifiers"):
-            need("a folder name other than 'classifiers'")
+        if "least" in known and value < known["least"]:
+            need(f">= {known['least']}")
+        if "above" in known and value <= known["above"]:
+            need(f"> {known['above']}")
+        if "most" in known and value > known["most"]:
+            need(f"at most {known['most']:g}")
+
+    def _check_names(self) -> None:
+        for name in fields_of("name"):
+            text = getattr(self, name)
+            if set(text) & set("/\\") or text[:1] == "." or not text.isprintable():
+                right = "a plain folder name, without slashes, control characters or a leading dot"
+                raise UserError(f"--{name}: must be {right}, got {text!r}")
+        batch = self.run_batch_name
+        if batch in ("", "classifiers") or len(batch.encode(errors="surrogateescape")) > 255:
+            raise UserError(
+                f"--run_batch_name: must be a folder name of at most 255 bytes, not 'classifiers', got {batch!r}"
+            )
 
     def _check_data(self) -> None:
         if self.dataset in DATASETS:
@@ -157,20 +173,19 @@ class Config:
             if os.sep in self.dataset:
                 raise UserError(f"--dataset: {os.path.abspath(self.dataset)} not found")
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
-        object.__setattr__(self, "dataset", os.path.abspath(self.dataset))
+        self._set(dataset=os.path.abspath(self.dataset), image_channels=self.image_channels or 3)
         if not os.path.basename(self.dataset).isprintable():
             raise UserError(f"--dataset: runs are named after the folder, so rename {self.dataset!r}")
-        object.__setattr__(self, "image_channels", self.image_channels or 3)
         if self.image_size is None:
-            object.__setattr__(self, "image_size", nearest_size(self.dataset))
+            self._set(image_size=nearest_size(self.dataset))
         if self.image_size not in SIZES:
             raise UserError(f"--image_size: must be {listed(SIZES)} for a folder of images, got {self.image_size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
     def _check_range(self) -> None:
-        object.__setattr__(self, "lr_schedule", self.lr_schedule or ("tail" if self.multi_rate else "constant"))
-        object.__setattr__(self, "optimizer", self.optimizer or ("muon" if self.multi_rate else "adam"))
+        schedule, optimizer = ("tail", "muon") if self.multi_rate else ("constant", "adam")
+        self._set(lr_schedule=self.lr_schedule or schedule, optimizer=self.optimizer or optimizer)
         for name in ("beta_y", "beta_z"):
             low, high = getattr(self, name), getattr(self, f"beta_max_{name[-1]}")
             if high is not None and not 0 < low <= high <= 1e6 * low:
@@ -181,9 +196,6 @@ class Config:
             raise UserError("--multi_rate: needs a range of betas, several of --beta_y or of --beta_z")
 
     def _check_targets(self) -> None:
-        for layer in "yz":
-            if (target := getattr(self, f"target_rate_{layer}")) is not None and not target > 0:
-                raise UserError(f"--target_rate_{layer}: must be > 0, got {target:g}")
         if self.target_rate_z is not None and self.vae_type == "BVAE":
             raise UserError("--target_rate_z: BVAE has no z")
         if (self.target_rate_z or 0) >= self.most_rate_z:
@@ -195,12 +207,30 @@ class Config:
             raise UserError("--no_warmup: contradicts --warmup_epochs")
         default = self.default_warmup
         if self.warmup_epochs is None:
-            object.__setattr__(self, "warmup_epochs", 0 if self.no_warmup else default)
-        object.__setattr__(self, "no_warmup", default > 0 and self.warmup_epochs == 0)  # the two ways to say it
+            self._set(warmup_epochs=0 if self.no_warmup else default)
+        self._set(no_warmup=default > 0 and self.warmup_epochs == 0)  # the two ways to say it
         if self.warmup_epochs > self.num_epochs:
-            raise UserError(
-                f"--warmup_epochs: must be at most --num_epochs ({self.num_epochs}), got {self.warmup_epochs}"
-            )
+            most = f"at most --num_epochs ({self.num_epochs})"
+            raise UserError(f"--warmup_epochs: must be {most}, got {self.warmup_epochs}")
+
+    def differs_in(self, other: "Config", *parts: str) -> list[str]:
+        """The fields of some parts, or of all, in which two Configs differ, as far as they matter.
+
+        Data sets are told by `data_name`, since folders move; sigma only matters where it is fixed; no_warmup follows
+        from warmup_epochs.
+        """
+        names = [n for n in fields_of(*parts) if getattr(self, n) != getattr(other, n)]
+        unused = {"no_warmup"}
+        if self.data_name == other.data_name:
+            unused.add("dataset")
+        if self.px_y_family_ll != "GaussianFixedSigma":
+            unused.add("sigma")
+        return [n for n in names if n not in unused]
+
+    def continues(self, other: "Config") -> bool:
+        """Whether a training of `other` goes on, with more epochs, exactly as this one."""
+        different = self.differs_in(other, "model", "objective", "training", "data", "repeat")
+        return other.is_extendable and different == ["num_epochs"] and other.num_epochs < self.num_epochs
 
     @property
     def is_conditioned(self) -> bool:
@@ -255,32 +285,45 @@ class Config:
     @property
     def folder_name(self) -> str:
         """The run folder's name, which spells the configuration the way the paper's code does."""
-        default_warmup = self.default_warmup
         parts = [
+            self.run_name or "NoName",
             f"Epochs_{self.num_epochs}-BatchSize_{self.batch_size}-c_{self.conv_channels}-{self.data_name}",
             f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}",
             self._name_of_layer("y"),
             self._name_of_layer("z"),
-            f"ll_sigma_{self.sigma}" * (self.px_y_family_ll == "GaussianFixedSigma"),
-            "use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}",
-            f"linear_y_dims_{self.linear_y_with_dims}" * (self.linear_y_with_dims > 0),
-            "no_warmup" * (default_warmup > 0 and self.warmup_epochs == 0),
-            f"warmup_epochs_{self.warmup_epochs}" * (self.warmup_epochs not in (0, default_warmup)),
-            self.lr_schedule * (self.lr_schedule != ("tail" if self.multi_rate else "constant")),
-            "muon" * (self.optimizer == "muon"),
-            "multi_rate" * self.multi_rate,
-            f"init_{(self.init_from or '')[:8]}" * (self.init_from is not None),
-            self.precision * (self.precision != Config.precision),
-            f"seed_{self.seed}" * (self.seed != Config.seed),
         ]
-        return "-".join([self.run_name or "NoName", *filter(None, parts)])
+        if self.px_y_family_ll == "GaussianFixedSigma":
+            parts.append(f"ll_sigma_{self.sigma}")
+        parts.append("use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}")
+        if self.linear_y_with_dims > 0:
+            parts.append(f"linear_y_dims_{self.linear_y_with_dims}")
+        if self.no_warmup:
+            parts.append("no_warmup")
+        elif self.warmup_epochs not in (0, self.default_warmup):
+            parts.append(f"warmup_epochs_{self.warmup_epochs}")
+        if self.lr_schedule != ("tail" if self.multi_rate else "constant"):
+            parts.append(self.lr_schedule)
+        if self.optimizer == "muon":
+            parts.append("muon")
+        if self.multi_rate:
+            parts.append("multi_rate")
+        if self.init_from is not None:
+            parts.append(f"init_{self.init_from[:8]}")
+        if self.precision != Config.precision:
+            parts.append(self.precision)
+        for field in dataclasses.fields(self):
+            if "in_name" in field.metadata and getattr(self, field.name) != field.default:
+                parts.append(f"{field.name}_{getattr(self, field.name)}")
+        if self.seed != Config.seed:
+            parts.append(f"seed_{self.seed}")
+        return "-".join(parts)
 
     def _name_of_layer(self, layer: str) -> str:
         """What the folder's name says of a layer's rate: its beta, the range of betas, or the rate asked for."""
         beta, largest, target = (getattr(self, n + layer) for n in ("beta_", "beta_max_", "target_rate_"))
         if target is not None:
             return f"Rate_{layer}_{target}"
-        return f"Beta_{layer}_{beta}" + (f"_to_{largest}" if largest is not None else "")
+        return f"Beta_{layer}_{beta}" if largest is None else f"Beta_{layer}_{beta}_to_{largest}"
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
@@ -300,10 +343,10 @@ class Config:
         digest = settings.pop("sha256", None)
         if digest is not None and digest != _digest(settings):
             raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
-        known = {field.name for field in dataclasses.fields(cls)}
+        names = fields_of()
         settings = {"optimizer": "adam", **settings}  # as all runs were trained that do not say
         try:
-            return cls(**{k: v for k, v in settings.items() if k in known})
+            return cls(**{k: v for k, v in settings.items() if k in names})
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
 
@@ -311,10 +354,20 @@ class Config:
 FLAGS = [f.name for f in dataclasses.fields(Config) if "help" in f.metadata]  # the fields that have one
 
 
+def fields_of(*parts: str) -> list[str]:
+    """The names of the fields of some parts of a Config, or of all, in their order."""
+    return [f.name for f in dataclasses.fields(Config) if not parts or f.metadata["part"] in parts]
+
+
 def _digest(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def is_optional(field: dataclasses.Field) -> bool:
+    """Whether a Config's field may be None."""
+    return type(None) in get_args(field.type)
+
+
 def kind_of(field: dataclasses.Field) -> type:
-    """The plain type of a Config field: `int | None` is an int."""
-    return field.metadata.get("type") or (str if field.type == str | None else field.type)
+    """The plain type of a Config's field: `int | None` is an int."""
+    return next(iter(get_args(field.type)), field.type)
