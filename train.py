@@ -62,47 +62,53 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
+    device = prepare(args.device, args.threads)
     from datasets.loading import load_data  # imports torch, which takes seconds: only for flags that are right
     from utils.runs import Run
-    from utils.training.loop import Interrupted
-    from utils.training.schedule import check_data_parallel, check_flags, report, train_all, unfinished
+    from utils.training.multi_rate import near, sources, unfold
+    from utils.training.saving import Interrupted
+    from utils.training.schedule import check_batches, check_setup, report, train_all, unfinished
     from utils.training.start import note_shorter, with_start
     from utils.training.summary import describe, show_status, summarise
-    from utils.training.targets import near
-    from utils.training.unfold import sources, unfold_all
+    from utils.training.training import Setup
 
     cells = with_start(grid_configs(args), args.init_from)
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
-    config = next(iter(plan)).config
-    check_flags(args, config)
+    config, single = next(iter(plan)).config, len(cells) == 1
+    settings = {name: getattr(args, name) for name in Setup._fields if name != "device"}
+    setup = Setup(device, **settings)
+    check_setup(setup, config)
     if is_first():
-        describe([run.config for run in plan], args.device)
+        describe([run.config for run in plan], device)
         note_shorter(plan, starts)
     if args.dry_run:
         show_status(share([*plan]), args.overwrite)
         return 0
-    data = load_data(config, args.data_dir, args.device, args.download)
+    data = load_data(config, args.data_dir, device, args.download)
     plan = {run.of_data(data.digest): cells for run, cells in plan.items()}
-    runs = [*plan] if args.multi_rate else near([*plan], data, args.device)
+    runs = [*plan] if args.multi_rate else near([*plan], data, device)
     mine = runs if args.data_parallel else share(runs)
     todo = unfinished(mine, args.overwrite)
     if args.data_parallel:
-        check_data_parallel(len(data.train), len(data.test), config.batch_size)
-        join(args.device)
+        check_batches(data, config.batch_size)
+        join(device)
     try:
-        problems = train_all(todo, data, args, starts)
+        problems = train_all(todo, data, setup, starts)
     except Interrupted as e:
-        if is_first() or not args.data_parallel:
+        if setup.writes:
             print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
         return 128 + e.signal
-    status = report(problems, mine, len(cells) == 1, args.overwrite)
-    if args.multi_rate and (is_first() or not args.data_parallel):
-        runs, problems = unfold_all({run: plan[run] for run in mine if run.status == "finished"}, data, args)
-        status = max(status, report(problems, runs, len(cells) == 1, args.overwrite))
+    status = report(problems, mine, single, args.overwrite)
+    if args.multi_rate and setup.writes:
+        models, runs = [run for run in mine if run.status == "finished"], []
+        for model in models:
+            cells, problems = unfold(model, plan[model], data, args.runs_dir, device, args.overwrite, args.force)
+            runs += cells
+            status = max(status, report(problems, cells, single, args.overwrite))
     wait_for_all()
     if is_first() and runs:
-        summarise(runs, args)
+        summarise(runs, args.rate_unit, args.runs_dir, args.data_dir)
     return status
 
 

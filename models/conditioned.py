@@ -5,14 +5,14 @@ conditioned model *is* an ordinary one, with an ordinary state_dict. It knows la
 Dosovitskiy & Djolonga, ICLR 2020; for one beta of a VAE, by gates: Multi-Rate VAE, Bae et al., ICLR 2023.)
 """
 
-import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .hvae import HVAE, Noise, Terms
+from .hvae import Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
@@ -51,17 +51,16 @@ class Conditioned(nn.Module):
         self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes), bias=False)
         nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
         self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
-        self.now: dict[str, tuple[Tensor, Tensor]] = {}  # of the forward pass that is under way
         for name in self.layers:
-            model.get_submodule(name).register_forward_hook(lambda layer, _, out, name=name: self._gated(name, out))
+            add_gate(model.get_submodule(name))
 
     def scales_and_shifts(self, log_betas: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """For every layer, and every parameter outside layers, a scale and a shift (..., C) at log10 betas (..., 2)."""
         low, high = self.log_range.to(log_betas)
         u = self.places.to(log_betas)
         around, anywhere = self.drawn(u, self.spread), self.drawn(u)
-        weights = torch.cat([(1 - ANYWHERE) * self.weights(around), ANYWHERE * self.weights(anywhere)])
-        places = log_betas, torch.cat([around, anywhere])
+        shares = (1 - ANYWHERE) * self.image_weights(around), ANYWHERE * self.image_weights(anywhere)
+        weights, places = torch.cat(shares), (log_betas, torch.cat([around, anywhere]))
         here, average = (self.hypernetwork(2 * (v - low) / (high - low).clamp_min(1e-6) - 1) for v in places)
         scales, shifts = self.gates(here - weights @ average / weights.sum()).chunk(2, -1)
         each = zip((1 + scales).split(self.sizes, -1), shifts.split(self.sizes, -1), strict=True)
@@ -72,12 +71,6 @@ class Conditioned(nn.Module):
         (low, high), start = self.log_range.to(u), self.start.to(u)
         return start + spread * (low + (high - low) * ((1 + 2 * MARGIN) * u - MARGIN) - start)
 
-    def _gated(self, name: str, out: Tensor) -> Tensor:
-        if not self.now:
-            return out
-        scale, shift = (t.to(out.dtype).view(*t.shape, *[1] * (out.dim() - 2)) for t in self.now[name])
-        return torch.addcmul(shift, out, scale)
-
     def noise(self, n: int, generator: torch.Generator, temperature: Tensor | None = None) -> Noise:
         """The model's noise, and betas, log-uniform over the range and MARGIN: most shrunk by `spread` to the start."""
         noise = self.model.noise(n, generator, temperature)
@@ -85,7 +78,7 @@ class Conditioned(nn.Module):
         around, anywhere = self.drawn(u[:, :2], self.spread), self.drawn(u[:, :2])
         return noise._replace(log_betas=torch.where(u[:, 2:] < ANYWHERE, anywhere, around))
 
-    def weights(self, log_betas: Tensor) -> Tensor:
+    def image_weights(self, log_betas: Tensor) -> Tensor:
         """Weights (B,) of images in the objective: 1 at the start, beta_y ** -0.15 beta_z ** 0.5 with all betas in use.
 
         Where z is given up, at large beta_z, a code has least in common with the others, so it is learnt last. At the
@@ -105,42 +98,49 @@ class Conditioned(nn.Module):
     def forward(self, x: Tensor, noise: Noise) -> Terms:
         """ll, kl_y, kl_z of images x (B, C, H, W), each with the model of its own betas, `noise.log_betas` (B, 2)."""
         with torch.autocast(x.device.type, enabled=False):
-            self.now = self.scales_and_shifts(noise.log_betas)
-        try:
-            given = {name: self._other(name, x.dim()) for name in self.others}
-            return functional_call(self.model, given, (x, noise))
-        finally:
-            self.now = {}
+            tensors = self.gated(noise.log_betas)
+        return functional_call(self.model, tensors, (x, noise))
 
-    @contextlib.contextmanager
-    def held_at(self, log_betas: Tensor) -> Iterator[nn.Module]:
-        """The model, at one pair of log10 betas (2,) for all images; not its parameters outside layers."""
-        self.now = {name: (a[None], b[None]) for name, (a, b) in self.scales_and_shifts(log_betas).items()}
-        try:
-            yield self.model
-        finally:
-            self.now = {}
+    def gated(self, log_betas: Tensor) -> dict[str, Tensor]:
+        """What replaces parameters and buffers of the model at log10 betas (B, 2): gates of layers, and the others.
+
+        Of a parameter outside layers, such as a learned sigma, each image has its own, (B, 1, 1, 1).
+        """
+        tensors, gates = {}, self.scales_and_shifts(log_betas)
+        for name in self.layers:
+            tensors[f"{name}.scale"], tensors[f"{name}.shift"] = gates[name]
+        for name in self.others:
+            scale, shift = gates[name]
+            where, _, last = name.rpartition(".")
+            parameter = getattr(self.model.get_submodule(where), last)  # in a stack it is a plain tensor
+            tensors[name] = (parameter * scale + shift).view(-1, 1, 1, 1)
+        return tensors
+
+    @torch.no_grad()
+    def centre(self) -> nn.Module:
+        """A copy of the model with the gates of the centre of the range: an ordinary model."""
+        model = copy.deepcopy(self.model)
+        for name, tensor in self.gated(self.log_range.mean(0, keepdim=True).to(self.gates.weight)).items():
+            where, _, last = name.rpartition(".")
+            part = model.get_submodule(where)
+            if name in self.others:
+                tensor = nn.Parameter(tensor.view_as(getattr(part, last)))
+            setattr(part, last, tensor)
+        return model
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Of the model in the centre of the range."""
-        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(x)) as model:
-            return model.reconstruct(x)
+        return self.centre().reconstruct(x)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Of the model in the centre of the range."""
-        with torch.no_grad(), self.held_at(self.log_range.mean(0).to(self.gates.weight)) as model:
-            return model.sample(n, generator=generator)
+        return self.centre().sample(n, generator=generator)
 
-    psnr = HVAE.psnr
+    def psnr(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Of the model in the centre of the range."""
+        return self.centre().psnr(batches)
 
-    def _other(self, name: str, dims: int) -> Tensor:
-        """A parameter outside layers, of each image; a scalar becomes (B, 1, 1, 1), to go with images."""
-        scale, shift = self.now[name]
-        where, _, last = name.rpartition(".")
-        parameter = getattr(self.model.get_submodule(where), last)  # in a stack it is a plain tensor
-        return (parameter * scale + shift).view(-1, *[1] * (dims - 1))
-
-    def at(self, log_betas: Tensor) -> dict[str, Tensor]:
+    def weights_at(self, log_betas: Tensor) -> dict[str, Tensor]:
         """The ordinary model's parameters at one pair of log10 betas, (2,); differentiable."""
         state, folded = dict(self.model.named_parameters()), self.scales_and_shifts(log_betas)
         for name in self.layers:
@@ -152,3 +152,17 @@ class Conditioned(nn.Module):
             scale, shift = folded[name]
             state[name] = (state[name] * scale + shift).view_as(state[name])
         return state
+
+
+def add_gate(layer: nn.Module) -> None:
+    """Makes a layer scale and shift its output channels, once it is given its `scale` and `shift`, (B, C) each."""
+    for name in ("scale", "shift"):
+        layer.register_buffer(name, None, persistent=False)
+    layer.register_forward_hook(_gate)
+
+
+def _gate(layer: nn.Module, _, out: Tensor) -> Tensor:
+    if layer.scale is None:
+        return out
+    scale, shift = (t.to(out.dtype).view(*t.shape, *[1] * (out.dim() - 2)) for t in (layer.scale, layer.shift))
+    return torch.addcmul(shift, out, scale)

@@ -5,7 +5,6 @@ themselves together. A network that parametrises a distribution returns a tuple 
 each of the distribution's parameters.
 """
 
-import functools
 import math
 
 import torch
@@ -25,25 +24,36 @@ def relu_after(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())])
 
 
-class InFull:
-    """A layer that computes in its weights' precision also under autocast."""
+class Layer(nn.Module):
+    """What the layers below share: one that is `in_full` computes in its weights' precision also under autocast."""
+
+    full = False
 
     def forward(self, h: Tensor) -> Tensor:
+        if not self.full:
+            return super().forward(h)
         with torch.autocast(h.device.type, enabled=False):
             return super().forward(h.to(self.weight.dtype))
 
 
-@functools.cache
-def _in_full(layer: type) -> type:
-    return type(f"{layer.__name__}InFull", (InFull, layer), {})
+class Linear(Layer, nn.Linear):
+    """A linear layer."""
 
 
-def in_full(layer: nn.Module) -> nn.Module:
+class Conv2d(Layer, nn.Conv2d):
+    """A convolution."""
+
+
+class ConvTranspose2d(Layer, nn.ConvTranspose2d):
+    """A transposed convolution."""
+
+
+def in_full(layer: Layer) -> Layer:
     """The layer, made to compute in its weights' precision also under autocast.
 
     For layers that give a distribution's parameters: in bfloat16 small rates would come out wrong.
     """
-    layer.__class__ = _in_full(type(layer))
+    layer.full = True
     return layer
 
 
@@ -78,26 +88,26 @@ class VectorZ:
         self.y_shape = (y_dims,) if y_dims > 0 else (c, 4, 4)
 
     def _down(self, i: int, o: int) -> nn.Module:
-        return nn.Conv2d(i, o, 4, stride=2, padding=1)
+        return Conv2d(i, o, 4, stride=2, padding=1)
 
     def _up(self, i: int, o: int) -> nn.Module:
-        return nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
+        return ConvTranspose2d(i, o, 4, stride=2, padding=1)
 
     def trunk(self) -> nn.Module:
         first = self._down(self.image_channels, self.c)
         return relu_after(first, *[self._down(self.c, self.c) for _ in range(1 + self.further)])
 
     def z_head(self, n_heads: int) -> nn.Module:
-        heads = Heads(in_full(nn.Linear(self.c * 16, self.z_dims)) for _ in range(n_heads))
-        return nn.Sequential(relu_after(nn.Conv2d(self.c, self.c, **self.mid)), nn.Flatten(), heads)
+        heads = Heads(in_full(Linear(self.c * 16, self.z_dims)) for _ in range(n_heads))
+        return nn.Sequential(relu_after(Conv2d(self.c, self.c, **self.mid)), nn.Flatten(), heads)
 
     x_branch = trunk
 
     def z_branch(self) -> nn.Module:
         return nn.Sequential(
-            relu_after(nn.Linear(self.z_dims, self.c * 16)),
+            relu_after(Linear(self.z_dims, self.c * 16)),
             nn.Unflatten(1, (self.c, 4, 4)),
-            relu_after(nn.ConvTranspose2d(self.c, self.c, **self.mid)),
+            relu_after(ConvTranspose2d(self.c, self.c, **self.mid)),
         )
 
     def y_joint(self) -> nn.Module:
@@ -107,26 +117,24 @@ class VectorZ:
         return self._y_head(self.c)
 
     def _y_head(self, i: int) -> nn.Module:
-        c, shared = self.c, relu_after(nn.Conv2d(i, self.c, **self.mid))
+        c, shared = self.c, relu_after(Conv2d(i, self.c, **self.mid))
         if self.y_dims > 0:
-            return nn.Sequential(shared, nn.Flatten(), Heads(in_full(nn.Linear(c * 16, self.y_dims)) for _ in range(2)))
-        return nn.Sequential(shared, Heads(in_full(nn.Conv2d(c, c, 3, padding=1)) for _ in range(2)))
+            return nn.Sequential(shared, nn.Flatten(), Heads(in_full(Linear(c * 16, self.y_dims)) for _ in range(2)))
+        return nn.Sequential(shared, Heads(in_full(Conv2d(c, c, 3, padding=1)) for _ in range(2)))
 
     def y_prior(self) -> nn.Module:
         dims = self.y_dims if self.y_dims > 0 else self.c * 16
-        heads = Heads(
-            nn.Sequential(in_full(nn.Linear(dims // 2, dims)), nn.Unflatten(1, self.y_shape)) for _ in range(2)
-        )
-        return nn.Sequential(relu_after(nn.Linear(self.z_dims, dims // 2)), heads)
+        heads = Heads(nn.Sequential(in_full(Linear(dims // 2, dims)), nn.Unflatten(1, self.y_shape)) for _ in range(2))
+        return nn.Sequential(relu_after(Linear(self.z_dims, dims // 2)), heads)
 
     def decoder(self, outputs: int, hidden: int | None) -> nn.Module:
         c = self.c
         if self.y_dims > 0:
-            first = relu_after(nn.Linear(self.y_dims, c * self.side**2))
+            first = relu_after(Linear(self.y_dims, c * self.side**2))
             first.append(nn.Unflatten(1, (c, self.side, self.side)))
         else:
-            first = relu_after(nn.ConvTranspose2d(c, c, **self.mid))
-        head = [] if hidden is None else [nn.Conv2d(hidden, outputs, 3, padding=1)]  # made first: seeds give weights
+            first = relu_after(ConvTranspose2d(c, c, **self.mid))
+        head = [] if hidden is None else [Conv2d(hidden, outputs, 3, padding=1)]  # made first: seeds give weights
         ups = [self._up(c, c) for _ in range(1 + self.further)]
         return nn.Sequential(first, relu_between(*ups, self._up(c, hidden or outputs), *head))
 
@@ -148,13 +156,13 @@ class ConvZ:
         self.z_shape, self.y_shape = (c, 4, 4), (c, side, side)
 
     def _down(self, i: int, o: int) -> nn.Module:
-        return nn.Conv2d(i, o, 5, stride=2, padding=2)
+        return Conv2d(i, o, 5, stride=2, padding=2)
 
     def _same(self, i: int, o: int, kernel_size: int) -> nn.Module:
-        return nn.Conv2d(i, o, kernel_size, padding=kernel_size // 2)
+        return Conv2d(i, o, kernel_size, padding=kernel_size // 2)
 
     def _up(self, i: int, o: int, output_padding: int = 1) -> nn.Module:
-        return nn.ConvTranspose2d(i, o, 5, stride=2, padding=2, output_padding=output_padding)
+        return ConvTranspose2d(i, o, 5, stride=2, padding=2, output_padding=output_padding)
 
     def _times(self, n: int, layer) -> list[nn.Module]:
         return [layer(self.c, self.c) for _ in range(n)]
@@ -174,7 +182,7 @@ class ConvZ:
     def z_branch(self) -> nn.Module:
         c = self.c
         ups = [self._up(c, c, self.pad_from_4), *self._times(self.large, self._up)]
-        return relu_after(*ups, nn.ConvTranspose2d(c, c, 3, padding=1))
+        return relu_after(*ups, ConvTranspose2d(c, c, 3, padding=1))
 
     def y_joint(self) -> nn.Module:
         n = 2 + self.large
@@ -187,7 +195,7 @@ class ConvZ:
     def y_prior(self) -> nn.Module:
         c, wide = self.c, self.c + self.c // 2
         up = self._up(c, wide, self.pad_from_4)
-        last = nn.ConvTranspose2d(wide, 2 * c, 3, padding=1)
+        last = ConvTranspose2d(wide, 2 * c, 3, padding=1)
         return nn.Sequential(relu_between(*self._times(self.large, self._up), up, last), Halves())
 
     def decoder(self, outputs: int, hidden: int | None) -> nn.Module:

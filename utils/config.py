@@ -227,10 +227,14 @@ class Config:
             unused.add("sigma")
         return [n for n in names if n not in unused]
 
-    def continues(self, other: "Config") -> bool:
-        """Whether a training of `other` goes on, with more epochs, exactly as this one."""
+    def begins_as(self, other: "Config") -> bool:
+        """Whether the two trainings are the same for as long as both last."""
         different = self.differs_in(other, "model", "objective", "training", "data", "repeat")
-        return other.is_extendable and different == ["num_epochs"] and other.num_epochs < self.num_epochs
+        return other.is_extendable and set(different) <= {"num_epochs", "data_digest"}
+
+    def continues(self, other: "Config") -> bool:
+        """Whether this training begins as `other`, and has more epochs."""
+        return self.begins_as(other) and other.num_epochs < self.num_epochs
 
     @property
     def is_conditioned(self) -> bool:

@@ -72,21 +72,18 @@ class Run:
         """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
         if not overwrite and (self.path / "config.json").exists():
             theirs = Config.from_json(self.path / "config.json")
-            unused = () if "ll_sigma" in self.path.name else ("sigma",)
-            unused += ("run_batch_name", "data_digest")  # a folder may be renamed, and say nothing of its images
-            if theirs.data_name == self.config.data_name:
-                unused += ("dataset",)  # which may have moved
-            unused += tuple(f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None)  # found
             if theirs.data_digest not in (None, self.config.data_digest):
                 raise UserError(
                     f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
                     "choose another --run_batch_name, or --overwrite it"
                 )
-            different = [k for k, v in vars(self.config).items() if getattr(theirs, k) != v and k not in unused]
+            free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
+            free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
+            different = [name for name in self.config.differs_in(theirs) if name not in free]
             if different:
-                listed = ", ".join(f"--{k} {getattr(theirs, k)}" for k in different)
+                settings = ", ".join(f"--{name} {getattr(theirs, name)}" for name in different)
                 raise UserError(
-                    f"{self.path}: exists with another configuration ({listed}); "
+                    f"{self.path}: exists with another configuration ({settings}); "
                     "choose another --run_name or --run_batch_name, or --overwrite it"
                 )
         elif not overwrite and self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):

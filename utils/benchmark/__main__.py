@@ -42,7 +42,7 @@ def main(argv=None) -> int:
     import torch
 
     from utils.benchmark.measuring import machine
-    from utils.training.engine import use_precision
+    from utils.training.schedule import use_precision
 
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)

@@ -25,8 +25,8 @@ from utils.evaluation.probes import probe
 from utils.evaluation.steps import STEPS
 from utils.evaluation.subject import Bench, Subject
 from utils.runs import Run
-from utils.training.engine import clock
-from utils.training.unfold import folded
+from utils.training.multi_rate import folded
+from utils.training.schedule import clock
 
 PARTS = {  # of the evaluation, as the README counts its steps; step 3 is taken apart below
     "step 1, rates, PSNR, latents": ("rates", "units"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.training.engine import clock
+from utils.training.schedule import clock
 
 
 def machine(device: torch.device) -> str:

@@ -17,7 +17,6 @@ from utils.benchmark.evaluation import multi_rate, seconds_of_cells
 from utils.benchmark.measuring import measure, report
 from utils.benchmark.step import THEIRS, config_of, like_the_papers, random_split, stepper
 from utils.files import to_csv, write_text
-from utils.training.engine import Engine
 
 EPOCHS, CELLS = 500, (49, 441)  # the paper's grid, and one of 7 x 7
 ADAM, MUON, MULTI_RATE = "separate trainings by Adam", "separate trainings by Muon", "one multi-rate training"
@@ -30,13 +29,13 @@ def plane(args: argparse.Namespace) -> None:
     From training steps, two cells that are unfolded and evaluated, and reports of made results. How long a multi-rate
     training must be to be as good as separate ones is not measured here.
     """
-    config, device, on_gpu = config_of(args, num_epochs=EPOCHS), args.device, args.device.type == "cuda"
+    config, device = config_of(args, num_epochs=EPOCHS), args.device
     steps = EPOCHS * math.ceil(args.images / args.batch_size)
     split = random_split(config, min(args.images, 20 * args.batch_size), device)
     conditioned = multi_rate(config)
     kinds = {ADAM: config, MUON: dataclasses.replace(config, optimizer="muon"), MULTI_RATE: conditioned}
     candidates = {THEIRS: like_the_papers(config, split, device)}
-    candidates |= {name: stepper(Engine(c, 1, device, capture=on_gpu), split) for name, c in kinds.items()}
+    candidates |= {name: stepper(c, 1, split) for name, c in kinds.items()}
     print(f"{args.dataset}'s shape: {args.images:,} images, batch {args.batch_size}, {config.precision}; a step:")
     seconds = measure(candidates, args.n, device)
     report(seconds, dict.fromkeys(candidates, 1), THEIRS)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from datasets.batches import Resident
 from models.build import build_model
 from utils.benchmark.measuring import measure, report
 from utils.config import Config
+from utils.runs import Run
 from utils.seeds import generator
-from utils.training.engine import Engine
+from utils.training.training import Setup, Training
 
 THEIRS, PLAIN = "like the paper's code", "plain PyTorch, data on the device"
 
@@ -27,11 +29,10 @@ def step(args: argparse.Namespace) -> None:
     batches, plain = forever(lambda: split.batches(args.batch_size, (0, 0))), plain_step(config, device)
     candidates = {THEIRS: like_the_papers(config, split, device), PLAIN: lambda: plain(next(batches)[0])}
     cells = dict.fromkeys(candidates, 1)
-    ways = {"eager": {}} | ({"captured": {"capture": True}} if on_gpu else {})
-    ways |= {"compiled": {"compile": True, "capture": on_gpu}} if args.compile else {}
-    for m, (way, how) in itertools.product(args.cells, ways.items()):
-        name = f"{m} cell{'s' * (m > 1)}, {way}"
-        candidates[name], cells[name] = stepper(Engine(config, m, device, **how), split), m
+    ways = {"eager": "off"} | ({"captured": "auto"} if on_gpu else {}) | ({"compiled": "on"} if args.compile else {})
+    for m, (way, compile) in itertools.product(args.cells, ways.items()):
+        name = f"{m} cell, {way}" if m == 1 else f"{m} cells, {way}"
+        candidates[name], cells[name] = stepper(config, m, split, compile), m
     print(f"{config.vae_type}, {args.dataset}'s shape, batch {args.batch_size}, {config.precision}; a step, by cell:")
     report(measure(candidates, args.n, device), cells, THEIRS)
     if on_gpu:
@@ -56,15 +57,15 @@ def forever(iterable_of: Callable) -> Iterator:
         yield from iterable_of()
 
 
-def stepper(engine: Engine, split: Resident) -> Callable[[], Tensor]:
-    """This project's training step, including the conversion of images from bytes."""
-    config, device = engine.config, engine.device
-    noise_g, ones = generator(device, 0), torch.ones(engine.stack.m, device=device)
+def stepper(config: Config, m: int, split: Resident, compile: str = "auto") -> Callable[[], Tensor]:
+    """This project's training step of m cells, including the conversion of images from bytes."""
+    training = Training([Run(Path(), config)] * m, [None] * m, Setup(split.images.device, compile=compile))
+    training.begin_epoch(steps=100_000)
     batches = forever(lambda: split.batches(config.batch_size, (0, 0)))
 
     def step():
         x = next(batches)[0]
-        return engine.step(x, engine.stack.model.noise(len(x), noise_g), ones, ones)
+        return training.step(x, len(x))
 
     return step
 

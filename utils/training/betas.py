@@ -22,12 +22,10 @@ class Betas:
     begins when the warm-up has ended, and stays on the device.
     """
 
-    def __init__(self, configs: list[Config], m: int, device: torch.device):
-        values, targets = torch.ones(m, 2), torch.full((m, 2), math.nan)
-        for i, c in enumerate(configs):
-            values[i] = torch.tensor([1.0, 1.0] if c.is_conditioned else [c.beta_y, c.beta_z])
-            targets[i] = torch.tensor([math.nan if t is None else t for t in (c.target_rate_y, c.target_rate_z)])
-        self.values, self.targets = values.to(device), targets.log().to(device)
+    def __init__(self, configs: list[Config], device: torch.device):
+        values = [(1.0, 1.0) if c.is_conditioned else (c.beta_y, c.beta_z) for c in configs]
+        targets = [[math.nan if t is None else t for t in (c.target_rate_y, c.target_rate_z)] for c in configs]
+        self.values, self.targets = torch.tensor(values).to(device), torch.tensor(targets).log().to(device)
         self.log_rates = torch.full_like(self.values, math.nan)
         self.steered = any(c.has_target for c in configs)
         self.start = configs[0].warmup_epochs / configs[0].num_epochs
@@ -58,3 +56,12 @@ class Betas:
         """Sets a cell from its resume state; those of before there were targets hold nothing of it."""
         if "betas" in state:
             self.values[m], self.log_rates[m] = state["betas"], state["log_rates"]
+
+
+def rate_weights(config: Config, epoch: int) -> tuple[float, float]:
+    """Warm-up factors of beta_y and beta_z: they rise linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`.
+
+    That of a conditioned model's beta_y is 1 from the start: while y is costly and z is free, z comes into use.
+    """
+    weight = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return (1.0 if config.is_conditioned else weight), weight

@@ -1,16 +1,16 @@
 """The schedule: which cells train together, in which order, and from which position in the data."""
 
 import contextlib
+import gc
 import math
 import sys
-import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from utils import threads
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
@@ -18,16 +18,145 @@ from utils.files import load_tensors
 from utils.locks import Held, left_to, remove_abandoned
 from utils.runs import Run
 from utils.training.bar import GridBar
-from utils.training.chunk import Chunk
-from utils.training.engine import Engine, fastest, free, use_precision
-from utils.training.loop import Interrupted, Signals, train
+from utils.training.saving import Interrupted, Signals
 from utils.training.start import begin
+from utils.training.training import Setup, Training
+
+STACKED = 8  # the cells that `fastest` stacks; by a model of a GPU's speed, more gain nothing (untested)
+Cell = tuple[Run, dict | None]  # a run, and its checkpoint if it has one
+Problem = tuple[Run, UserError]  # a run, and why it is not trained
 
 
-def check_flags(args, config: Config) -> None:
-    """Raises UserError for flags that are incompatible with each other or with the device."""
-    if config.precision == "bf16" and args.device.type == "cpu" and (args.cells_at_once or 1) > 1:
-        raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {args.cells_at_once}")
+def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -> list[Problem]:
+    """Trains the runs, those of a seed together, new ones in `starts` (by path) from the weights of others.
+
+    Returns each run that could not be opened with the reason. Raises Interrupted after a signal.
+    """
+    problems, size = [], setup.cells_at_once or (1 if setup.data_parallel or setup.device.type == "cpu" else None)
+    torch.backends.cudnn.benchmark = True
+    with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
+        while runs:
+            of_seed = [run for run in runs if run.config.seed == runs[0].config.seed]
+            use_precision(runs[0].config.precision)
+            size = size or fastest(runs[0].config, len(of_seed), setup.device)
+            together = of_seed[: math.ceil(len(of_seed) / math.ceil(len(of_seed) / size))]  # of equal sizes if possible
+            runs = [run for run in runs if run not in together]
+            with contextlib.ExitStack() as locks:
+                cells, wrong = open_cells(together, setup, locks, starts)
+                problems += wrong
+                bar.skip(len(together) - len(cells))
+                size = min(size, train_cells(cells, data, setup, signals, bar))
+            if signals.received and (runs or together[0].config.is_conditioned):  # whose cells are still to be unfolded
+                raise Interrupted(signals.received, together[0].config.num_epochs)
+    return problems
+
+
+def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> int:
+    """Trains cells, those at one position in the data together; in halves if they do not fit into the GPU's memory.
+
+    Returns how many fit. Raises UserError if a single one does not.
+    """
+    most = STACKED * len(cells)
+    for p in sorted({position(state) for _, state in cells}):
+        together = [(run, state) for run, state in cells if position(state) == p]
+        if _train(together, data, setup, signals, bar):
+            continue
+        free(setup.device)  # here, where the exception does not hold it any more
+        if len(together) == 1 or setup.data_parallel:
+            raise UserError("--batch_size: out of GPU memory; try a smaller batch size or a smaller --cells_at_once")
+        print(f"{len(together)} cells at once do not fit into the GPU's memory; halving", flush=True)
+        most = math.ceil(len(together) / 2)
+        for half in (together[:most], together[most:]):
+            unfinished = [(run, run.load_state()[0]) for run, _ in half if run.status == "unfinished"]
+            most = min(most, train_cells(unfinished, data, setup, signals, bar))
+    return most
+
+
+def _train(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> bool:
+    """Trains cells at one position; returns False if they do not fit into the memory."""
+    runs, states = zip(*cells, strict=True)
+    set_threads(setup.threads, [state["threads"] for state in states if state and "threads" in state])
+    try:
+        training = Training([*runs], [*states], setup)
+        if training.epoch or training.steps_done:
+            print(f"resuming at epoch {training.epoch} of {training.config.num_epochs}", flush=True)
+        training.train(data, signals, bar)
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        return False
+    return True
+
+
+def set_threads(asked: int | None, before: list[int]) -> None:
+    """Computes with the threads that are asked for, else with those of the checkpoints, for bitwise equal results."""
+    if asked and before and before[0] != asked:
+        print(f"--threads {asked}: the checkpoint was saved with {before[0]}; last digits may differ", flush=True)
+    if asked or before:
+        torch.set_num_threads(asked or before[0])
+
+
+def use_precision(precision: str) -> None:
+    """Allows TF32 products on a GPU for every precision but fp32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+
+
+def fastest(config: Config, most: int, device: torch.device) -> int:
+    """How many of `most` cells to train at once: 1 or STACKED, whichever takes less time a cell in twenty steps."""
+    x, seconds = torch.rand(config.batch_size, *config.image_shape, device=device), {}
+    for m in sorted({1, min(STACKED, most)}):
+        try:
+            seconds[m] = _seconds_of_a_step(config, m, x) / m
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        free(device)  # before the next one allocates its own memory
+    best = min(seconds, key=seconds.get, default=1)
+    each = ", ".join(f"{1e3 * s:.3g} ms a cell with {m} at once" for m, s in seconds.items())
+    print(f"cells at once: {best} (a step takes {each})", flush=True)
+    return best
+
+
+def _seconds_of_a_step(config: Config, m: int, x: torch.Tensor) -> float:
+    training = Training([Run(Path(), config)] * m, [None] * m, Setup(x.device))
+    training.begin_epoch(22)
+    for i in range(22):
+        if i == 2:
+            start = clock(x.device)
+        training.step(x, len(x))
+    return (clock(x.device) - start) / 20
+
+
+def clock(device: torch.device) -> float:
+    """A time in seconds, read once all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def free(device: torch.device) -> None:
+    """Frees the memory of discarded trainings; a compiled one is part of a reference cycle, hence gc."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def check_setup(setup: Setup, config: Config) -> None:
+    """Raises UserError for flags that are incompatible with the device or with the launcher."""
+    if config.precision == "bf16" and setup.device.type == "cpu" and (setup.cells_at_once or 1) > 1:
+        raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {setup.cells_at_once}")
+    if setup.data_parallel and not dist.is_torchelastic_launched():
+        raise UserError(
+            "--data_parallel: needs several processes; start them with torchrun --nproc_per_node N train.py"
+        )
+
+
+def check_batches(data, batch_size: int) -> None:
+    """Raises UserError if a batch has fewer images than there are data-parallel processes."""
+    for n in (len(data.train), len(data.test)):
+        smallest = min(n, n % batch_size or batch_size)
+        if smallest < place()[1]:
+            raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {place()[1]} processes")
 
 
 def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
@@ -48,44 +177,48 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 
 
 def open_cells(
-    runs: list[Run], args, held: contextlib.ExitStack, starts: Mapping[Path, Run]
-) -> tuple[list[tuple[Run, dict | None]], list[tuple[Run, UserError]]]:
-    """Locks the runs that are still to be trained, until `held` is closed.
+    runs: list[Run], setup: Setup, locks: contextlib.ExitStack, starts: Mapping[Path, Run]
+) -> tuple[list[Cell], list[Problem]]:
+    """Locks the runs that are still to be trained, until `locks` is closed; of data-parallel processes the first does.
 
     A new run in `starts` begins with the weights of another one. Returns each run with its checkpoint (None for a new
     run), and each run that cannot be opened with the reason.
     """
-    ready, problems = [], []
-    if is_first() or not args.data_parallel:
-        for run in runs:
-            try:
-                run.create()
-                held.enter_context(run.locked())
-                if args.overwrite:
-                    run.restart()
-                if run.status in ("finished", "failed"):  # another process has trained it in the meantime
-                    continue
-                state, damaged = run.load_state()
-                if state is None and run.path in starts:
-                    begin(run, starts[run.path])
-                    state, _ = run.load_state()
-            except OSError as e:
-                if not run.path.is_dir():  # then none of the others can be made either
-                    raise
-                problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
-                continue
-            except UserError as e:
-                problems.append((run, e))
-                continue
-            for line in damaged:
-                print(f"{line}; falling back to the previous checkpoint", file=sys.stderr)
-            ready.append((run, state))
-        ready = align(ready)
-    if args.data_parallel:  # only the first process locks; all open the same runs
-        paths = from_first([run.path for run, _ in ready])
+    cells, problems = [], []
+    for run in runs if setup.writes else ():
+        try:
+            state = open_cell(run, setup.overwrite, locks, starts.get(run.path))
+            if state is not False:
+                cells.append((run, state))
+        except OSError as e:
+            if not run.path.is_dir():  # then none of the others can be made either
+                raise
+            problems.append((run, UserError(f"{run.path}: {e.strerror or e}")))
+        except UserError as e:
+            problems.append((run, e))
+    cells = align(cells)
+    if setup.data_parallel:  # all open the same runs
+        paths = from_first([run.path for run, _ in cells])
         if not is_first():
-            ready = [(run, run.load_state()[0]) for run in runs if run.path in paths]
-    return ready, problems
+            cells = [(run, run.load_state()[0]) for run in runs if run.path in paths]
+    return cells, problems
+
+
+def open_cell(run: Run, overwrite: bool, locks: contextlib.ExitStack, start: Run | None) -> dict | bool | None:
+    """Locks a run; its checkpoint, None if it is new, False if another process has trained it in the meantime."""
+    run.create()
+    locks.enter_context(run.locked())
+    if overwrite:
+        run.restart()
+    if run.status in ("finished", "failed"):
+        return False
+    state, damaged = run.load_state()
+    for line in damaged:
+        print(f"{line}; falling back to the previous checkpoint", file=sys.stderr)
+    if state is None and start is not None:
+        begin(run, start)
+        state, _ = run.load_state()
+    return state
 
 
 def position(state: dict | None) -> tuple[int, int]:
@@ -93,7 +226,7 @@ def position(state: dict | None) -> tuple[int, int]:
     return (state["epoch"], state["step"]) if state else (0, 0)
 
 
-def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]:
+def align(cells: list[Cell]) -> list[Cell]:
     """Brings cells to a common position in the data where possible, so that they train together again.
 
     A process killed while saving leaves some cells one checkpoint ahead; these return to the previous one.
@@ -110,118 +243,22 @@ def align(cells: list[tuple[Run, dict | None]]) -> list[tuple[Run, dict | None]]
     return [(run, back(run, state)) for run, state in cells]
 
 
-class Trainer:
-    """Trains cells that are at the same position in the data; reuses the compiled engine for later chunks."""
-
-    def __init__(self, data, args, signals: Signals, config: Config, bar: GridBar | None = None):
-        self.data, self.args, self.signals, self.engine, self.bar = data, args, signals, None, bar
-        torch.backends.cudnn.benchmark = True
-        use_precision(config.precision)
-        on_gpu, shared = args.device.type == "cuda", args.data_parallel
-        self.compile, self.capture = args.compile == "on", on_gpu and args.compile != "off"
-        self.size = args.cells_at_once or (1 if shared or not on_gpu else None)
-
-    def size_for(self, config: Config, most: int) -> int:
-        """How many of `most` cells to train at once, such that chunks are of equal size where possible."""
-        if self.size is None:
-            self.size = fastest(config, most, self.args.device)
-        return math.ceil(most / math.ceil(most / self.size))
-
-    def train(self, cells: list[tuple[Run, dict | None]]) -> None:
-        """Trains the cells, those at one position together; in halves if they do not fit into the GPU's memory."""
-        for p in sorted({position(state) for _, state in cells}):
-            together = [(run, state) for run, state in cells if position(state) == p]
-            if not self._train(together):
-                self._train_halves([run for run, _ in together])
-
-    def _train_halves(self, runs: list[Run]) -> None:
-        self.engine = None
-        free(self.args.device)
-        if len(runs) == 1 or self.args.data_parallel:
-            raise UserError("--batch_size: out of GPU memory; try a smaller batch size or a smaller --cells_at_once")
-        print(f"{len(runs)} cells at once do not fit into the GPU's memory; halving", flush=True)
-        self.size = math.ceil(len(runs) / 2)
-        for half in (runs[: self.size], runs[self.size :]):
-            self.train([(run, run.load_state()[0]) for run in half if run.status == "unfinished"])
-
-    def _set_threads(self, before: list[int]) -> None:
-        """Uses the number of threads of the checkpoints, for bitwise equal results; else as many as cores are free."""
-        asked = self.args.threads
-        if asked and before and before[0] != asked:
-            print(f"--threads {asked}: the checkpoint was saved with {before[0]}; last digits may differ", flush=True)
-        torch.set_num_threads(asked or (before[0] if before else threads.choose()))
-
-    def _train(self, cells: list[tuple[Run, dict | None]]) -> bool:
-        """Trains cells at one position; returns False if they do not fit into the memory."""
-        config = cells[0][0].config
-        self._set_threads([state["threads"] for _, state in cells if state and "threads" in state])
-        try:
-            if self.engine is None or not self.engine.fits(config, len(cells)):
-                self.engine = None
-                free(self.args.device)
-                how = {"compile": self.compile, "capture": self.capture}
-                self.engine = Engine(config, len(cells), self.args.device, data_parallel=self.args.data_parallel, **how)
-            chunk = Chunk([run for run, _ in cells], [state for _, state in cells], self.engine)
-            if chunk.epoch or chunk.step:
-                print(f"resuming at epoch {chunk.epoch} of {chunk.config.num_epochs}", flush=True)
-            train(chunk, self.data, self.signals, self.args.save_every, self.bar)
-        except Exception as e:
-            if not is_out_of_memory(e):
-                raise
-            return False
-        return True
-
-
-def check_data_parallel(n_train: int, n_test: int, batch_size: int) -> None:
-    """Raises UserError without torchrun, or if a batch has fewer images than there are processes."""
-    world = place()[1]
-    if not dist.is_torchelastic_launched():
-        raise UserError(
-            "--data_parallel: needs several processes; start them with torchrun --nproc_per_node N train.py"
-        )
-    for n in (n_train, n_test):
-        smallest = min(n, n % batch_size or batch_size)
-        if smallest < world:
-            raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {world} processes")
-
-
-def train_all(runs: list[Run], data, args, starts: Mapping[Path, Run]) -> list[tuple[Run, UserError]]:
-    """Trains the runs chunk by chunk, new ones in `starts` (by path) from the weights of others.
-
-    Returns each run that could not be opened with the reason.
-    """
-    problems = []
-    threading.excepthook = lambda _: None  # of the event writers' threads, whose errors the log reports
-    with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
-        trainer = Trainer(data, args, signals, runs[0].config, bar) if runs else None
-        while runs:
-            together = [run for run in runs if run.config.seed == runs[0].config.seed]
-            together = together[: trainer.size_for(together[0].config, len(together))]
-            runs = [run for run in runs if run not in together]
-            with contextlib.ExitStack() as held:
-                cells, wrong = open_cells(together, args, held, starts)
-                problems += wrong
-                bar.skip(len(together) - len(cells))
-                trainer.train(cells)
-            if signals.received and (runs or args.multi_rate):  # whose cells are still to be unfolded
-                raise Interrupted(signals.received, together[0].config.num_epochs)
-    return problems
-
-
-def report(problems: list[tuple[Run, UserError]], runs: list[Run], single: bool, overwrite: bool) -> int:
+def report(problems: list[Problem], runs: list[Run], single: bool, overwrite: bool) -> int:
     """Prints the problems of this process and those of its `runs` that failed; returns the exit status.
 
     A `single` run, of no grid, that is held leaves nothing to do, which its user should notice.
     """
     # another process may have finished it since, unless it was finished before, and was to be trained again
-    problems = [e for run, e in problems if overwrite or run.status != "finished"]
-    held = [e for e in problems if isinstance(e, Held)]
+    errors = [e for run, e in problems if overwrite or run.status != "finished"]
     if not single:
-        for e in held:
-            left_to(e)
-        problems = [e for e in problems if e not in held]
-    lines, failed = [str(e) for e in problems], [r for r in runs if r.status == "failed"]
-    lines += [f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in failed]
+        for e in errors:
+            if isinstance(e, Held):
+                left_to(e)
+        errors = [e for e in errors if not isinstance(e, Held)]
+    lines = [str(e) for e in errors]
+    lines += [
+        f"{r.path}: failed, the loss is not finite; --overwrite retrains it" for r in runs if r.status == "failed"
+    ]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     return 1 if lines else 0

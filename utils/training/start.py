@@ -10,30 +10,16 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest_of
 from utils.runs import Run, load_model, runs_in
-from utils.training.engine import MOMENTS
-
-ARCHITECTURE = ("vae_type", "image_shape", "px_y_family_ll", "qz_family", "use_conv_z", "z_dims", "linear_y_with_dims")
-ARCHITECTURE += ("conv_channels", "is_conditioned")
-NAMES = ("run_name", "run_batch_name", "dataset", "data_digest", "no_warmup")  # no_warmup follows from warmup_epochs
-
-
-def settings(config: Config, *but: str) -> tuple:
-    """What determines a training, without the settings named; the data set by its name, since folders move."""
-    return (config.data_name, *(v for k, v in vars(config).items() if k not in (*NAMES, *but)))
+from utils.training.optimizers import MOMENTS
 
 
 def shorter(cells: list[Config], runs: list[Run]) -> dict[Config, Run]:
-    """For each cell the longest of the runs that differs from it only in having fewer epochs, where there is one."""
-    found = {}
-    for run in runs:
-        if run.config.is_extendable and run.status == "finished":
-            known = found.setdefault(settings(run.config, "num_epochs"), [])
-            known.append(run)
-    result = {}
+    """For each cell the longest of the finished runs that it continues, where there is one."""
+    result, finished = {}, [run for run in runs if run.status == "finished"]
     for cell in cells:
-        fewer = [r for r in found.get(settings(cell, "num_epochs"), ()) if r.config.num_epochs < cell.num_epochs]
-        if fewer:
-            result[cell] = max(fewer, key=lambda r: r.config.num_epochs)
+        continued = [run for run in finished if cell.continues(run.config)]
+        if continued:
+            result[cell] = max(continued, key=lambda run: run.config.num_epochs)
     return result
 
 
@@ -48,13 +34,13 @@ def with_start(cells: list[Config], path: str | None) -> dict[Config, Run | None
     if cells[0].multi_rate:
         raise UserError("--init_from: a multi-rate model is trained from the beginning; start from one of its cells")
     folder = Path(path)
-    one = (folder / "config.json").is_file()
-    runs = [Run.open(folder)] if one else runs_in(folder)[0]
+    is_run = (folder / "config.json").is_file()
+    runs = [Run.open(folder)] if is_run else runs_in(folder)[0]
     if not runs:
         raise UserError(f"--init_from: {folder} is neither a run nor a batch of runs")
     continued, result = shorter(cells, [r for r in runs if (r.path / "adam.pth").exists()]), {}
     for cell in cells:
-        source = continued.get(cell) or (runs[0] if one else None)
+        source = continued.get(cell) or (runs[0] if is_run else None)
         if source is None:
             raise UserError(
                 f"--init_from: {folder} has no finished run of fewer epochs for beta_y {cell.beta_y:g}, beta_z "
@@ -70,26 +56,28 @@ def with_start(cells: list[Config], path: str | None) -> dict[Config, Run | None
 def note_shorter(runs: Iterable[Run], starts: Mapping[Path, Run]) -> None:
     """Says so if new runs could continue others in their batch, and are not asked to."""
     new = {run.config: run.path for run in runs if run.path not in starts and run.status == "new"}
-    if new and (found := shorter([*new], runs_in(next(iter(new.values())).parent)[0])):
-        first = next(iter(found.values())).path
-        which = f"{first} is this run" if len(found) == 1 else f"{first.parent} has {len(found)} of these cells"
-        path = first if len(found) == 1 else first.parent
+    sources = [*shorter([*new], runs_in(next(iter(new.values())).parent)[0]).values()] if new else []
+    if len(sources) == 1:
+        path, which = sources[0].path, f"{sources[0].path} is this run"
+    elif sources:
+        path = sources[0].path.parent
+        which = f"{path} has {len(sources)} of these cells"
+    if sources:
         print(f"note: {which} with fewer epochs; --init_from {path} continues instead of starting anew", flush=True)
 
 
 def _check(cell: Config, source: Run) -> None:
-    for name in ARCHITECTURE:
-        theirs, ours = getattr(source.config, name), getattr(cell, name)
-        if theirs != ours:
-            raise UserError(f"--init_from: {source.path} is of another architecture: {name} {theirs}, not {ours}")
+    theirs, where = source.config, f"--init_from: {source.path}"
+    different = [n for n in (*cell.differs_in(theirs, "model"), "image_shape", "is_conditioned") if n != "sigma"]
+    for name in different:
+        if getattr(theirs, name) != getattr(cell, name):
+            both = f"{name} {getattr(theirs, name)}, not {getattr(cell, name)}"
+            raise UserError(f"{where} is of another architecture: {both}")
     if source.status != "finished":
-        raise UserError(f"--init_from: {source.path} is {source.status}; the command that trains it continues it")
-    same = settings(cell, "num_epochs") == settings(source.config, "num_epochs") and source.config.is_extendable
-    if same and source.config.num_epochs >= cell.num_epochs:
-        raise UserError(
-            f"--init_from: {source.path} has {source.config.num_epochs} epochs; --num_epochs must be larger to "
-            f"continue it, got {cell.num_epochs}"
-        )
+        raise UserError(f"{where} is {source.status}; the command that trains it continues it")
+    if theirs.num_epochs >= cell.num_epochs and cell.begins_as(theirs):
+        more = f"--num_epochs must be larger to continue it, got {cell.num_epochs}"
+        raise UserError(f"{where} has {theirs.num_epochs} epochs; {more}")
     load_model(source, torch.device("cpu"))
 
 
@@ -97,8 +85,7 @@ def begin(run: Run, source: Run) -> None:
     """Writes the first checkpoint of a run that starts from another one."""
     weights = dict(load_model(source, torch.device("cpu")).named_parameters())
     if run.config.init_from is None:
-        theirs, ours = source.config.data_digest, run.config.data_digest
-        if theirs != ours:
+        if source.config.data_digest != run.config.data_digest:
             raise UserError(f"--init_from: {source.path} was trained on other images than {run.config.dataset} has")
         state = source.final_state()
     else:

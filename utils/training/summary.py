@@ -59,16 +59,15 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
 
 def of_others(run: Run) -> list[float]:
     """Seconds an epoch of the finished runs beside this one that differ in betas, seed and schedule at most."""
-    free = ("beta_y", "beta_z", "seed", "num_epochs", "warmup_epochs", "no_warmup", "lr_schedule", "learning_rate")
-    free += ("optimizer", "target_rate_y", "target_rate_z", "init_from", "source", "data_digest")
-    known, found = {k: v for k, v in vars(run.config).items() if k not in free}, []
+    seconds, free = [], {"num_epochs", "warmup_epochs", "lr_schedule", "learning_rate", "optimizer", "init_from"}
     for other in runs_in(run.path.parent)[0]:
         try:
-            if known.items() <= vars(other.config).items() and other.status == "finished":
-                found.append(other.result["seconds"] / other.config.num_epochs)
+            alike = set(run.config.differs_in(other.config, "model", "training", "data")) <= free | {"data_digest"}
+            if alike and other.status == "finished":
+                seconds.append(other.result["seconds"] / other.config.num_epochs)
         except (UserError, KeyError):  # a damaged one
             continue
-    return found
+    return seconds
 
 
 def standing(run: Run) -> tuple[str, float, float]:
@@ -91,7 +90,7 @@ def standing(run: Run) -> tuple[str, float, float]:
         return f"damaged: {e}", 0, 0
 
 
-def summarise(runs: list[Run], args) -> None:
+def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
     headings = dict(beta_y=10, beta_z=10, loss=10, ll=10) | {"R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
     print("\n" + " ".join(f"{text:>{width}}" for text, width in headings.items()))
@@ -111,20 +110,20 @@ def summarise(runs: list[Run], args) -> None:
         print(line)
     print("(test images; nats per image, PSNR in dB)")
     if any(run.config.has_target for run in runs):
-        targets(runs, args.rate_unit)
+        print_targets(runs, rate_unit)
     place = f"The run is in {runs[0].path}" if len(runs) == 1 else f"The runs are in {runs[0].path.parent}"
     print(f"\n{place}")
     if all((run.path / "samples.png").is_file() for run in runs):
         print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
     print(f"To inspect: python -m utils.board {shlex.quote(str(runs[0].path.parent))}")
-    config, first = runs[0].config, ""
-    if not Path(args.runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
-        first = next_command(args, "train_classifier.py", *config.data_flags) + " && "
-    then = next_command(args, "eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all")
-    print(f"To evaluate: {first}{then}")
+    config, where = runs[0].config, {"runs_dir": runs_dir, "data_dir": data_dir}
+    command = next_command("eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all", **where)
+    if not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
+        command = next_command("train_classifier.py", *config.data_flags, **where) + " && " + command
+    print(f"To evaluate: {command}")
 
 
-def targets(runs: list[Run], unit: str) -> None:
+def print_targets(runs: list[Run], unit: str) -> None:
     """Prints the rates that were asked for beside those on the training and the test images."""
     print(f"\n{'':10}{'R(y|z)':^31}{'R(z)':^30}")
     print(f"{'':10}" + f"{'asked':>10} {'train':>9} {'test':>9} " * 2 + f"{'beta_y':>10} {'beta_z':>10}")

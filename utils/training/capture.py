@@ -1,0 +1,129 @@
+"""The update of a training, captured as a CUDA graph and, if asked for, compiled."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.hvae import Noise
+from utils.errors import is_out_of_memory, one_line
+
+WARM_UP = 3  # updates before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
+Update = Callable[[Tensor, Noise, Tensor, Tensor], Tensor]  # of x, noise, beta_y, beta_z: sums (M, 4)
+
+
+class Differs(Exception):
+    """The results of two implementations of an update differ."""
+
+
+def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
+    """The update of a training, compiled and captured for inputs of these shapes; it is not made.
+
+    With a note, the update as it is written where that fails or changes what it does: sums, gradients, or weights.
+    """
+    if not (capture or compile):
+        return training.update
+    update, state, m = training.update, training.tensors, training.stack.m
+    before = [t.detach().clone() for t in state]
+
+    def changes() -> list[Tensor]:
+        differences = [(t.detach() - old) for t, old in zip(state, before, strict=True)]
+        return [d if d.dim() else d.expand(m) for d in differences]
+
+    expected = [update(*inputs).clone(), *training.gradients()]
+    try:
+        if compile:
+            training.terms = torch.compile(training.stack.terms, fullgraph=True)
+        if capture:
+            restore(state, before)
+            update = captured(update, inputs, training.device)
+        restore(state, before)
+        sums, gradients, changed = update(*inputs).clone(), training.gradients(), changes()
+        check_same([sums, *gradients], expected, training.stack.low)
+        restore(state, before)
+        training.optimizer.step()  # by these gradients; the update must have made of them what this does
+        check_same(changed, changes(), training.stack.low)
+        return update
+    except Exception as e:
+        training.terms = training.stack.terms
+        if is_out_of_memory(e):
+            raise torch.OutOfMemoryError(str(e)) from e
+        what = "captured as a CUDA graph" if capture else "compiled"
+        print(f"note: the step cannot be {what}, continuing without: {one_line(e)}", flush=True)
+        return training.update
+    finally:
+        restore(state, before)
+
+
+@torch.no_grad()
+def restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Sets tensors in place."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def captured(update: Update, inputs: tuple, device: torch.device) -> Update:
+    """The update as a CUDA graph, which reads its inputs from places of its own; it is made a few times."""
+    places = [t.clone() for t in flat(inputs)]
+    x, *of_noise, beta_y, beta_z = places
+    tensors = iter(of_noise)
+    noise = Noise(*(None if t is None else next(tensors) for t in inputs[1]))
+    replay, sums = record(lambda: update(x, noise, beta_y, beta_z), device)
+
+    def captured_update(*inputs) -> Tensor:
+        restore(places, flat(inputs))
+        replay()
+        return sums
+
+    return captured_update
+
+
+def flat(inputs: tuple) -> list[Tensor]:
+    """The tensors of an update's inputs: x, those of the noise that are not None, beta_y, beta_z."""
+    x, noise, *betas = inputs
+    return [x, *(t for t in noise if t is not None), *betas]
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for warm-up and capture; only one, since cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Captures a step as a CUDA graph. Returns a function that replays it, and the tensor that holds its result."""
+    here, side, graph = torch.cuda.current_stream(device), side_stream(device), torch.cuda.CUDAGraph()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    here.wait_stream(side)
+    try:
+        # "thread_local", since the data loader's threads may use CUDA during the capture
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            result = step()
+    finally:
+        torch.cuda.set_stream(here)  # torch does not restore the stream if the capture fails
+    return graph.replay, result
+
+
+def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None:
+    """Raises Differs unless `results`, each (M, ...), agree with the `expected` ones in relative norm.
+
+    The tolerance is tight for the first and for all others together, loose for each alone: in bfloat16 (`low`),
+    rounding alone changes a layer's gradient by 5 to 10 %. Models with a non-finite value are ignored.
+    """
+    each, together = (0.5, 0.05) if low else (0.1, 0.01) if torch.backends.cudnn.allow_tf32 else (0.01, 1e-3)
+    finite = torch.stack([t.reshape(len(t), -1).isfinite().all(1) for t in expected]).all(0)  # (M,)
+    results, expected = ([t[finite] for t in tensors] for tensors in (results, expected))
+    errors, sizes = (
+        torch.stack([t.norm() for t in tensors]).tolist()
+        for tensors in ([a - b for a, b in zip(results, expected, strict=True)], expected)
+    )
+    limits = [together * sizes[0], *(each * size for size in sizes[1:])]
+    errors, limits = [*errors, math.hypot(*errors[1:])], [*limits, together * math.hypot(*sizes[1:])]
+    for error, limit in zip(errors, limits, strict=True):
+        if not error <= limit + 1e-6:
+            raise Differs(f"its result differs by {error:.3g} (tolerance {limit:.3g})")

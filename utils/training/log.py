@@ -1,0 +1,78 @@
+"""What TensorBoard shows of each cell of a training: curves, settings and pictures."""
+
+import itertools
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+
+import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams, image, scalar
+
+from datasets.loading import Data
+from models.stack import TERMS
+from utils import locks
+from utils.config import FLAGS
+from utils.errors import UserError
+from utils.runs import Run
+from utils.training.outcome import N, pictures, write_pictures
+
+N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
+
+
+class Events:
+    """A run's TensorBoard file, opened for each write: of many cells at once, none keeps a file or a thread."""
+
+    def __init__(self, run: Run, first_epoch: int):
+        self.run = run
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{run.config.seed}"
+        self.path = run.path / name
+        start = [{"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}]
+        self._append([Event(step=first_epoch, wall_time=time.time(), **kind) for kind in start])  # hides later steps
+
+    def write(self, summaries: Iterable, epoch: int = 0) -> None:
+        """Adds summaries. Raises UserError if they cannot be written, Lost if another process has taken over."""
+        locks.check(self.run.path)
+        self._append([Event(summary=summary, step=epoch, wall_time=time.time()) for summary in summaries])
+
+    def _append(self, events: list[Event]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                for event in events:
+                    RecordWriter(file).write(event.SerializeToString())
+        except OSError as e:
+            free = shutil.disk_usage(self.run.path).free
+            why = f"{e.strerror or e}; {free:,} bytes are free"
+            raise UserError(f"{self.run.path}: events cannot be written ({why})") from e
+
+
+class Log:
+    """Events and pictures of the cells of a training that this process writes, by model index."""
+
+    def __init__(self, runs: dict[int, Run], data: Data, epochs: int, new: bool):
+        first = next(iter(runs.values()), None)
+        self.events = {m: Events(run, epochs + 1) for m, run in runs.items()}
+        self.images = next(iter(data.test.batches(N)))[0]
+        self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
+        self.num_epochs = first.config.num_epochs if first else 1
+        for m, run in runs.items() if new else ():
+            values = {name: getattr(run.config, name) for name in FLAGS}
+            values = {name: value for name, value in values.items() if value is not None}
+            self.events[m].write(hparams(values, {f"test/{name}": 0 for name in (*TERMS, "psnr")}))
+
+    def write(self, m: int, model: torch.nn.Module, epoch: int, means: dict[str, list[float]]) -> None:
+        """Adds the means of an epoch's terms, by split, of model m; some epochs also its PSNR and pictures."""
+        run, last = self.events[m].run, epoch == self.num_epochs
+        curves = {f"{where}/{name}": v for where, of in means.items() for name, v in zip(TERMS, of, strict=True)}
+        if last or epoch % max(1, self.num_epochs // 100) == 0:
+            curves["test/psnr"] = model.psnr([(self.curve_images, None)])
+        summaries = [scalar(name, value) for name, value in curves.items()]
+        if last or epoch % max(1, self.num_epochs // 10) == 0:
+            drawn = pictures(model, self.images, run.config.seed)
+            summaries += [image(name, picture, dataformats="CHW") for name, picture in drawn.items()]
+            if last:
+                write_pictures(run.path, drawn)
+        self.events[m].write(summaries, epoch)

@@ -1,0 +1,276 @@
+"""What is special to multi-rate models: how betas spread in their training, unfolding, and betas for given rates."""
+
+import dataclasses
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets.loading import Data
+from models.build import build_model
+from models.conditioned import Conditioned
+from models.stack import TERMS, Stack
+from models.tables import COLLAPSED
+from utils.config import Config
+from utils.distributed import progress
+from utils.errors import UserError
+from utils.files import digest_of
+from utils.runs import Run, load_model, runs_in
+from utils.seeds import generator
+from utils.training.outcome import N, figures, pictures, write_pictures
+
+IN_USE = 2.0  # nats of R(z), or half of what it can hold: more than noise keeps for a while
+SPREAD = 0.15  # of the training, in which betas fill their range
+TRAIN_IMAGES = 2000  # on which a cell's figures of the training images are taken, at most
+SEARCHED_IMAGES = 1024  # of the training set, on which rates are matched
+COARSE = 4  # points along each axis of the table that a search starts from
+STEP = 0.02  # of the finite differences, in log10 of a beta
+CLOSE = 0.005  # relative difference of rates that counts as met
+LEAST = 1e-4  # nats; smaller rates are not told apart
+
+
+def next_spread(config: Config, epoch: int, spread: float, means: Tensor) -> float:
+    """The share of their range that betas fill after so many epochs, the last with means (M, 4).
+
+    It grows once z is in use, which comes within a few epochs at betas where z is worth its rate; large ones would keep
+    it from that. From half of the training on it grows all the same. 0 for an ordinary model.
+    """
+    if not config.is_conditioned:
+        return 0.0
+    enough = min(IN_USE, config.most_rate_z / 2)
+    in_use = config.vae_type == "BVAE" or means[:, TERMS.index("kl_z")].min() >= enough
+    if in_use or 2 * epoch >= config.num_epochs:
+        return min(1.0, spread + 1 / (SPREAD * config.num_epochs))
+    return spread
+
+
+@torch.no_grad()
+def terms_at_points(model: Conditioned, x: Tensor) -> dict[str, dict[str, float]]:
+    """Loss, ll, kl_y, kl_z (means over images x, nats) of a conditioned model at its `points`, with fixed noise."""
+    noise, result = model.noise(len(x), generator(x.device, 0, "points")), {}
+    for name, log_betas in model.points().items():
+        terms = model(x, noise._replace(log_betas=log_betas.to(x).expand(len(x), 2)))
+        beta_y, beta_z = (10**log_betas).tolist()
+        values = (terms.loss(beta_y, beta_z), *terms)
+        result[name] = {term: v.mean().item() for term, v in zip(TERMS, values, strict=True)}
+    return result
+
+
+def is_collapsed(config: Config, points: dict[str, dict[str, float]]) -> bool:
+    """Whether z is unused even at the smallest beta_z, by the terms at single betas."""
+    return config.vae_type != "BVAE" and max(terms["kl_z"] for terms in points.values()) < COLLAPSED
+
+
+def note_collapse(config: Config, epoch: int, points: dict[str, dict[str, float]]) -> None:
+    """Says so, after 60 % of the training, if z has collapsed."""
+    if epoch == math.ceil(0.6 * config.num_epochs) and is_collapsed(config, points):
+        print(
+            f"note: z has collapsed, R(z) is below {COLLAPSED} nats at the smallest beta_z too; "
+            "another --seed or more --warmup_epochs may help",
+            file=sys.stderr,
+        )
+
+
+def sources(cells: list[Config], runs_dir: str) -> dict[Run, list[Config]]:
+    """The conditioned models that the cells are unfolded from, one for each seed, each with its cells.
+
+    One of the batch whose range holds the cells is taken, else one of just their range. Raises UserError if the batch
+    has such cells but their model is gone.
+    """
+    result = {}
+    for seed in dict.fromkeys(c.seed for c in cells):
+        of_seed = [c for c in cells if c.seed == seed]
+        result[_existing(of_seed, runs_dir) or Run.of(_conditioned(of_seed), runs_dir)] = of_seed
+    return result
+
+
+def _conditioned(cells: list[Config]) -> Config:
+    """Of a model for the range of the cells' betas."""
+    ends = {}
+    for layer in "yz":
+        values = [getattr(c, f"beta_{layer}") for c in cells]
+        ends |= {f"beta_{layer}": min(values), f"beta_max_{layer}": max(values)}
+    return dataclasses.replace(cells[0], **ends)
+
+
+def _existing(cells: list[Config], runs_dir: str) -> Run | None:
+    """The conditioned model of the batch, trained or in training, of the smallest range that holds the cells."""
+    batch, models, orphans = Path(runs_dir, cells[0].run_batch_name), [], False
+    for run in runs_in(batch)[0]:
+        other = run.config
+        different = set(other.differs_in(cells[0], "model", "training", "data", "repeat"))
+        if different <= {"data_digest", "source"} and other.run_name == cells[0].run_name:
+            orphans |= other.source is not None
+            if other.is_conditioned and all(_holds(other, c) for c in cells):
+                models.append(run)
+    if orphans and not models:
+        raise UserError(
+            f"--multi_rate: {batch} holds cells of a model that is not there any more, or whose range does not hold "
+            "these betas; choose another --run_batch_name to train one"
+        )
+    return min(models, key=lambda run: run.config.beta_max_y * run.config.beta_max_z, default=None)
+
+
+def _holds(model: Config, cell: Config) -> bool:
+    return model.beta_y <= cell.beta_y <= model.beta_max_y and model.beta_z <= cell.beta_z <= model.beta_max_z
+
+
+def unfold(
+    source: Run, cells: list[Config], data: Data, runs_dir: str, device: torch.device, overwrite: bool, force: bool
+) -> tuple[list[Run], list[tuple[Run, UserError]]]:
+    """Writes an ordinary run folder for each cell of a finished conditioned model; returns them, and what is wrong.
+
+    Raises UserError for a model whose z has collapsed, unless with `force`.
+    """
+    if source.result.get("collapsed") and not force:
+        raise UserError(
+            f"{source.path}: its z has collapsed, so its cells would not be models of a hierarchy; train another one "
+            "(--seed, --warmup_epochs), or unfold it all the same by --force"
+        )
+    model, runs, problems = load_model(source, device), [], []
+    asking = [c for c in cells if c.has_target]
+    if asking:
+        cells = [c for c in cells if not c.has_target] + with_betas(model, asking, data)
+    origin = digest_of(source.path / "vae.pth")
+    for cell in progress(cells, unit="cell", desc="unfolding"):
+        run = Run.of(dataclasses.replace(cell, source=origin, data_digest=source.config.data_digest), runs_dir)
+        runs.append(run)
+        try:
+            run.check(overwrite)
+            run.create()
+            with run.locked():
+                if overwrite:
+                    run.restart()
+                if run.status != "finished":
+                    run.finish(*folded(model, run, data, device))
+        except UserError as e:
+            problems.append((run, e))
+    return runs, problems
+
+
+def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tuple[dict, dict]:
+    """The ordinary model's weights at a cell's betas, and what training.json says of it; draws its pictures."""
+    start, config = time.monotonic(), run.config
+    with torch.no_grad():
+        log_betas = torch.tensor([config.beta_y, config.beta_z], device=device).log10()
+        weights = {name: p.detach().cpu().clone() for name, p in model.weights_at(log_betas).items()}
+    plain = build_model(config)
+    plain.load_state_dict(weights)
+    stack = Stack(plain.to(device).eval(), 1)
+    betas = [torch.tensor([b], device=device) for b in (config.beta_y, config.beta_z)]
+    train, test = (
+        stack.evaluate(split, config.batch_size, generator(device, config.seed, "test"), *betas)[0]
+        for split in (data.train.first(TRAIN_IMAGES), data.test)
+    )
+    values = figures(plain, data, config.batch_size, train=train, test=test)
+    write_pictures(run.path, pictures(plain, next(iter(data.test.batches(N)))[0], config.seed))
+    settings = {"epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2), "device": str(device)}
+    parameters = sum(p.numel() for p in plain.parameters())
+    return weights, {"status": "finished", **settings, "torch": torch.__version__, "parameters": parameters, **values}
+
+
+class Search:
+    """The rates of a conditioned model over its range of betas, and the betas of given rates."""
+
+    def __init__(self, model: Conditioned, data: Data, batch_size: int):
+        self.model, self.stack, self.device = model, Stack(model.model, 1), model.gates.weight.device
+        self.images, self.batch_size = data.train.first(SEARCHED_IMAGES), batch_size
+        self.low, self.high = model.log_range.cpu().numpy()
+        self.table: dict[tuple[float, ...], np.ndarray] = {}  # of the rates so far, by log10 betas
+
+    @torch.no_grad()
+    def rates(self, log_betas: np.ndarray) -> np.ndarray:
+        """R(y|z), R(z) in nats at log10 betas (2,), means over training images with fixed noise."""
+        key = tuple(log_betas.tolist())
+        if key not in self.table:
+            for name, p in self.model.weights_at(torch.tensor(key, device=self.device)).items():
+                self.stack.parameters[name].data = p.detach()[None]
+            one, noise = torch.ones(1, device=self.device), generator(self.device, 0, "targets")
+            means = self.stack.evaluate(self.images, self.batch_size, noise, one, one)[0].tolist()
+            self.table[key] = np.array(means[TERMS.index("kl_y") : TERMS.index("kl_z") + 1])
+        return self.table[key]
+
+    def betas(self, cell: Config) -> tuple[Config, np.ndarray, bool]:
+        """The cell with the betas at which the rates are its targets, the rates there, and whether they are met.
+
+        A beta whose rate is not asked for stays. Least squares of log rates within the range, from the best point of a
+        coarse table; met is what is CLOSE.
+        """
+        from scipy.optimize import least_squares
+
+        targets = np.array([math.nan if t is None else t for t in (cell.target_rate_y, cell.target_rate_z)])
+        start, free = np.log10([cell.beta_y, cell.beta_z]), np.isfinite(targets)
+        goal = np.log(np.maximum(targets[free], LEAST))
+
+        def place(u):
+            log_betas = start.copy()
+            log_betas[free] = u
+            return log_betas
+
+        def residual(u):
+            return np.log(np.maximum(self.rates(place(u))[free], LEAST)) - goal
+
+        def jacobian(u):
+            columns = []
+            for i in range(len(u)):
+                e = np.eye(len(u))[i] * STEP
+                ahead, behind = np.minimum(u + e, self.high[free]), np.maximum(u - e, self.low[free])
+                columns.append((residual(ahead) - residual(behind)) / (ahead - behind)[i])
+            return np.stack(columns, 1)
+
+        axes = [np.linspace(lo, hi, COARSE) for lo, hi in zip(self.low[free], self.high[free], strict=True)]
+        coarse = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+        best = min(coarse, key=lambda u: np.abs(residual(u)).sum())
+        bounds = self.low[free], self.high[free]
+        fit = least_squares(residual, best, jacobian, bounds, xtol=1e-4, ftol=1e-9, max_nfev=10)
+        log_betas = place(fit.x)
+        beta_y, beta_z = (float(f"{10**u:.6g}") for u in log_betas)
+        met = bool(np.abs(fit.fun).max() <= CLOSE)
+        return dataclasses.replace(cell, beta_y=beta_y, beta_z=beta_z), self.rates(log_betas), met
+
+
+def near(runs: list[Run], data: Data, device: torch.device) -> list[Run]:
+    """The runs; new ones that ask for rates with the betas that a multi-rate model of their batch has for them.
+
+    Such a start is nearer to the rates than the flags' betas, for any settings of that model's training.
+    """
+    new = {run.path: run for run in runs if run.config.has_target and run.status == "new"}
+    batch = next(iter(new)).parent if new else Path()
+    result = {run.path: run for run in runs}
+    for source in runs_in(batch)[0] if new else ():
+        if not source.config.is_conditioned or source.status != "finished" or source.result.get("collapsed"):
+            continue
+        alike = [run for run in new.values() if not run.config.differs_in(source.config, "model", "data")]
+        search = Search(load_model(source, device), data, source.config.batch_size) if alike else None
+        for run in alike:
+            result[run.path] = dataclasses.replace(run, config=search.betas(run.config)[0])
+            del new[run.path]
+            print(f"{run.path}: starts at the betas of {source.path.name}", flush=True)
+    return [*result.values()]
+
+
+def with_betas(model: Conditioned, cells: list[Config], data: Data) -> list[Config]:
+    """The cells with the betas at which the model's rates are their targets.
+
+    Raises UserError naming all that cannot be reached within the model's range, and what is nearest.
+    """
+    search, result, unreachable = Search(model, data, cells[0].batch_size), [], []
+    for cell in cells:
+        reached, rates, met = search.betas(cell)
+        result.append(reached)
+        if not met:
+            names = {"R(y|z)": cell.target_rate_y, "R(z)": cell.target_rate_z}
+            wish = ", ".join(f"{name} {target:g}" for name, target in names.items() if target is not None)
+            nearest = ", ".join(f"{name} {rate:.4g}" for name, rate in zip(names, rates, strict=True))
+            at = f"beta_y {reached.beta_y:.4g}, beta_z {reached.beta_z:.4g}"
+            unreachable.append(f"{wish} (nearest: {nearest} at {at})")
+    if unreachable:
+        raise UserError(
+            f"--target_rate_z, --target_rate_y: not within the range of betas that was trained, nats: "
+            f"{'; '.join(unreachable)}"
+        )
+    return result

@@ -1,0 +1,317 @@
+"""A training: cells of a grid that train together, from their position in the data to the last epoch.
+
+train       epochs, with checkpoints between them
+step        draws the noise of a batch; every weight, rate and learning rate that depends on the time
+update      forward, loss, backward, and the optimiser's step; on a GPU captured (capture.py)
+"""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from datasets.loading import Data
+from models.build import build_model
+from models.hvae import Noise
+from models.stack import TERMS, Stack, losses, sums_of
+from utils.distributed import is_first, largest_of_all, place
+from utils.errors import UserError
+from utils.runs import Run
+from utils.seeds import generator
+from utils.training import multi_rate
+from utils.training.bar import GridBar
+from utils.training.betas import Betas, rate_weights
+from utils.training.capture import prepared
+from utils.training.log import Log
+from utils.training.optimizers import MOMENTS, build_optimizer, lr_factor, set_lr
+from utils.training.outcome import figures
+from utils.training.saving import Interrupted, Saver, Signals
+
+ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
+
+
+class Setup(NamedTuple):
+    """How trainings run, whatever they train."""
+
+    device: torch.device
+    cells_at_once: int | None = None  # None: as `fastest` says on a GPU, 1 on a CPU
+    compile: str = "auto"  # "auto": captured on a GPU; "on": compiled as well; "off": neither
+    save_every: int | None = None  # epochs; None: as often as is cheap
+    data_parallel: bool = False
+    threads: int | None = None  # None: those of the checkpoint, if there is one
+    overwrite: bool = False
+
+    @property
+    def capture(self) -> bool:
+        """Whether updates are captured as CUDA graphs."""
+        return self.device.type == "cuda" and self.compile != "off" and not self.data_parallel
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files: of data-parallel ones the first."""
+        return is_first() or not self.data_parallel
+
+
+class Training:
+    """Cells that train together, in lockstep: M stacked models, one optimiser, one position (epoch, step) in the data.
+
+    All cells share the seed's initial weights, batches and noise, so they differ only in their betas. A training
+    resumes exactly, because batches and noise depend only on (seed, epoch, step). `states` are the cells' checkpoints,
+    None for new ones.
+    """
+
+    def __init__(self, runs: list[Run], states: list[dict | None], setup: Setup):
+        self.runs, self.setup, self.device = runs, setup, setup.device
+        self.config = config = runs[0].config
+        torch.manual_seed(config.seed)
+        model = build_model(config).to(self.device)
+        self.stack = Stack(model, len(runs), config.precision, place() if setup.data_parallel else (0, 1))
+        self.optimizer = build_optimizer(config, self.stack.parameters, setup.capture)
+        self.betas = Betas([run.config for run in runs], self.device)
+        self.live = dict(enumerate(runs))  # the cells that have not failed, by model index
+        self.epoch = self.steps_done = 0  # epochs and, of the current one, steps
+        self.steps = 0  # of an epoch
+        self.spread = 0.0  # the share of its range over which a conditioned model's betas are drawn
+        self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
+        self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
+        self.terms, self.fast = self.stack.terms, None  # `fast` is `update`, prepared for whole batches
+        self.points: dict[str, dict[str, float]] = {}  # terms of a conditioned model at single betas
+        self.saver = Saver(setup.save_every)
+        if states[0] is not None:
+            self._load(states)
+        self._set_spread(self.spread)
+        self.good = self.stack.snapshot()  # the weights to keep if the loss becomes non-finite
+
+    @torch.no_grad()
+    def _load(self, states: list[dict]) -> None:
+        first = states[0]
+        for m, state in enumerate(states):
+            self.betas.load(m, state)
+            for name, p in self.stack.parameters.items():
+                p[m] = state["weights"][name]
+                self.optimizer.state[p]["step"].fill_(first["adam_steps"])  # shared by all models
+                for key in MOMENTS:
+                    self.optimizer.state[p][key][m] = state[key][name]
+        self.epoch, self.steps_done, self.seconds = first["epoch"], first["step"], first["seconds"]
+        self.spread = first.get("spread", 0.0)
+        if self.steps_done:
+            self.history = torch.stack([s["history"] for s in states], 1).to(self.device)
+            self.noise = torch.Generator(self.device)
+            try:
+                self.noise.set_state(first["noise"])
+            except RuntimeError as e:
+                where = "a CPU" if self.device.type == "cuda" else "a GPU"
+                raise UserError(f"{self.runs[0].path}: saved within an epoch on {where}; resume it on {where}") from e
+
+    def train(self, data: Data, signals: Signals, bar: GridBar) -> None:
+        """Trains to the last epoch. Raises Interrupted after a signal, once a checkpoint is saved."""
+        config, test_noise = self.config, (self.device, self.config.seed, "test")
+        self.steps = math.ceil(len(data.train) / config.batch_size)
+        log = Log(self.written, data, self.epoch, new=self.epoch == self.steps_done == 0)
+        bar.begin(self)
+        try:
+            while self.live and self.epoch < config.num_epochs:
+                self._train_epoch(data, signals, bar)
+                train = (self.history.double().sum(0) / len(data.train)).cpu()
+                betas = self.betas.y, self.betas.z
+                test = self.stack.evaluate(data.test, config.batch_size, generator(*test_noise), *betas).cpu()
+                self.drop_failed(torch.cat([train, test], 1), self.steps)
+                self.epoch, self.steps_done = self.epoch + 1, 0
+                self._set_spread(multi_rate.next_spread(config, self.epoch, self.spread, train))
+                self._count_seconds()
+                bar.show(self, train[list(self.live), 0].mean().item())
+                self._log(log, {"train": train, "test": test})
+                number = self.stop(signals.received)
+                if self.epoch == config.num_epochs:
+                    self.finish(train, test, data)
+                elif number or self.saver.is_due(self.epoch):
+                    self.save(number)
+            bar.end(self)
+        finally:
+            self.saver.settle()
+
+    def _train_epoch(self, data: Data, signals: Signals, bar: GridBar) -> None:
+        config = self.config
+        if self.steps_done == 0:
+            self.begin_epoch(self.steps)
+        for x, _ in data.train.batches(config.batch_size, (config.seed, self.epoch), self.steps_done, self.stack.part):
+            self.step(x, min(config.batch_size, len(data.train) - self.steps_done * config.batch_size))
+            bar.update(len(self.runs))
+            number = self.stop(signals.received)
+            if (number or self.saver.is_overdue) and self.steps_done < self.steps:
+                self._count_seconds()
+                self.drop_failed(self.history[: self.steps_done].sum(0).cpu(), self.steps_done)
+                self.save(number)
+
+    def begin_epoch(self, steps: int) -> None:
+        """Starts the noise and the history of an epoch of so many steps; keeps the weights that are good so far."""
+        self.steps = steps
+        self.noise = generator(self.device, self.config.seed, self.epoch, "noise")
+        self.history = torch.zeros(self.steps, self.stack.m, len(TERMS), device=self.device)
+        self.good = self.stack.snapshot()
+
+    def step(self, x: Tensor, n: int) -> Tensor:
+        """One step of all models on images x (B, C, H, W), this process's part of a batch of n.
+
+        Returns the sums over the batch of loss, ll, kl_y, kl_z: (M, 4).
+        """
+        config, model, all_steps = self.config, self.stack.model, self.steps * self.config.num_epochs
+        progress = (self.epoch + self.steps_done / self.steps) / config.num_epochs
+        temperature = model.family.temperature(self.epoch)
+        if temperature is not None:
+            temperature = torch.tensor(temperature, device=self.device)
+        noise = model.noise(n, self.noise, temperature)
+        weight_y, weight_z = rate_weights(config, self.epoch)
+        inputs = x, noise, weight_y * self.betas.y, weight_z * self.betas.z
+        set_lr(self.optimizer, config.learning_rate * lr_factor(config, progress, self.spread))
+        if n < config.batch_size:  # an epoch's last batch
+            sums = self.update(*inputs)
+        else:
+            self.fast = self.fast or prepared(self, inputs, self.setup.capture, self.setup.compile == "on")
+            sums = self.fast(*inputs)
+        self.history[self.steps_done] = sums
+        self.betas.steer(sums, n, progress, all_steps)
+        self.steps_done += 1
+        return sums
+
+    def update(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+        """Forward, loss, backward, optimiser: as `step`, with the noise of the whole batch and betas (M,)."""
+        n, noise = len(noise.y), noise.of(self.stack.part)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stack.low):
+            terms = self.terms(x, noise)
+        loss = losses(terms, noise, beta_y, beta_z)  # (M, B)
+        objective = loss if noise.log_betas is None else loss * self.stack.model.image_weights(noise.log_betas)
+        self.optimizer.zero_grad()
+        (objective.sum() * (1 / n)).backward()
+        if self.stack.world > 1:
+            for p in self.stack.parameters.values():
+                self.stack.of_all(p.grad)
+        self.optimizer.step()
+        return self.stack.of_all(sums_of(loss, terms))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that an update changes: the parameters and the optimiser's state."""
+        states = (t for state in self.optimizer.state.values() for t in state.values())
+        return [*self.stack.parameters.values(), *states]
+
+    def gradients(self) -> list[Tensor]:
+        """Copies of the last update's gradients, (M, ...) each."""
+        return [p.grad.clone() for p in self.stack.parameters.values()]
+
+    def _set_spread(self, spread: float) -> None:
+        """Sets the share of its range over which a conditioned model's betas are drawn.
+
+        Until they spread, its weights take Adam's steps: with Muon from the start, y learnt too fast for a categorical
+        z to come into use. A captured update is captured anew.
+        """
+        self.spread = spread
+        if self.config.is_conditioned:
+            self.stack.model.spread.fill_(spread)
+            if self.config.optimizer == "muon" and self.optimizer.on != (spread > 0):
+                self.optimizer.on, self.fast = spread > 0, None
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.resumed = self.seconds + (now - self.resumed) / len(self.runs), now
+
+    def stop(self, received: int | None) -> int | None:
+        """The signal to stop for, or None; data-parallel processes agree on it, so that they stop at the same step."""
+        if not self.setup.data_parallel:
+            return received
+        if self.steps_done % ASK_EVERY:
+            return None
+        return largest_of_all(received or 0, self.device) or None
+
+    @property
+    def written(self) -> dict[int, Run]:
+        """The live cells whose files this process writes."""
+        return self.live if self.setup.writes else {}
+
+    def _log(self, log: Log, means: dict[str, Tensor]) -> None:
+        """Logs an epoch's means (M, 4) by split; of a conditioned model also its terms at single betas."""
+        for m in self.written:
+            model, of_cell = self.stack.plain(m), {split: of[m].tolist() for split, of in means.items()}
+            if self.config.is_conditioned:
+                self.points = multi_rate.terms_at_points(model, log.curve_images)
+                multi_rate.note_collapse(self.config, self.epoch, self.points)
+                of_cell |= {name: [*terms.values()] for name, terms in self.points.items()}
+            log.write(m, model, self.epoch, of_cell)
+
+    def _on_host(self) -> dict[str, dict[str, Tensor]]:
+        """Copies of all weights and moments on the CPU, stacked (M, ...), by parameter name."""
+        state, parameters = self.optimizer.state, self.stack.parameters.items()
+        moments = {key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters} for key in MOMENTS}
+        return {"weights": {name: p.detach().to("cpu", copy=True) for name, p in parameters}, **moments}
+
+    @property
+    def _optimizer_steps(self) -> dict[str, int]:
+        steps = int(next(iter(self.optimizer.state.values()))["step"])
+        return {"adam_steps": steps, "threads": torch.get_num_threads()}
+
+    def save(self, number: int | None = None) -> None:
+        """Copies the checkpoints of all live cells to the CPU, and writes them in the background.
+
+        With the number of a signal it waits for that, and raises Interrupted.
+        """
+        stacked, written = self._on_host(), dict(self.written)
+        steered = {m: self.betas.state(m) if self.betas.steered else {} for m in written}
+        numbers = {"epoch": self.epoch, "step": self.steps_done, "seconds": self.seconds, "spread": self.spread}
+        numbers |= self._optimizer_steps
+        history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.steps_done else (None, None)
+
+        def copied(t):  # by NumPy: a torch copy would start a second OpenMP pool here, which slows down the training
+            return torch.from_numpy(t.numpy().copy())
+
+        def write():
+            for m, run in written.items():
+                state = {key: {name: copied(t[m]) for name, t in stacked[key].items()} for key in stacked}
+                within_epoch = {"history": copied(history[:, m]), "noise": noise} if history is not None else {}
+                run.save_state({**state, **numbers, **within_epoch, **steered[m]})
+
+        self.saver.start(write)
+        if number:
+            self.saver.settle()
+            raise Interrupted(number, self.epoch)
+
+    def drop_failed(self, means: Tensor, steps: int) -> None:
+        """Marks cells with non-finite means (M, ...), after so many steps of an epoch, as failed.
+
+        Their weights are the last finite ones.
+        """
+        for m in [m for m in self.live if not means[m].isfinite().all()]:
+            self.saver.settle()
+            values = self.history[:steps, m].tolist()
+            bad = next((i for i, v in enumerate(values) if not all(map(math.isfinite, v))), None)
+            if bad is None:  # finite on the training images, but not on the test images
+                bad, values = steps - 1, [means[m, -len(TERMS) :].tolist()] * steps
+            if m in self.written:
+                terms = {name: str(v) for name, v in zip(TERMS, values[bad], strict=True)}
+                result = {"status": "failed", "epoch": self.epoch + 1, "step": bad + 1, "terms": terms}
+                self.live[m].finish(self.stack.cell(m, self.good), result)
+            self.live.pop(m)
+
+    def finish(self, train: Tensor, test: Tensor, data: Data) -> None:
+        """Writes the trained weights and the final metrics of every live cell; train and test are means (M, 4)."""
+        self.saver.settle()
+        stacked = self._on_host()
+        for m, run in self.written.items():
+            model = self.stack.plain(m)
+            result = {
+                "status": "finished",
+                "epoch": self.epoch,
+                "seconds": round(self.seconds, 2),
+                "device": str(self.device),
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "parameters": sum(p.numel() for p in model.parameters()),
+                **figures(model, data, self.config.batch_size, train=train[m], test=test[m]),
+            }
+            if run.config.has_target:
+                run = run.with_betas(*(float(f"{b:.6g}") for b in self.betas.values[m].tolist()))
+            if self.points:
+                result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
+            adam = {key: {name: t[m].clone() for name, t in stacked[key].items()} for key in MOMENTS}
+            run.finish(self.stack.cell(m), result, adam | self._optimizer_steps if run.config.is_extendable else None)
