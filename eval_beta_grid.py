@@ -10,13 +10,12 @@ All metrics are computed on the test images, stored in each run's metrics.json a
 eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 from functools import partial
 
 from utils.cli import Parser, add_bench_flags, whole
 from utils.distributed import is_first, share, wait_for_all
 from utils.errors import run_script
+from utils.machine import prepare
 
 
 def parse_args(argv=None):
@@ -94,9 +93,10 @@ def wanted_steps(args) -> list[str]:
 def main(argv=None) -> int:
     """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
+    args.device = prepare(args.device, args.threads)
     from utils.evaluation.batch import find_runs, finish, gather, open_subjects, require_classifiers, run_steps
     from utils.evaluation.steps import choose
-    from utils.evaluation.subject import Bench  # these import torch, which takes seconds: only for flags that are right
+    from utils.evaluation.subject import Bench
 
     (runs, problems), steps = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args)
     bench = Bench.of(args)

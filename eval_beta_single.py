@@ -6,8 +6,6 @@
 This is step 2 of the evaluation; eval_beta_grid.py runs step 1, which must come first.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 from utils.cli import Parser, add_bench_flags
 from utils.distributed import progress, share
 from utils.errors import run_script
+from utils.machine import prepare
 
 
 def parse_args(argv=None):
@@ -29,7 +28,8 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
-    from utils.evaluation.batch import gather  # imports torch, which takes seconds: only for right flags
+    args.device = prepare(args.device, args.threads)
+    from utils.evaluation.batch import gather
     from utils.evaluation.subject import Bench, listed
     from utils.runs import is_cell
 

@@ -9,8 +9,6 @@ Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, f
 report is one page, which works offline: the rate plane to explore, and below it all tables and figures.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 import math
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import run_script
 from utils.files import check_writable, write_text
+from utils.machine import prepare
 from utils.plane.advice import EXPLAINED, advice, commands, headings_of, terms_for
 from utils.plane.cells import UNITS, Plane, labels_of, read_plane
 from utils.plane.excess import Pair, excess_rows, pairs, print_excess
@@ -100,6 +99,7 @@ def draw(plane: Plane, found: list[Slope], compared: list[Pair], names: list[str
 def main(argv=None) -> int:
     """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
+    args.device = prepare(args.device, args.threads)
     if args.traverse:
         from utils.plane.traversals import traverse
 

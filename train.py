@@ -6,13 +6,12 @@
 Repeating a command resumes unfinished runs and skips finished ones.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 import sys
 
 from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
+from utils.machine import prepare
 
 
 def parse_args(argv=None):
@@ -63,7 +62,7 @@ def main(argv=None) -> int:
     """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
-    from datasets.loading import load_data  # imports torch, which takes seconds: only for flags that are right
+    from datasets.loading import load_data
     from utils.runs import Run
     from utils.training.multi_rate import near, sources, unfold
     from utils.training.saving import Interrupted

@@ -7,16 +7,14 @@ It is saved in runs/classifiers/<data set>/, where the evaluation looks for it, 
 seed_<seed> there. Repeating a command resumes an unfinished training and skips a finished one.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, whole
-from utils.config import Config
 from utils.distributed import share
 from utils.errors import UserError, run_script
 from utils.files import check_writable, read_json, save_tensors, write_json
 from utils.locks import Held, left_to, locked
+from utils.machine import prepare
 
 
 def parse_args(argv=None):
@@ -30,6 +28,8 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, nargs="+", default=[2], help=seeds)
     parser.add_argument("--overwrite", action="store_true", help="retrain from scratch, even a finished classifier")
     args = parser.parse(argv)
+    from utils.config import Config
+
     args.config = Config(dataset=args.dataset, image_size=args.image_size, image_channels=args.image_channels)
     for name in ("num_epochs", "batch_size", "learning_rate"):
         if getattr(args, name) is None:
@@ -45,7 +45,8 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Trains and saves the classifiers of a data set; returns the exit status."""
     args = parse_args(argv)
-    from models.classifiers import folder_of  # imports torch, which takes seconds: only for flags that are right
+    args.device = prepare(args.device, args.threads)
+    from models.classifiers import folder_of
 
     seeds = list(dict.fromkeys(args.seed))
     for seed in share(seeds, "classifiers"):

@@ -91,7 +91,6 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers(but: Sequence[multiprocessing.Process] = ()) -> None:
     """Ends the worker processes that are left, but for some: they ignore the SIGTERM by which Python would."""
     for child in multiprocessing.active_children():
@@ -153,6 +152,7 @@ class Streamed:
             worker_init_fn=_quiet_worker,
         )
         problem, others = None, multiprocessing.active_children()
+        atexit.register(_end_workers, others)
         try:
             decoded = iter(loader)
             with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
@@ -169,5 +169,6 @@ class Streamed:
             time.sleep(GRACE)
         finally:  # where the caller stops early, too: torch would wait for 5 s for each that does not hear it
             _end_workers(others)
+            atexit.unregister(_end_workers)
         if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
             raise UserError(problem)

@@ -34,8 +34,6 @@ NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows th
 BY_CONTENT = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}  # told by their first bytes
 DARK = 16384  # 16-bit images below it hold 14 bits or fewer
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
-
 
 @dataclass(frozen=True)
 class Folder:
@@ -214,6 +212,7 @@ def scan(root: Path) -> Folder:
 
     Raises FileNotFoundError if it does not exist, and UserError if it is not laid out as a folder of images is.
     """
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
     root, notes = os.path.abspath(root), []
     if not os.path.exists(root):
         raise FileNotFoundError(root)

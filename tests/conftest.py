@@ -14,9 +14,9 @@ import pytest
 os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is
 
-import utils.threads  # noqa: F401, I001  before torch too, as scripts do: how long its threads spin
-
 import torch
+from utils.training.chunk import Chunk
+from utils.training.engine import Engine
 
 import eval_beta_grid
 import train
@@ -27,8 +27,6 @@ from models.stack import Stack
 from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
 from utils.runs import Run
-from utils.training.chunk import Chunk
-from utils.training.engine import Engine
 
 ROOT = Path(__file__).parent.parent
 STARTED: list = []  # processes

@@ -11,12 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import memory, threads
-from utils.config import FLAGS, Config, kind_of
-from utils.errors import UserError, end_quietly, handled_by, heeded_signals, nearest, one_line
+from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    import torch
+    from utils.config import Config
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
 NO_VALUE = "takes no value; give the flag to turn it on, leave it out otherwise"
@@ -59,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         common.add_argument(
             "--threads",
             type=partial(whole, most=1024),
-            help="CPU threads to compute with (default: OMP_NUM_THREADS, or as many as there are free cores)",
+            help="CPU threads to compute with (default: OMP_NUM_THREADS, or as many as it may use cores)",
         )
         if not self.files:
             return
@@ -80,11 +78,6 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [f for f in self._option_string_actions if f.startswith("--")]
             raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
-        with handled_by(end_quietly, *heeded_signals()):  # an exception could leave it half imported
-            import torch  # takes seconds: only for flags that are right
-        args.device = device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.set_num_threads(args.threads or threads.choose())
-        memory.keep_freed()
         return args
 
 
@@ -109,11 +102,14 @@ def add_bench_flags(parser: Parser) -> None:
     group.add_argument("--force", action="store_true", help="recompute results that are up to date")
 
 
-def next_command(args, *words: str) -> str:
-    """A command to paste: those words, and --runs_dir and --data_dir of `args` where they are not the defaults."""
-    given = {"--runs_dir": (args.runs_dir, "runs"), "--data_dir": (args.data_dir, default_data_dir())}
-    kept = [w for flag, (value, default) in given.items() if value != default for w in (flag, value)]
-    return shlex.join(["python", *words, *kept])
+def next_command(*words: str, runs_dir: str, data_dir: str) -> str:
+    """A command to paste: those words, and the flags of the folders that are not the defaults."""
+    command = ["python", *words]
+    if runs_dir != "runs":
+        command += ["--runs_dir", runs_dir]
+    if data_dir != default_data_dir():
+        command += ["--data_dir", data_dir]
+    return shlex.join(command)
 
 
 def default_data_dir() -> str:
@@ -153,26 +149,10 @@ def batch_folder(runs_dir: str, batch: str) -> Path:
     return Path(runs_dir) / batch
 
 
-def device(name: str) -> "torch.device":
-    """The device of that name, if it is there; `cuda` is the GPU that torchrun means for this process."""
-    import torch
-
-    try:
-        found = torch.device(name)
-        if found.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda can train")
-        if found.type == "cuda" and found.index is None and torch.cuda.is_available():
-            found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-        torch.empty(0, device=found)
-        if found.type == "cuda" and found.index is not None:
-            torch.cuda.set_device(found)  # Triton launches where CUDA is set to, not where its tensors are
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
-    return found
-
-
 def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
     """A flag for each field of Config, or for some; those named in `grid` take several values."""
+    from utils.config import FLAGS, Config, kind_of
+
     groups = {}
     if grid:
         add_target_flags(parser)
@@ -229,12 +209,14 @@ def add_target_flags(parser: Parser) -> None:
     group.add_argument("--rate_unit", choices=("nats", "bits"), default="nats", help="of the targets (default: nats)")
 
 
-def grid_configs(args: argparse.Namespace) -> list[Config]:
+def grid_configs(args: argparse.Namespace) -> list["Config"]:
     """The Config of every cell: all pairs of betas, for every seed, without duplicates.
 
     A rate that is asked for takes the place of its layer's beta, which is still to be found; with --multi_rate such
     cells are added to those of the betas.
     """
+    from utils.config import FLAGS, Config
+
     settings = {name: getattr(args, name) for name in FLAGS}
     nats = math.log(2) if args.rate_unit == "bits" else 1.0
 

@@ -20,9 +20,13 @@ class UserError(Exception):
 # Ctrl-C; a scheduler; a terminal, or what reads our output, was closed; SLURM shortly before the time limit.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
+# How often OpenMP's threads look for each other before they sleep, about 50 microseconds: its own 3 milliseconds cost
+# whole time slices where others use the machine too, and a thread that is waited for is not running at all.
+SPINS = "5000"
+
 
 class Terminated(KeyboardInterrupt):
-    """One of the signals came that end a process, other than Ctrl-C."""
+    """One of the signals came that end a process."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -33,16 +37,22 @@ def _terminate(number, _):
     raise Terminated(number)
 
 
-def end_quietly(number, _) -> NoReturn:
-    """Handles signals that come while libraries are imported, when there is nothing to save."""
+def _end_quietly(number, _) -> NoReturn:
     os._exit(128 + number)
 
 
-def _let_end_quietly() -> None:
-    """Lets signals end the process at once from now on, when all that is left is to leave the interpreter."""
+def _let_signals_end_quietly() -> None:
+    """Lets signals end the process at once, without a word: at its start and its end there is nothing to save."""
     if threading.current_thread() is threading.main_thread():
         for number in heeded_signals():
-            signal.signal(number, end_quietly)
+            signal.signal(number, _end_quietly)
+
+
+def let_signals_raise() -> None:
+    """Lets signals that would end a script at once raise KeyboardInterrupt from now on, so that it can save."""
+    for number in heeded_signals():
+        if signal.getsignal(number) is _end_quietly:
+            signal.signal(number, _terminate)
 
 
 def heeded_signals() -> list[int]:
@@ -148,23 +158,22 @@ def _guard_outputs() -> None:
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and exits with its status; a UserError becomes one line and status 2.
 
-    A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues.
+    A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues; until `main` has
+    called `let_signals_raise`, as `machine.prepare` does, it ends the process at once.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     if threading.current_thread() is threading.main_thread():
-        if signal.getsignal(signal.SIGINT) is end_quietly:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         if sys.getfilesystemencoding() == "ascii":  # in which other libraries cannot open what has other characters
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         _guard_outputs()
-        for number in heeded_signals():
-            if number != signal.SIGINT:
-                signal.signal(number, _terminate)
+        _let_signals_end_quietly()
     try:
         try:
             status = main()
         finally:
             sys.stdout.flush()
-            _let_end_quietly()
+            _let_signals_end_quietly()
         sys.exit(status)
     except UserError as e:
         message = str(e)

@@ -15,11 +15,13 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from utils import locks
 from utils.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
@@ -173,15 +175,19 @@ def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def npz(arrays: dict[str, np.ndarray]) -> bytes:
+def npz(arrays: dict[str, "np.ndarray"]) -> bytes:
     """The content of an NPZ file with these arrays."""
+    import numpy as np
+
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, "np.ndarray"]:
     """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
+    import numpy as np
+
     try:
         with zipfile.ZipFile(path) as archive:  # compares checksums before anything believes a header
             _check_size(archive)

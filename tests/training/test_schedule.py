@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from utils.training.engine import Engine
 
 import train
 from datasets.loading import Data
@@ -13,7 +14,6 @@ from utils.config import Config
 from utils.files import load_tensors
 from utils.runs import Run
 from utils.training import schedule
-from utils.training.engine import Engine
 from utils.training.schedule import Trainer
 
 
@@ -80,7 +80,8 @@ def test_chunks_are_of_one_size_and_share_an_engine(script, monkeypatch):
 
 @pytest.mark.parametrize("n, size, chunks", [(441, 64, [63] * 7), (20, 8, [7, 7, 6]), (5, 9, [5]), (3, 1, [1, 1, 1])])
 def test_sizes_of_chunks(n, size, chunks):
-    args = train.parse_args(["--cells_at_once", str(size), "--device", "cpu"])
+    args = train.parse_args(["--cells_at_once", str(size)])
+    args.device = torch.device("cpu")
     trainer, taken = Trainer(Data(range(100), range(9), 10), args, None, Config()), []
     while sum(taken) < n:
         taken.append(trainer.size_for(Config(), n - sum(taken)))

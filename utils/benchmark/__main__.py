@@ -7,14 +7,13 @@
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
 
-import utils.threads  # noqa: F401  isort: skip  (before torch)
-
 import importlib
 from functools import partial
 
 from datasets.table import DATASETS
 from utils.cli import Parser, whole
 from utils.errors import run_script
+from utils.machine import prepare
 
 BENCHMARKS = {"plane": "plane", "step": "step", "evaluate": "evaluation"}  # name: module
 
@@ -39,6 +38,7 @@ def main(argv=None) -> int:
     parser.add_argument("--compile", action="store_true", help="step: also time the compiled step")
     parser.add_argument("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
     args = parser.parse(argv)
+    args.device = prepare(args.device, args.threads)
     import torch
 
     from utils.benchmark.measuring import machine

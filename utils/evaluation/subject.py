@@ -109,7 +109,8 @@ class Bench:
         if name not in self._classifiers:
             data = self.data(config) if config.dataset not in DATASETS else None
             path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / name)
-            how = next_command(self, "train_classifier.py", *config.data_flags)
+            folders = {"runs_dir": self.runs_dir, "data_dir": self.data_dir}
+            how = next_command("train_classifier.py", *config.data_flags, **folders)
             paths = [path, *(p.parent for p in sorted(path.glob("seed_*/classifier.pth")))]
             self._classifiers[name] = [
                 load_classifier(p, config, self.device, data and data.digest, how) for p in paths

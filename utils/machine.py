@@ -1,0 +1,65 @@
+"""What a script computes on: the device, the number of CPU threads, and how memory is kept."""
+
+import contextlib
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+from utils.errors import UserError, let_signals_raise, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, in malloc.h
+
+
+def prepare(device: str | None, threads: int | None) -> "torch.device":
+    """Imports torch, sets it to compute with so many threads, and returns the device that is named.
+
+    None stands for a GPU if there is one, and for OMP_NUM_THREADS, or else as many threads as the process may use
+    cores. Raises UserError for a device that is not there.
+    """
+    import torch  # takes seconds; a signal ends the process, as an exception could leave torch half imported
+
+    let_signals_raise()
+    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        from joblib import cpu_count  # heeds affinity and a container's quota, which torch does not know of
+
+        threads = cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    return chosen
+
+
+def _device(name: str) -> "torch.device":
+    """The device of that name; `cuda` is the GPU that torchrun or srun means for this process."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can train")
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches where CUDA is set to, not where its tensors are
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed for what comes next, rather than give it back to the system at once.
+
+    The system clears memory page by page before it hands it out anew, which takes part of every training step on a CPU
+    (docs/performance.md). Other libraries stay as they are, and so does glibc where MALLOC_* are set.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(AttributeError, OSError):  # no mallopt
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(MMAP_MAX, 0)
+            mallopt(TRIM_THRESHOLD, -1)
