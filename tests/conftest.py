@@ -15,18 +15,16 @@ os.environ["TQDM_DISABLE"] = "1"  # before the scripts are imported
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is
 
 import torch
-from utils.training.chunk import Chunk
-from utils.training.engine import Engine
 
 import eval_beta_grid
 import train
 from datasets.batches import Resident
 from datasets.loading import Data
 from datasets.table import lookup
-from models.stack import Stack
 from utils.config import Config
 from utils.errors import ENDING_SIGNALS, run_script
 from utils.runs import Run
+from utils.training.training import Setup, Training
 
 ROOT = Path(__file__).parent.parent
 STARTED: list = []  # processes
@@ -93,15 +91,15 @@ def at_step(monkeypatch):
     """Has `act` called before the n-th training step from now on."""
 
     def plan(n, act):
-        real, calls = Stack.step, []
+        real, calls = Training.update, []
 
-        def step(self, *args):
+        def update(self, *args):
             calls.append(None)
             if len(calls) == n:
                 act()
             return real(self, *args)
 
-        monkeypatch.setattr(Stack, "step", step)
+        monkeypatch.setattr(Training, "update", update)
 
     return plan
 
@@ -175,13 +173,19 @@ def all_weights(folder: str = "runs") -> dict[str, str]:
     return {path.parent.name: weights(path.parent) for path in Path(folder).rglob("vae.pth")}
 
 
-def in_training(n_cells: int = 2, **settings) -> tuple[list[Run], Chunk]:
-    """Runs that have just been made, and the chunk that trains them."""
+def training_of(*configs: Config, **setup) -> Training:
+    """A training of cells of which nothing is written unless it is saved."""
+    setup = Setup(torch.device("cpu"), **setup)
+    return Training([Run.of(config, "runs") for config in configs], [None] * len(configs), setup)
+
+
+def in_training(n_cells: int = 2, **settings) -> tuple[list[Run], Training]:
+    """Runs that have just been made, and their training."""
     settings = {"conv_channels": 2, "z_dims": 3, "batch_size": 4, **settings}
     runs = [Run.of(Config(beta_y=1.0 + i, **settings), "runs") for i in range(n_cells)]
     for run in runs:
         run.create()
-    return runs, Chunk(runs, [None] * n_cells, Engine(runs[0].config, n_cells, torch.device("cpu")))
+    return runs, training_of(*[run.config for run in runs])
 
 
 def start(name, *argv, **where):

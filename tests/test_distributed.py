@@ -8,12 +8,13 @@ import pytest
 import eval_beta_grid
 import train
 import train_classifier
+from datasets.loading import Data
 from tests.conftest import ROOT, TINY, python
 from tests.scripts import done, refusal
 from utils.distributed import share
 from utils.errors import UserError
 from utils.files import load_tensors
-from utils.training.schedule import check_data_parallel
+from utils.training.schedule import check_batches
 
 GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
 EVALUATE = ["--run_batch_name", "grid", "--device", "cpu", "--exclude_fid"]
@@ -25,8 +26,8 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch.distributed as dist
 import eval_beta_grid, train
-from models.stack import Stack
-begin, end, real, steps = dist.init_process_group, dist.destroy_process_group, Stack.step, []
+from utils.training.training import Training
+begin, end, real, steps = dist.init_process_group, dist.destroy_process_group, Training.update, []
 dist.init_process_group = lambda *args, **more: dist.is_initialized() or begin(*args, **more)  # once for all trainings
 dist.destroy_process_group = lambda: None
 
@@ -41,9 +42,9 @@ assert eval_beta_grid.main({EVALUATE}) == 0
 for more in ([], {MULTI_RATE}):
     assert train.main([*{SHARED}, "--data_parallel", *more]) == 0
 assert train.main([*{LONGER}, "--run_batch_name", "whole"]) == 0
-Stack.step = stopping
+Training.update = stopping
 assert train.main([*{LONGER}, "--run_batch_name", "stopped"]) == 128 + signal.SIGTERM
-Stack.step = real
+Training.update = real
 assert train.main([*{LONGER}, "--run_batch_name", "stopped"]) == 0
 end()
 """
@@ -85,7 +86,7 @@ def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     with pytest.raises(UserError, match="--batch_size: leaves a last batch of 1 images for 2 processes"):
-        check_data_parallel(1437, 360, 718)
+        check_batches(Data(range(1437), range(360), 10), 718)
 
 
 def test_the_tasks_of_an_array_share_by_their_variables(script, monkeypatch):

@@ -11,11 +11,11 @@ from models.build import build_model
 from models.conditioned import Conditioned
 from models.hvae import Noise
 from models.stack import TERMS, Stack
+from tests.conftest import training_of
 from tests.models.test_models import in_double
 from utils.config import Config
 from utils.seeds import generator
-from utils.training.engine import Engine
-from utils.training.loop import terms_at_points
+from utils.training.multi_rate import terms_at_points
 
 RANGE = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
 LOG_BETAS = torch.tensor([[-1.0, 1.0], [0.2, 0.1], [0.9, -1.0]], dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_at_fixed_betas_it_is_the_ordinary_model(kind):
     plain = build_model(Config(conv_channels=3, z_dims=4, **KINDS[kind])).double()
     for log_betas in LOG_BETAS:
         with torch.no_grad():
-            plain.load_state_dict(model.at(log_betas))
+            plain.load_state_dict(model.weights_at(log_betas))
             both = zip(model(x, noise._replace(log_betas=log_betas.expand(3, 2))), plain(x, noise), strict=True)
         for ours, expected in both:
             torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -67,7 +67,10 @@ def test_each_image_has_betas_of_its_own(kind):
     model, x, noise = conditioned(kind)
     together = model(x, noise._replace(log_betas=LOG_BETAS)).loss().sum()
     own = [noise._replace(z=noise.z[i : i + 1], y=noise.y[i : i + 1]) for i in range(3)]
-    each = [functional_call(model.model, model.at(LOG_BETAS[i]), (x[i : i + 1], own[i])).loss().sum() for i in range(3)]
+    each = [
+        functional_call(model.model, model.weights_at(LOG_BETAS[i]), (x[i : i + 1], own[i])).loss().sum()
+        for i in range(3)
+    ]
     torch.testing.assert_close(together, sum(each), rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in (together, sum(each))]
     for a, b in zip(*gradients, strict=True):
@@ -77,7 +80,7 @@ def test_each_image_has_betas_of_its_own(kind):
 def test_without_training_the_betas_change_nothing():
     model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), RANGE)
     plain = {name: p.clone() for name, p in model.model.named_parameters()}
-    for name, p in model.at(torch.tensor([0.5, -1.0])).items():
+    for name, p in model.weights_at(torch.tensor([0.5, -1.0])).items():
         assert torch.equal(p, plain[name])
 
 
@@ -86,22 +89,21 @@ LOW = [pytest.param(kind, "bf16", marks=[pytest.mark.slow] if kind not in ("HVAE
 
 @pytest.mark.parametrize("kind, precision", [*((kind, "fp32") for kind in KINDS), *LOW])
 def test_training_lowers_the_loss_at_every_corner(kind, precision):
-    """A few steps on smooth images, through the engine: the loss falls at the corners of the range and is finite."""
+    """A few steps on smooth images: the loss falls at the corners of the range and is finite."""
     low, high = (1.0, 1.0) if kind == "BVAE" else (0.1, 10.0)
     ends = {"beta_y": 0.1, "beta_max_y": 10.0, "beta_z": low, "beta_max_z": high, "multi_rate": True}
     fast = {"optimizer": "adam", "learning_rate": 3e-3, "precision": precision}
     config = Config(conv_channels=4, z_dims=4, batch_size=8, **ends, **fast, **KINDS[kind])
     coarse = torch.rand(8, config.image_shape[0], 4, 4, generator=generator("cpu", 0))
     x = interpolate(coarse, config.image_shape[1:], mode="bilinear")
-    engine, one, noise = Engine(config, 1, torch.device("cpu")), torch.ones(1), generator("cpu", 3)
-    engine.restart(2)
-    before = terms_at_points(engine.stack.plain(0), x)
+    training, one, noise = training_of(config), torch.ones(1), generator("cpu", 3)
+    before = terms_at_points(training.stack.plain(0), x)
     temperature = torch.ones(()) if kind == "Gumbel" else None
     steps = {"MoL": 10, "learned sigma": 120}.get(kind, 40)  # sigma rises first, with all rates, and then falls
     for step in range(steps):
-        engine.stack.model.spread.fill_(min(1.0, 2 * step / steps))
-        engine.step(x, engine.stack.model.noise(8, noise, temperature), one, one)
-    after = terms_at_points(engine.stack.plain(0), x)
+        training.stack.model.spread.fill_(min(1.0, 2 * step / steps))
+        training.update(x, training.stack.model.noise(8, noise, temperature), one, one)
+    after = terms_at_points(training.stack.plain(0), x)
     assert len(after) == (3 if kind == "BVAE" else 5)  # the corners and the middle
     for name, terms in after.items():
         assert all(math.isfinite(v) for v in terms.values())
@@ -143,10 +145,13 @@ def test_images_weigh_by_their_betas_once_all_are_in_use_and_what_is_reported_do
     weights = (beta_z.sqrt() / beta_y**0.15) ** spread
     gradients = torch.autograd.grad((loss * weights).mean(), [*model.parameters()])
     before = [p.detach().clone() for p in model.parameters()]
-    stack, one = Stack(model, 1), torch.ones(1, dtype=torch.float64)
-    sums = stack.step(torch.optim.SGD(stack.parameters.values(), lr=0.1), x, noise, one, one)
+    training = training_of(Config(conv_channels=3, z_dims=4))
+    training.stack, one = Stack(model, 1), torch.ones(1, dtype=torch.float64)
+    training.terms, parameters = training.stack.terms, training.stack.parameters
+    training.optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+    sums = training.update(x, noise, one, one)
     assert sums[0, TERMS.index("loss")].item() == pytest.approx(loss.sum().item(), rel=1e-12)
-    for old, new, gradient in zip(before, stack.parameters.values(), gradients, strict=True):
+    for old, new, gradient in zip(before, parameters.values(), gradients, strict=True):
         torch.testing.assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
 
 

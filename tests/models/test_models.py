@@ -17,15 +17,15 @@ from models.build import build_model
 from models.hvae import Noise, Terms
 from models.stack import Stack
 from models.tables import LATENTS, LIKELIHOODS, MODELS
-from tests.conftest import ROOT, random_data
+from tests.conftest import ROOT, random_data, training_of
 from tests.reliability.trials import first
 from utils.config import Config
 from utils.errors import UserError
 from utils.runs import Run, load_model
 from utils.seeds import generator
-from utils.training.chunk import Chunk
-from utils.training.engine import Engine
-from utils.training.loop import Interrupted, train
+from utils.training.bar import GridBar
+from utils.training.saving import Interrupted
+from utils.training.training import Setup, Training
 
 REFERENCE = ROOT / "tests" / "reference_runs"
 CPU = torch.device("cpu")
@@ -126,23 +126,25 @@ def cases() -> list:
     ]
 
 
-class Signals:
-    """What has been received: nothing, or SIGTERM once the first epoch of a chunk is over."""
-
-    def __init__(self, chunk: Chunk | None = None):
-        self.chunk = chunk
-
-    @property
-    def received(self) -> int | None:
-        return 15 if self.chunk and self.chunk.epoch == 1 else None
-
-
 def in_double(noise: Noise) -> Noise:
     return noise._replace(z=noise.z.double(), y=noise.y.double())
 
 
-def chunk_of(run: Run, *state) -> Chunk:
-    return Chunk([run], [*state, None][:1], Engine(run.config, 1, CPU))
+class Stopping:
+    """Signals of which SIGTERM has come once the first epoch of a training is over."""
+
+    def __init__(self, training: Training | None = None):
+        self.training = training
+
+    @property
+    def received(self) -> int | None:
+        return 15 if self.training and self.training.epoch == 1 else None
+
+
+def train(run: Run, data: Data, state: dict | None = None, stop: bool = False) -> None:
+    """Trains a run from a checkpoint; with `stop`, to the end of the first epoch."""
+    training = Training([run], [state], Setup(CPU))
+    training.train(data, Stopping(training if stop else None), GridBar([run]))
 
 
 @pytest.fixture(scope="module", params=cases())
@@ -154,8 +156,8 @@ def case(request, tmp_path_factory) -> tuple[Run, Data, torch.Tensor]:
     run = Run.of(config, tmp_path_factory.mktemp("whole"))
     run.create()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("utils.training.pictures.N", 1)
-        train(chunk_of(run), data, Signals())
+        m.setattr("utils.training.outcome.N", 1)
+        train(run, data)
         yield run, data, data.test.images.float() / 255
 
 
@@ -175,12 +177,11 @@ def test_an_interrupted_training_continues_to_the_same_bytes(case):
     whole, data, _ = case
     run = Run.of(whole.config, "resumed")
     run.create()
-    chunk = chunk_of(run)
     with pytest.raises(Interrupted):
-        train(chunk, data, Signals(chunk))
-    chunk = chunk_of(run, run.load_state()[0])
-    assert chunk.epoch == 1
-    train(chunk, data, Signals())
+        train(run, data, stop=True)
+    state = run.load_state()[0]
+    assert state["epoch"] == 1
+    train(run, data, state)
     assert (run.path / "vae.pth").read_bytes() == (whole.path / "vae.pth").read_bytes()
 
 
@@ -292,17 +293,17 @@ def test_gradients_in_float64(vae_type):
 
 def three(steps=3, betas=((0.1, 10.0), (1.0, 1.0), (10.0, 0.1)), poison=False):
     """The sums of each step and the stack of a few steps of models of these betas, in float64."""
-    config, n = Config(conv_channels=8, z_dims=4), len(betas)
-    torch.manual_seed(config.seed)
-    stack, g, history = Stack(build_model(config).double(), n), generator("cpu", 0), []
+    configs = [Config(conv_channels=8, z_dims=4, beta_y=y, beta_z=z, learning_rate=1e-3) for y, z in betas]
+    training, g, history = training_of(*configs), generator("cpu", 0), []
+    for p in training.stack.parameters.values():
+        p.data = p.data.double()
+        training.optimizer.state[p] = {}
     if poison:
-        with torch.no_grad():
-            stack.parameters["decoder.0.0.weight"][1] = torch.nan
-    optimizer = torch.optim.Adam(stack.parameters.values(), lr=1e-3)
+        training.stack.parameters["decoder.0.0.weight"].data[1] = torch.nan
     for _ in range(steps):
-        x, noise = torch.rand(16, 1, 28, 28, generator=g).double(), in_double(stack.model.noise(16, g))
-        history.append(stack.step(optimizer, x, noise, *torch.tensor(betas).double().T))
-    return torch.stack(history), stack
+        x, noise = torch.rand(16, 1, 28, 28, generator=g).double(), in_double(training.stack.model.noise(16, g))
+        history.append(training.update(x, noise, *torch.tensor(betas).double().T))
+    return torch.stack(history), training.stack
 
 
 def test_after_ten_steps_a_cell_among_others_is_the_same_cell_alone():

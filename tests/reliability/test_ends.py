@@ -35,7 +35,7 @@ from tests.reliability.trials import (
 )
 from utils.errors import ENDING_SIGNALS, UserError, held_back
 from utils.files import load_tensors
-from utils.training.chunk import Chunk
+from utils.training.training import Training
 
 WITHIN = 10  # seconds in which a process ends, after whatever it was
 STREAMED = ["--dataset", "pets", "--image_size", "256", "--conv_channels", "2", "--device", "cpu"]
@@ -200,8 +200,8 @@ def test_a_signal_while_libraries_are_imported_ends_it_quietly(number, script):
 
 
 def test_a_signal_in_the_last_save_of_a_multi_rate_model_ends_before_its_cells_unfold(script, monkeypatch):
-    real, flags = Chunk.finish, [*TINY, "--multi_rate", "--force", "--beta_y", "1", "2"]
-    monkeypatch.setattr(Chunk, "finish", lambda *args: (send(signal.SIGTERM, os.getpid()), real(*args)))
+    real, flags = Training.finish, [*TINY, "--multi_rate", "--force", "--beta_y", "1", "2"]
+    monkeypatch.setattr(Training, "finish", lambda *args: (send(signal.SIGTERM, os.getpid()), real(*args)))
     status, _, err = script(train.main, *flags)
     assert status == 128 + signal.SIGTERM and "rerun to continue" in err and len(there("vae.pth")) == 1
     assert script(train.main, *flags)[0] == 0 and len(there("vae.pth")) == 3

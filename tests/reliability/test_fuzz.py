@@ -32,7 +32,7 @@ from utils.evaluation.subject import metrics_of
 from utils.files import load_tensors, read_arrays, save_tensors, write_json
 from utils.plane.cells import BETAS, read_plane
 from utils.runs import Run, load_model
-from utils.training.chunk import Chunk
+from utils.training.training import Training
 
 CASES, KINDS = 10_000, 12  # of the slow run, over all kinds of files
 FEW = 30  # of each kind in the default one
@@ -270,31 +270,32 @@ def test_classifiers(cases):
 
 def test_resume_states(cases):
     """A damaged one falls back to the one before: never silently another state than one that was saved."""
-    (run,), chunk = in_training(1)
+    (run,), training = in_training(1)
     for foreign in ({"a": 1}, {"weights": {}, "epoch": 0}, [1]):
         torch.save(foreign, run.path / "resume.pth")
         with pytest.raises(UserError, match=f"{run.path}/resume.pth: damaged"):
             run.load_state()
-    chunk.step, chunk.history, chunk.noise = 2, torch.zeros(3, 1, 4), torch.Generator()
-    for chunk.epoch in (1, 2):
-        for p in chunk.stack.parameters.values():
+    training.begin_epoch(3)
+    training.steps_done = 2
+    for training.epoch in (1, 2):
+        for p in training.stack.parameters.values():
             p.data += 1
-        chunk.save()
-    chunk.settle()
+        training.save()
+    training.saver.settle()
     newest, previous = run.path / "resume.pth", run.path / "resume.prev.pth"
     saved = [load_tensors(newest), load_tensors(previous)]
 
     def read():
         state, problems = run.load_state()
-        return state, problems, Chunk([run], [state], chunk.engine)
+        return state, problems, Training([run], [state], training.setup)
 
     def check(read, _, is_repacked):
-        state, problems, chunk = read
+        state, problems, resumed = read
         assert len(problems) <= 1 and all(f"{newest}: " in line for line in problems)
         if problems or not is_repacked:
             expected = saved[len(problems)]
             assert all(same(state[key], expected[key]) for key in ("weights", "exp_avg", "exp_avg_sq"))
-            assert chunk.epoch == state["epoch"] == expected["epoch"] and chunk.step == 2
+            assert resumed.epoch == state["epoch"] == expected["epoch"] and resumed.steps_done == 2
 
     fuzz(newest, read, check, cases)
     previous.write_bytes(b"damaged, too")

@@ -18,13 +18,13 @@ import eval_beta_grid
 import plot_eval
 import train
 import utils.files
-from models.stack import Stack
 from tests.conftest import CELL, EVALUATION, TINY, all_weights
 from tests.reliability.trials import ended, first, kill, launch, needs_mounts, there, times, wait_until
 from utils.errors import ENDING_SIGNALS
 from utils.files import load_tensors, read_json
 from utils.runs import Run, load_model
-from utils.training import chunk, schedule
+from utils.training import saving, schedule
+from utils.training.training import Training
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ MOMENTS += [(when, n) for when in ("batch", "save", "twice") for n in ENDING_SIG
 @times(20)
 def test_signals_in_a_batch_in_a_save_and_twice(moment, trial, script, passes, monkeypatch, undisturbed):
     (when, number), calls = moment, []
-    where, name, last = (Run, "save_state", 4) if when == "save" else (Stack, "step", 74)
+    where, name, last = (Run, "save_state", 4) if when == "save" else (Training, "update", 74)
     real, call = getattr(where, name), random.Random(trial).randint(1, last)
 
     def watched(*args):
@@ -163,7 +163,7 @@ def test_a_run_folder_that_becomes_read_only_half_way(trial, passes, refused, mo
         real(self, state)
 
     monkeypatch.setattr(Run, "save_state", save_state)
-    monkeypatch.setattr(chunk, "SAVER", ThreadPoolExecutor(1))
+    monkeypatch.setattr(saving, "WRITER", ThreadPoolExecutor(1))
     with as_anyone():
         err = refused(train.main, *CELL)
         assert err.startswith(f"error: {saves[0]}") and "Permission denied" in err

@@ -1,12 +1,13 @@
 """Muon takes the steps of PyTorch's own, of each stacked model alone, and continues exactly."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import torch
 
+from tests.conftest import training_of
 from utils.config import Config
-from utils.training.engine import Engine
 from utils.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 
 TINY = Config(conv_channels=2, z_dims=3, batch_size=8, optimizer="muon", learning_rate=1e-2)
@@ -26,7 +27,7 @@ def test_singular_values_follow_the_polynomial_and_singular_vectors_stay():
 
 
 def take_steps(optimizer, parameters, gradients):
-    """The parameters after a step for each list of gradients; state as an Engine makes it."""
+    """The parameters after a step for each list of gradients; state as that of a training."""
     for p in parameters:
         optimizer.state[p] |= {"step": torch.zeros(()), **{k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}}
     for of_each in gradients:
@@ -84,15 +85,12 @@ def test_no_single_batch_decides():
 
 def test_stacked_models_do_not_mix():
     def trained(*betas):
-        m = len(betas)
-        engine = Engine(TINY, m, torch.device("cpu"))
-        engine.restart(1)
+        training = training_of(*[dataclasses.replace(TINY, beta_y=beta) for beta in betas])
+        training.begin_epoch(4)
         for i in range(4):
-            g = torch.Generator().manual_seed(i)
-            x = torch.rand(8, 1, 28, 28, generator=g)
-            engine.step(x, engine.stack.model.noise(8, g), torch.tensor(betas), torch.ones(m))
-        assert engine.adam_steps == 4
-        return engine.stack.parameters
+            training.step(torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(i)), 8)
+        assert training._optimizer_steps["adam_steps"] == 4
+        return training.stack.parameters
 
     both, first, second = trained(0.1, 10.0), trained(0.1), trained(10.0)
     for name, p in both.items():

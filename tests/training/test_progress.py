@@ -59,8 +59,8 @@ def test_a_grid_has_one_bar_and_a_line_for_each_cell(variables):
 def test_a_single_cell_has_no_line_and_a_resumed_one_starts_where_it_was(passes, interrupted, monkeypatch):
     descriptions, real = [], GridBar.begin
 
-    def noting(self, chunk, steps):
-        real(self, chunk, steps)
+    def noting(self, training):
+        real(self, training)
         descriptions.append(self.bar.desc)
 
     interrupted(2 * 3 + 3 + 2, *GRID)  # in the second epoch of the second cell

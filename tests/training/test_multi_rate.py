@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval_beta_grid
 import train
 from datasets.loading import load_data
-from models.stack import Stack
 from tests.conftest import GRID, TINY, UNFOLDED, all_weights, folder_of
 from tests.reliability.trials import first
 from utils.config import Config
@@ -21,7 +20,8 @@ from utils.files import digest_of, write_json
 from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training.betas import Betas
-from utils.training.targets import Search
+from utils.training.multi_rate import Search
+from utils.training.training import Training
 
 CPU = torch.device("cpu")
 UNFORCED = [flag for flag in UNFOLDED if flag != "--force"]
@@ -57,7 +57,7 @@ def test_every_cell_of_the_grid_is_an_ordinary_run(unfolded, passes):
     for (beta_y, beta_z), run in cells.items():
         assert run.status == "finished" and run.config.multi_rate
         assert run.config.source == digest_of(source.path / "vae.pth")
-        expected = model.at(torch.tensor([beta_y, beta_z]).log10())
+        expected = model.weights_at(torch.tensor([beta_y, beta_z]).log10())
         for name, p in load_model(run, CPU).named_parameters():
             assert torch.equal(p, expected[name])
         test = run.result["test"]
@@ -78,7 +78,7 @@ def test_every_cell_of_the_grid_is_an_ordinary_run(unfolded, passes):
 
 def test_more_cells_are_unfolded_without_training(unfolded, passes, refused, monkeypatch):
     before = all_weights()
-    monkeypatch.setattr(Stack, "step", None)
+    monkeypatch.setattr(Training, "update", None)
     assert "already complete" in passes(train.main, *UNFOLDED, *betas(0.3, 3))
     cells, (_,) = cells_of()
     assert len(cells) == 8 and before.items() < all_weights().items()
@@ -122,7 +122,7 @@ def searchable(tmp_path_factory) -> Path:
 @pytest.fixture
 def rates(searchable, monkeypatch):
     """A copy of that model in ./runs, and its rates R(y|z), R(z) in nats at given betas, of few images."""
-    monkeypatch.setattr("utils.training.targets.IMAGES", 200)
+    monkeypatch.setattr("utils.training.multi_rate.SEARCHED_IMAGES", 200)
     shutil.copytree(searchable, "runs")
     _, (source,) = cells_of()
     search = Search(load_model(source, CPU), load_data(source.config, "data", CPU), 25)
@@ -191,7 +191,7 @@ def test_betas_are_steered_to_the_rates_asked_for(how, passes):
 def test_steering_is_the_dual_ascent_of_its_docstring():
     """Against a plain loop over one cell: averaged log rates, the clamped error, and nothing before or after."""
     config = Config(target_rate_y=4.0, num_epochs=10, warmup_epochs=1)
-    steered, steps, log_beta, averaged = Betas([config], 1, CPU), 200, 0.0, None
+    steered, steps, log_beta, averaged = Betas([config], CPU), 200, 0.0, None
     rng = np.random.default_rng(0)
     for step in range(steps):
         rate = float(rng.uniform(2, 30))
@@ -207,11 +207,11 @@ def test_steering_starts_at_the_betas_of_a_multi_rate_model(script, rates, monke
     write_json(source.path / "training.json", source.result | {"collapsed": False})  # one this small does collapse
     asked, starts = rates(0.4, 1.1), []
 
-    def step(self, optimizer, x, noise, beta_y, beta_z):
+    def update(self, x, noise, beta_y, beta_z):
         starts.append((beta_y.item(), beta_z.item()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Stack, "step", step)
+    monkeypatch.setattr(Training, "update", update)
     targets = ["--target_rate_y", f"{asked[0]:.6f}", "--target_rate_z", f"{asked[1]:.6f}", "--warmup_epochs", "0"]
     assert script(train.main, *LONGER, *targets)[0] == 130
     np.testing.assert_allclose(rates(*starts[0]), asked, rtol=0.03, atol=1e-3)

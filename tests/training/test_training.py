@@ -16,18 +16,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from models.stack import Stack
-from tests.conftest import CELL, TINY, all_weights, in_training, weights
+from tests.conftest import CELL, TINY, all_weights, in_training, training_of, weights
 from tests.reliability.trials import ended, first, there, times, training
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import digest_of, load_tensors
 from utils.runs import Run, load_model
 from utils.seeds import generator
-from utils.training.chunk import Chunk
-from utils.training.engine import Engine
-from utils.training.loop import lr_factor, rate_weights
+from utils.training.betas import rate_weights
+from utils.training.multi_rate import next_spread
+from utils.training.optimizers import lr_factor
 from utils.training.schedule import align, position
+from utils.training.training import Training
 
 CPU = torch.device("cpu")
 OTHERS = [["--qz_family", "GumbelSoftmax"], ["--vae_type", "LVAE", "--warmup_epochs", "1"], ["--optimizer", "muon"]]
@@ -36,15 +36,15 @@ ENDS = {"multi_rate": True, "beta_y": 0.1, "beta_max_y": 10.0, "beta_z": 0.1, "b
 
 def test_a_cell_whose_loss_is_not_finite_fails_alone(script, passes, monkeypatch):
     """By itself, and beside another one."""
-    step, pair = Stack.step, [*TINY, "--beta_y", "1", "2", "--cells_at_once", "2", "--runs_dir"]
+    update, pair = Training.update, [*TINY, "--beta_y", "1", "2", "--cells_at_once", "2", "--runs_dir"]
 
-    def poisoned(self, optimizer, x, noise, beta_y, beta_z):
-        if next(iter(optimizer.state.values()))["step"] == 4:  # the second of the three steps in the second epoch
+    def poisoned(self, x, noise, beta_y, beta_z):
+        if (self.epoch, self.steps_done) == (1, 1):
             beta_y = torch.where(beta_y == 2, torch.inf, beta_y)
-        return step(self, optimizer, x, noise, beta_y, beta_z)
+        return update(self, x, noise, beta_y, beta_z)
 
     passes(train.main, *pair, "healthy")
-    monkeypatch.setattr(Stack, "step", poisoned)
+    monkeypatch.setattr(Training, "update", poisoned)
     for flags in ([*TINY, "--beta_y", "2", "--runs_dir", "alone"], [*pair, "ill"]):
         status, out, _ = script(train.main, *flags)
         assert status == 1 and "failed at epoch 2, step 2: loss inf" in out
@@ -66,13 +66,13 @@ def test_warmup_weights(passes, monkeypatch):
     assert [rate_weights(Config(warmup_epochs=4), e)[1] for e in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert rate_weights(Config(warmup_epochs=0), 0) == (1, 1)
     assert rate_weights(Config(warmup_epochs=4, num_epochs=10, **ENDS), 1) == (1, 0.25)
-    betas, step = [], Stack.step
+    betas, update = [], Training.update
 
-    def watching(self, optimizer, x, noise, beta_y, beta_z):
+    def watching(self, x, noise, beta_y, beta_z):
         betas.append((beta_y.item(), beta_z.item()))
-        return step(self, optimizer, x, noise, beta_y, beta_z)
+        return update(self, x, noise, beta_y, beta_z)
 
-    monkeypatch.setattr(Stack, "step", watching)
+    monkeypatch.setattr(Training, "update", watching)
     flags = [*TINY, "--batch_size", "2000", "--vae_type", "LVAE", "--beta_y", "3", "--num_epochs"]
     passes(train.main, *flags, "10")
     passes(train.main, *flags, "5", "--no_warmup")
@@ -97,37 +97,41 @@ def test_the_learning_rate_follows_its_schedule(schedule, start):
 def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
     """A categorical z is in use at half of what it can hold."""
 
-    def widened(rates, **settings):
-        config = Config(conv_channels=2, num_epochs=20, **settings, **ENDS)
-        chunk, spreads = Chunk([Run.of(config, "runs")], [None], Engine(config, 1, CPU)), []
-        for rate in rates:
-            chunk.epoch += 1
-            chunk.widen(torch.tensor([[300.0, -290.0, 8.0, rate]]))
-            spreads.append(chunk.spread)
-            assert chunk.engine.optimizer.on == (chunk.spread > 0)  # until then, steps are Adam's
-        return spreads
+    def spreads(rates, **settings):
+        config, spread, result = Config(num_epochs=20, **settings, **ENDS), 0.0, []
+        for epoch, rate in enumerate(rates, start=1):
+            spread = next_spread(config, epoch, spread, torch.tensor([[300.0, -290.0, 8.0, rate]]))
+            result.append(spread)
+        return result
 
     third = 1 / 3
-    assert widened((0.69, 0.7), z_dims=4, qz_family="GumbelSoftmax") == pytest.approx([0, third])  # of ln 4 = 1.386
-    spreads = widened((0.5, 1.9, 2.1, 5.0, 1.0, math.nan, *[0.0] * 5), z_dims=3)
-    assert spreads == pytest.approx([0, 0, third, *[2 * third] * 6, 1, 1])
+    assert spreads((0.69, 0.7), z_dims=4, qz_family="GumbelSoftmax") == pytest.approx([0, third])  # of ln 4 = 1.386
+    rates = (0.5, 1.9, 2.1, 5.0, 1.0, math.nan, *[0.0] * 5)
+    assert spreads(rates, z_dims=3) == pytest.approx([0, 0, third, *[2 * third] * 6, 1, 1])
 
 
-def a_step(chunk):
+def test_until_betas_spread_steps_are_adams():
+    training = training_of(Config(conv_channels=2, z_dims=3, **ENDS))
+    assert not training.optimizer.on and training.stack.model.spread == 0
+    training._set_spread(0.2)
+    assert training.optimizer.on and training.stack.model.spread == pytest.approx(0.2)
+
+
+def a_step(training):
     x = torch.rand(4, 1, 28, 28, generator=generator("cpu", 0))
-    chunk.engine.step(x, chunk.stack.model.noise(4, generator("cpu", 1)), chunk.betas.y, chunk.betas.z)
+    training.update(x, training.stack.model.noise(4, generator("cpu", 1)), training.betas.y, training.betas.z)
 
 
 def test_a_state_is_of_the_moment_of_its_save_and_not_of_its_writing(monkeypatch):
-    runs, chunk = in_training()
-    a_step(chunk)
-    expected, may_write, save_state = [chunk.stack.cell(m) for m in range(2)], threading.Event(), Run.save_state
+    runs, training = in_training()
+    a_step(training)
+    expected, may_write, save_state = [training.stack.cell(m) for m in range(2)], threading.Event(), Run.save_state
     monkeypatch.setattr(Run, "save_state", lambda *args: may_write.wait(60) and save_state(*args))
-    chunk.save()
-    a_step(chunk)  # while it waits to be written
-    assert not chunk.saving.done() and not chunk.cheap_to_save(0.0)
+    training.save()
+    a_step(training)  # while it waits to be written
+    assert not training.saver.pending.done() and not training.saver.is_due(1)
     may_write.set()
-    chunk.settle()
+    training.saver.settle()
     for run, trained in zip(runs, expected, strict=True):
         state = run.load_state()[0]
         assert all(torch.equal(state["weights"][name], p) for name, p in trained.items()) and state["adam_steps"] == 1
@@ -138,31 +142,32 @@ def test_a_state_is_of_the_moment_of_its_save_and_not_of_its_writing(monkeypatch
 def test_writing_starts_no_threads_beside_the_trainings_own():
     """torch's operations on the saver's thread would; a CPU's training then took 18 % longer."""
     torch.set_num_threads(2)
-    _, chunk = in_training(1, conv_channels=32, z_dims=32)
-    a_step(chunk)
+    _, training = in_training(1, conv_channels=32, z_dims=32)
+    a_step(training)
     before = len(os.listdir("/proc/self/task"))
-    chunk.save()
-    chunk.settle()
+    training.save()
+    training.saver.settle()
     assert len(os.listdir("/proc/self/task")) <= before + 1
 
 
 def test_what_goes_wrong_while_writing_is_told_at_the_next_occasion(monkeypatch):
-    _, chunk = in_training()
+    _, training = in_training()
     monkeypatch.setattr(Run, "save_state", Mock(side_effect=UserError("disk full")))
-    chunk.save()
+    training.save()
     with pytest.raises(UserError, match="disk full"):
-        chunk.settle()
-    chunk.settle()
+        training.saver.settle()
+    training.saver.settle()
 
 
 def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
-    (run,), chunk = in_training(1)
-    chunk.step, chunk.history = 1, torch.zeros(3, 1, 4)
-    chunk.noise = Mock(get_state=lambda: torch.zeros(16, dtype=torch.uint8))  # so long is a GPU's
-    chunk.save()
-    chunk.settle()
+    (run,), training = in_training(1)
+    training.begin_epoch(3)
+    training.steps_done = 1
+    training.noise = Mock(get_state=lambda: torch.zeros(16, dtype=torch.uint8))  # so long is a GPU's
+    training.save()
+    training.saver.settle()
     with pytest.raises(UserError, match="resume it on a GPU"):
-        Chunk([run], [run.load_state()[0]], chunk.engine)
+        Training([run], [run.load_state()[0]], training.setup)
 
 
 @pytest.mark.slow
@@ -246,12 +251,12 @@ def test_cells_that_a_kill_left_apart_train_together_again(script, passes, monke
 
 
 def test_a_cell_that_cannot_go_back_goes_on_by_itself():
-    runs, chunk = in_training()
+    runs, training = in_training()
     ahead = {"epoch": 1, "step": 0}  # a kill in the first save of all leaves no cell so
     assert align([(runs[0], ahead), (runs[1], None)]) == [(runs[0], None), (runs[1], None)]
-    for chunk.epoch in (1, 2):
-        chunk.save()
-        chunk.settle()
+    for training.epoch in (1, 2):
+        training.save()
+        training.saver.settle()
     cells = [(run, run.load_state()[0]) for run in runs]
     assert align(cells) == cells
     (runs[0].path / "resume.prev.pth").replace(runs[0].path / "resume.pth")
