@@ -1,4 +1,4 @@
-"""The likelihoods p(x|y): log-probability, mean image and sample, given the decoder's output.
+"""The likelihoods p(x|y): log-probability, mean image and sample, given the decoder's outputs.
 
 Images x are (B, C, H, W) in [0, 1]. Log-probabilities (B,) are in nats per image. Means and samples (B, C, H, W)
 may exceed [0, 1]; models/hvae.py clamps them.
@@ -15,65 +15,116 @@ from .latents import sum_per_image
 from .networks import MOL_CHANNELS
 
 
-class BernoulliPixels(NamedTuple):
-    """Independent Bernoulli pixels; grey values are treated as probabilities."""
+class Likelihood(nn.Module):
+    """A family of distributions of images, each given by a decoder's outputs (B, `outputs`, H, W)."""
 
-    logits: Tensor
+    colour = True  # whether it supports colour images
+    is_mass = False  # whether it is a probability mass on 256 levels, which bits per dimension require
+    hidden = None  # hidden channels of the decoder's output head, if it has one
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__()
+        self.outputs = image_channels  # the decoder's output channels
+
+    def forward(self, outputs: Tensor) -> "Pixels":
+        return Pixels(self, outputs)
+
+    def floor(self, x: Tensor) -> Tensor | None:
+        """The least -log p(x|y) in nats (B,) that any decoder reaches; None where it is not known or unbounded."""
+        return None
+
+
+class Pixels(NamedTuple):
+    """The distribution of independent pixels that a likelihood gives for a decoder's outputs."""
+
+    likelihood: Likelihood
+    outputs: Tensor
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability: the negative binary cross-entropy, summed over the pixels."""
-        return -sum_per_image(F.binary_cross_entropy_with_logits(self.logits, x, reduction="none"))
+        """Log-probability or log-density of images."""
+        return sum_per_image(self.likelihood.log_prob(self.outputs, x))
 
     @property
     def mean(self) -> Tensor:
         """Mean image."""
-        return torch.sigmoid(self.logits)
+        return self.likelihood.mean(self.outputs)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """The mean image; as usual for VAEs, samples are shown without pixel noise."""
         return self.mean
 
 
-class ContinuousBernoulliPixels(NamedTuple):
-    """Independent pixels with densities proportional to exp(logit x) on [0, 1] (Loaiza-Ganem & Cunningham 2019)."""
+class Bernoulli(Likelihood):
+    """Bernoulli pixels, for grey images only; grey values are treated as probabilities."""
 
-    logits: Tensor
+    colour = False
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density; the normaliser is log((exp(a) - 1) / a) for the logit a."""
-        a = self.logits.abs()
+    def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+    def floor(self, x: Tensor) -> Tensor:
+        """The entropy of the pixels taken for probabilities, at a mean of x; 0 for binary images only."""
+        return sum_per_image(torch.special.entr(x) + torch.special.entr(1 - x))
+
+
+class ContinuousBernoulli(Likelihood):
+    """Pixels with densities proportional to exp(logit x) on [0, 1] (Loaiza-Ganem & Cunningham 2019)."""
+
+    def log_prob(self, logits: Tensor, x: Tensor) -> Tensor:
+        """The normaliser is log((exp(a) - 1) / a) for the logit a."""
+        a = logits.abs()
         small = a < 0.1  # where the series of log(sinh(a / 2) / (a / 2)) is exact in float32
         safe = torch.where(small, 1.0, a)
         log_norm = safe / 2 + torch.log(-torch.expm1(-safe)) - torch.log(safe)
         log_norm = torch.where(small, a**2 / 24 - a**4 / 2880, log_norm)
-        return sum_per_image((x - 0.5) * self.logits - log_norm)
+        return (x - 0.5) * logits - log_norm
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean image, 1 / (1 - exp(-a)) - 1 / a for the logits a."""
-        a = self.logits
+    def mean(self, logits: Tensor) -> Tensor:
+        """1 / (1 - exp(-a)) - 1 / a for the logits a."""
+        a = logits
         safe = torch.where(a.abs() < 0.1, 1.0, a)
         return torch.where(a.abs() < 0.1, 0.5 + a / 12 - a**3 / 720, -1 / torch.expm1(-safe) - 1 / safe)
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """The mean image; as usual for VAEs, samples are shown without pixel noise."""
-        return self.mean
+
+class GaussianFixedSigma(Likelihood):
+    """Gaussian pixels with a given standard deviation; a density, not a probability mass."""
+
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__(image_channels, sigma)
+        self.fixed_log_sigma = math.log(sigma)
+
+    def scale(self, mean: Tensor) -> Tensor:
+        """The log of the standard deviation."""
+        return torch.full((), self.fixed_log_sigma, dtype=mean.dtype, device=mean.device)
+
+    def log_prob(self, mean: Tensor, x: Tensor) -> Tensor:
+        log_sigma = self.scale(mean)
+        scaled = (x - mean) * (-log_sigma).exp()
+        return -0.5 * scaled**2 - log_sigma - 0.5 * math.log(2 * math.pi)
+
+    def mean(self, mean: Tensor) -> Tensor:
+        return mean
+
+    def floor(self, x: Tensor) -> Tensor | None:
+        """At a mean of x."""
+        return -self(x).log_prob(x)
 
 
-class GaussianPixels(NamedTuple):
-    """Independent Gaussian pixels that share a standard deviation; a density, not a probability mass."""
+class GaussianLearnedSigma(GaussianFixedSigma):
+    """Gaussian pixels with a learned log sigma, shared by all, softly bounded below by -6 (Rybkin 2020)."""
 
-    mean: Tensor
-    log_sigma: Tensor
+    def __init__(self, image_channels: int, sigma: float):
+        super().__init__(image_channels, sigma)
+        self.log_sigma = nn.Parameter(torch.zeros(()))
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density."""
-        scaled = (x - self.mean) * (-self.log_sigma).exp()
-        return sum_per_image(-0.5 * scaled**2 - self.log_sigma - 0.5 * math.log(2 * math.pi))
+    def scale(self, mean: Tensor) -> Tensor:
+        return -6 + F.softplus(self.log_sigma + 6)
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """The mean image; as usual for VAEs, samples are shown without pixel noise."""
-        return self.mean
+    def floor(self, x: Tensor) -> None:
+        """Unknown: it depends on sigma."""
 
 
 class MixtureOfLogistics(NamedTuple):
@@ -153,68 +204,6 @@ class MixtureOfLogistics(NamedTuple):
             colours = one._shifted_means(colours) + logistic
             colours = ((colours.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
         return (colours.squeeze(2) + 1) / 2
-
-
-class Likelihood(nn.Module):
-    """What all likelihoods have, unless they say otherwise."""
-
-    colour = True  # whether it supports colour images
-    is_mass = False  # whether it is a probability mass on 256 levels, which bits per dimension require
-    hidden = None  # hidden channels of the decoder's output head, if it has one
-
-    def __init__(self, image_channels: int, sigma: float):
-        super().__init__()
-        self.outputs = image_channels  # the decoder's output channels
-
-    def floor(self, x: Tensor) -> Tensor | None:
-        """The least -log p(x|y) in nats (B,) that any decoder reaches; None where it is not known or unbounded."""
-        return None
-
-
-class Bernoulli(Likelihood):
-    """Bernoulli likelihood, for grey images only."""
-
-    colour = False
-
-    def forward(self, outputs: Tensor) -> BernoulliPixels:
-        return BernoulliPixels(outputs)
-
-    def floor(self, x: Tensor) -> Tensor:
-        """The entropy of the pixels taken for probabilities, at a mean of x; 0 for binary images only."""
-        return sum_per_image(torch.special.entr(x) + torch.special.entr(1 - x))
-
-
-class ContinuousBernoulli(Likelihood):
-    """Continuous Bernoulli likelihood: a density of grey values on [0, 1]."""
-
-    def forward(self, outputs: Tensor) -> ContinuousBernoulliPixels:
-        return ContinuousBernoulliPixels(outputs)
-
-
-class GaussianFixedSigma(Likelihood):
-    """Gaussian likelihood with a given standard deviation."""
-
-    def __init__(self, image_channels: int, sigma: float):
-        super().__init__(image_channels, sigma)
-        self.log_sigma = math.log(sigma)
-
-    def forward(self, outputs: Tensor) -> GaussianPixels:
-        return GaussianPixels(outputs, torch.full((), self.log_sigma, dtype=outputs.dtype, device=outputs.device))
-
-    def floor(self, x: Tensor) -> Tensor:
-        """At a mean of x."""
-        return -self(x).log_prob(x)
-
-
-class GaussianLearnedSigma(Likelihood):
-    """Gaussian likelihood with a learned log sigma, shared by all pixels, softly bounded below by -6 (Rybkin 2020)."""
-
-    def __init__(self, image_channels: int, sigma: float):
-        super().__init__(image_channels, sigma)
-        self.log_sigma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, outputs: Tensor) -> GaussianPixels:
-        return GaussianPixels(outputs, -6 + F.softplus(self.log_sigma + 6))
 
 
 class MoL(Likelihood):

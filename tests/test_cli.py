@@ -76,7 +76,7 @@ def test_the_next_command_can_be_pasted(script):
     (command,) = re.findall("To evaluate: python (.*)", out)
     both = "train_classifier.py --dataset Digits --runs_dir 'my runs' && python eval_beta_grid.py"
     assert shlex.split(command) == [*shlex.split(both), "--run_batch_name", "it's", "--all", "--runs_dir", "my runs"]
-    (board,) = re.findall("To inspect: python -m utils.board (.*)", out)
+    (board,) = re.findall("To inspect: tensorboard --logdir (.*)", out)
     assert shlex.split(board) == ["my runs/it's"]
 
 

@@ -154,14 +154,10 @@ class Config:
     def _check_names(self) -> None:
         for name in fields_of("name"):
             text = getattr(self, name)
-            if set(text) & set("/\\") or text[:1] == "." or not text.isprintable():
-                right = "a plain folder name, without slashes, control characters or a leading dot"
-                raise UserError(f"--{name}: must be {right}, got {text!r}")
-        batch = self.run_batch_name
-        if batch in ("", "classifiers") or len(batch.encode(errors="surrogateescape")) > 255:
-            raise UserError(
-                f"--run_batch_name: must be a folder name of at most 255 bytes, not 'classifiers', got {batch!r}"
-            )
+            wrong = set(text) & set("/\\") or text[:1] == "." or not text.isprintable() or text == "classifiers"
+            if wrong or len(text.encode(errors="surrogateescape")) > 255 or not text and name == "run_batch_name":
+                right = "a plain folder name, without slashes, control characters or a leading dot, not 'classifiers'"
+                raise UserError(f"--{name}: must be {right}, of at most 255 bytes, got {text!r}")
 
     def _check_data(self) -> None:
         if self.dataset in DATASETS:
@@ -289,38 +285,28 @@ class Config:
     @property
     def folder_name(self) -> str:
         """The run folder's name, which spells the configuration the way the paper's code does."""
-        parts = [
-            self.run_name or "NoName",
-            f"Epochs_{self.num_epochs}-BatchSize_{self.batch_size}-c_{self.conv_channels}-{self.data_name}",
-            f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}",
-            self._name_of_layer("y"),
-            self._name_of_layer("z"),
-        ]
-        if self.px_y_family_ll == "GaussianFixedSigma":
-            parts.append(f"ll_sigma_{self.sigma}")
-        parts.append("use_conv_z" if self.use_conv_z else f"z_dim_{self.z_dims}")
-        if self.linear_y_with_dims > 0:
-            parts.append(f"linear_y_dims_{self.linear_y_with_dims}")
-        if self.no_warmup:
-            parts.append("no_warmup")
-        elif self.warmup_epochs not in (0, self.default_warmup):
-            parts.append(f"warmup_epochs_{self.warmup_epochs}")
-        if self.lr_schedule != ("tail" if self.multi_rate else "constant"):
-            parts.append(self.lr_schedule)
-        if self.optimizer == "muon":
-            parts.append("muon")
-        if self.multi_rate:
-            parts.append("multi_rate")
-        if self.init_from is not None:
-            parts.append(f"init_{self.init_from[:8]}")
-        if self.precision != Config.precision:
-            parts.append(self.precision)
+        parts = {  # and whether it says so
+            f"{self.run_name or 'NoName'}-Epochs_{self.num_epochs}-BatchSize_{self.batch_size}": True,
+            f"c_{self.conv_channels}-{self.data_name}": True,
+            f"{self.vae_type}-px_y_family_ll_{self.px_y_family_ll}-qz_family_{self.qz_family}": True,
+            f"{self._name_of_layer('y')}-{self._name_of_layer('z')}": True,
+            f"ll_sigma_{self.sigma}": self.px_y_family_ll == "GaussianFixedSigma",
+            "use_conv_z": self.use_conv_z,
+            f"z_dim_{self.z_dims}": not self.use_conv_z,
+            f"linear_y_dims_{self.linear_y_with_dims}": self.linear_y_with_dims > 0,
+            "no_warmup": self.no_warmup,
+            f"warmup_epochs_{self.warmup_epochs}": self.warmup_epochs not in (0, self.default_warmup),
+            self.lr_schedule: self.lr_schedule != ("tail" if self.multi_rate else "constant"),
+            "muon": self.optimizer == "muon",
+            "multi_rate": self.multi_rate,
+            f"init_{(self.init_from or '')[:8]}": self.init_from is not None,
+            self.precision: self.precision != Config.precision,
+        }
         for field in dataclasses.fields(self):
-            if "in_name" in field.metadata and getattr(self, field.name) != field.default:
-                parts.append(f"{field.name}_{getattr(self, field.name)}")
-        if self.seed != Config.seed:
-            parts.append(f"seed_{self.seed}")
-        return "-".join(parts)
+            if "in_name" in field.metadata:
+                parts[f"{field.name}_{getattr(self, field.name)}"] = getattr(self, field.name) != field.default
+        parts[f"seed_{self.seed}"] = self.seed != Config.seed
+        return "-".join(text for text, is_said in parts.items() if is_said)
 
     def _name_of_layer(self, layer: str) -> str:
         """What the folder's name says of a layer's rate: its beta, the range of betas, or the rate asked for."""

@@ -89,7 +89,7 @@ def test_stacked_models_do_not_mix():
         training.begin_epoch(4)
         for i in range(4):
             training.step(torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(i)), 8)
-        assert training._optimizer_steps["adam_steps"] == 4
+        assert training.state(0)["adam_steps"] == 4
         return training.stack.parameters
 
     both, first, second = trained(0.1, 10.0), trained(0.1), trained(10.0)

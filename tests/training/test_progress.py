@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from torchvision.utils import make_grid
 
 import train
@@ -23,8 +21,6 @@ from datasets.loading import load_data
 from tests.conftest import ROOT, TINY
 from tests.reliability.trials import first, in_terminal
 from utils import distributed, locks
-from utils.board import link
-from utils.errors import UserError
 from utils.files import write_json
 from utils.images import tiled
 from utils.runs import Run, load_model
@@ -140,17 +136,6 @@ def test_whoever_asks_for_the_holder_keeps_no_training_from_starting(monkeypatch
     with locks.locked(Path()):
         assert locks.holder(Path()).startswith(f"pid {os.getpid()} ")
     assert locks.holder(Path()) is None and locks.holder(Path("nowhere")) is None
-
-
-def test_tensorboard_is_shown_short_names(trained):
-    (path,) = trained()
-    shutil.copytree(path, path.with_name("copy"))
-    Path("shown").mkdir()
-    assert link(Path("runs/singles"), Path("shown")) == 2
-    runs = EventMultiplexer().AddRunsFromDirectory("shown").Reload().Runs()
-    assert sorted(runs) == ["beta_y 1, beta_z 1", "beta_y 1, beta_z 1, copy"]
-    with pytest.raises(UserError, match="nowhere: no runs in it"):
-        link(Path("nowhere"), Path("shown"))
 
 
 def tiles(path, rows):

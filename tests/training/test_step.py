@@ -67,7 +67,7 @@ def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, 
     expected, _ = ten_steps()
     capturing(replaying)
     history, training = ten_steps(compile=compile)
-    assert training.fast != training.update and training._optimizer_steps["adam_steps"] == 10
+    assert training.fast != training.update and training.state(0)["adam_steps"] == 10
     torch.testing.assert_close(history, expected, rtol=1e-5, atol=1e-3)
 
 

@@ -7,47 +7,58 @@
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
 
-import importlib
 from functools import partial
 
 from datasets.table import DATASETS
 from utils.cli import Parser, whole
+from utils.config import Config
 from utils.errors import run_script
 from utils.machine import prepare
 
-BENCHMARKS = {"plane": "plane", "step": "step", "evaluate": "evaluation"}  # name: module
 
-
-def main(argv=None) -> int:
-    """Runs one benchmark; returns the exit status."""
+def parse_args(argv=None):
+    """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__, files=False)
     parser.prog = "python -m utils.benchmark"
-    parser.add_argument("what", choices=BENCHMARKS, help="what to measure")
+    parser.add_argument("what", choices=("plane", "step", "evaluate"), help="what to measure")
     parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
-    parser.add_argument("--conv_channels", type=whole, default=32, help="channels of the conv layers (default: 32)")
-    parser.add_argument("--z_dims", type=whole, default=32, help="dimensions of z (default: 32)")
-    parser.add_argument("--batch_size", type=whole, default=256, help="images per batch (default: 256)")
-    parser.add_argument(
-        "--images", type=whole, default=50_000, help="training images of plane and step (default: 50000)"
-    )
-    parser.add_argument("--test_images", type=whole, default=10_000, help="test images, and samples (default: 10000)")
+    for name, default, text in (
+        ("conv_channels", 32, "channels of the conv layers"),
+        ("z_dims", 32, "dimensions of z"),
+        ("batch_size", 256, "images per batch"),
+        ("images", 50_000, "training images of plane and step"),
+        ("test_images", 10_000, "test images, and samples"),
+    ):
+        parser.add_argument(f"--{name}", type=whole, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--cells", type=whole, nargs="+", default=[1, 8], help="step: stacked cells (default: 1 8)")
     parser.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)"
     )
     parser.add_argument("--compile", action="store_true", help="step: also time the compiled step")
     parser.add_argument("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
-    args = parser.parse(argv)
-    args.device = prepare(args.device, args.threads)
+    return parser.parse(argv)
+
+
+def main(argv=None) -> int:
+    """Runs one benchmark; returns the exit status."""
+    args = parse_args(argv)
+    device = prepare(args.device, args.threads)
     import torch
 
-    from utils.benchmark.measuring import machine
+    from utils.benchmark import evaluation, plane, step, timing
     from utils.training.schedule import use_precision
 
+    names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
+    config = Config(**{name: getattr(args, name) for name in names})
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
-    print(machine(args.device))
-    getattr(importlib.import_module(f"utils.benchmark.{BENCHMARKS[args.what]}"), args.what)(args)
+    print(timing.machine(device))
+    if args.what == "plane":
+        plane.plane(config, args.images, args.test_images, args.n, device)
+    elif args.what == "step":
+        step.step(config, args.images, args.cells, args.compile, args.n, device)
+    else:
+        evaluation.evaluate(config, args.test_images, args.n, device)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Where the evaluation of a cell spends its time: cells of an untrained multi-rate model, unfolded and evaluated."""
 
-import argparse
 import dataclasses
 import statistics
 import tempfile
@@ -16,8 +15,7 @@ from datasets.batches import Resident
 from datasets.loading import Data
 from models.build import build_model
 from models.classifiers import build_classifier, evaluator
-from utils.benchmark.measuring import quartiles
-from utils.benchmark.step import config_of
+from utils.benchmark.timing import quartiles
 from utils.config import Config
 from utils.evaluation.batch import run_step
 from utils.evaluation.fits import prepare
@@ -37,11 +35,12 @@ PARTS = {  # of the evaluation, as the README counts its steps; step 3 is taken 
 CLASSES = 10
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(config: Config, test_images: int, n: int, device: torch.device) -> None:
     """Prints seconds a cell for unfolding and for each step of the evaluation, step 3 by classifier and latent."""
-    n = args.test_images
-    seconds = seconds_of_cells(multi_rate(config_of(args)), n, args.n, args.device)
-    print(f"{args.dataset}'s shape: {n:,} test images, as many samples and training images; seconds a cell:")
+    seconds = seconds_of_cells(multi_rate(config), test_images, n, device)
+    print(
+        f"{config.dataset}'s shape: {test_images:,} test images, as many samples and training images; seconds a cell:"
+    )
     for name, values in sorted(seconds.items()):
         low, middle, high = quartiles(values)
         print(f"{name:40s} {middle:8.2f} {low:8.2f} .. {high:8.2f} {len(values):4d}")

@@ -1,6 +1,5 @@
 """What a map of the rate plane costs: its training, one for each cell or one for all, its evaluation and its report."""
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -12,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.benchmark.evaluation import multi_rate, seconds_of_cells
-from utils.benchmark.measuring import measure, report
-from utils.benchmark.step import THEIRS, config_of, like_the_papers, random_split, stepper
+from utils.benchmark.step import THEIRS, like_the_papers, random_split, stepper
+from utils.benchmark.timing import measure, report
+from utils.config import Config
 from utils.files import to_csv, write_text
 
 EPOCHS, CELLS = 500, (49, 441)  # the paper's grid, and one of 7 x 7
@@ -23,38 +24,33 @@ ADAM, MUON, MULTI_RATE = "separate trainings by Adam", "separate trainings by Mu
 ROOT = Path(__file__).parents[2]
 
 
-def plane(args: argparse.Namespace) -> None:
+def plane(config: Config, images: int, test_images: int, n: int, device: torch.device) -> None:
     """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings of each kind, unfolding, evaluation, report.
 
     From training steps, two cells that are unfolded and evaluated, and reports of made results. How long a multi-rate
     training must be to be as good as separate ones is not measured here.
     """
-    config, device = config_of(args, num_epochs=EPOCHS), args.device
-    steps = EPOCHS * math.ceil(args.images / args.batch_size)
-    split = random_split(config, min(args.images, 20 * args.batch_size), device)
-    conditioned = multi_rate(config)
+    config = dataclasses.replace(config, num_epochs=EPOCHS)
+    split, conditioned = random_split(config, min(images, 20 * config.batch_size), device), multi_rate(config)
     kinds = {ADAM: config, MUON: dataclasses.replace(config, optimizer="muon"), MULTI_RATE: conditioned}
     candidates = {THEIRS: like_the_papers(config, split, device)}
     candidates |= {name: stepper(c, 1, split) for name, c in kinds.items()}
-    print(f"{args.dataset}'s shape: {args.images:,} images, batch {args.batch_size}, {config.precision}; a step:")
-    seconds = measure(candidates, args.n, device)
+    print(f"{config.dataset}'s shape: {images:,} images, batch {config.batch_size}, {config.precision}; a step:")
+    seconds = measure(candidates, n, device)
     report(seconds, dict.fromkeys(candidates, 1), THEIRS)
-    candidates.clear()
-    of_cell = seconds_of_cells(conditioned, args.test_images, 2, device)
-    unfolding = statistics.median(of_cell.pop("unfolding"))
-    evaluating = sum(map(statistics.median, of_cell.values()))
-    print(f"\n{'hours for a map':40s}" + "".join(f"{f'{n} cells':>12}" for n in CELLS))
-
-    def line(name: str, *hours: float) -> None:
-        print(f"{name:40s}" + "".join(f"{h:12.2f}" for h in hours))
-
+    of_cell = {name: statistics.median(s) for name, s in seconds_of_cells(conditioned, test_images, 2, device).items()}
+    unfolding = of_cell.pop("unfolding")
+    hours, steps = {}, EPOCHS * math.ceil(images / config.batch_size)
     for name, took in seconds.items():
-        training = steps * statistics.median(took) / 3600
-        line(name, *[training * (1 if name == MULTI_RATE else n) for n in CELLS])
-    line("unfolding", *[n * unfolding / 3600 for n in CELLS])
-    line("evaluation, all four steps", *[n * evaluating / 3600 for n in CELLS])
-    line("report", *[seconds_of_report(n) / 3600 for n in CELLS])
-    print(f"(evaluation of {args.test_images:,} test images by one process, n = 2 cells; other steps n = {args.n})")
+        training = steps * statistics.median(took)
+        hours[name] = [training if name == MULTI_RATE else cells * training for cells in CELLS]
+    hours["unfolding"] = [cells * unfolding for cells in CELLS]
+    hours["evaluation, all four steps"] = [cells * sum(of_cell.values()) for cells in CELLS]
+    hours["report"] = [seconds_of_report(cells) for cells in CELLS]
+    print(f"\n{'hours for a map':40s}" + "".join(f"{f'{cells} cells':>12}" for cells in CELLS))
+    for name, values in hours.items():
+        print(f"{name:40s}" + "".join(f"{s / 3600:12.2f}" for s in values))
+    print(f"(evaluation of {test_images:,} test images by one process, n = 2 cells; other steps n = {n})")
 
 
 def seconds_of_report(cells: int) -> float:

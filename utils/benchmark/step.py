@@ -1,6 +1,5 @@
 """A training step, and what it is compared with: one in plain PyTorch, and one like the paper's code."""
 
-import argparse
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from torchvision.transforms import v2
 
 from datasets.batches import Resident
 from models.build import build_model
-from utils.benchmark.measuring import measure, report
+from utils.benchmark.timing import measure, report
 from utils.config import Config
 from utils.runs import Run
 from utils.seeds import generator
@@ -22,27 +21,24 @@ from utils.training.training import Setup, Training
 THEIRS, PLAIN = "like the paper's code", "plain PyTorch, data on the device"
 
 
-def step(args: argparse.Namespace) -> None:
+def step(config: Config, images: int, cells: list[int], compile: bool, n: int, device: torch.device) -> None:
     """Times a training step per cell: of one cell and of stacked cells; eager, on a GPU captured, and compiled."""
-    config, device, on_gpu = config_of(args), args.device, args.device.type == "cuda"
-    split = random_split(config, min(args.images, 20 * args.batch_size), device)
-    batches, plain = forever(lambda: split.batches(args.batch_size, (0, 0))), plain_step(config, device)
+    split = random_split(config, min(images, 20 * config.batch_size), device)
+    batches, plain = forever(lambda: split.batches(config.batch_size, (0, 0))), plain_step(config, device)
     candidates = {THEIRS: like_the_papers(config, split, device), PLAIN: lambda: plain(next(batches)[0])}
-    cells = dict.fromkeys(candidates, 1)
-    ways = {"eager": "off"} | ({"captured": "auto"} if on_gpu else {}) | ({"compiled": "on"} if args.compile else {})
-    for m, (way, compile) in itertools.product(args.cells, ways.items()):
+    sizes, ways = dict.fromkeys(candidates, 1), {"eager": "off"}
+    if device.type == "cuda":
+        ways["captured"] = "auto"
+    if compile:
+        ways["compiled"] = "on"
+    for m, (way, how) in itertools.product(cells, ways.items()):
         name = f"{m} cell, {way}" if m == 1 else f"{m} cells, {way}"
-        candidates[name], cells[name] = stepper(config, m, split, compile), m
-    print(f"{config.vae_type}, {args.dataset}'s shape, batch {args.batch_size}, {config.precision}; a step, by cell:")
-    report(measure(candidates, args.n, device), cells, THEIRS)
-    if on_gpu:
+        candidates[name], sizes[name] = stepper(config, m, split, how), m
+    name = f"{config.vae_type}, {config.dataset}'s shape, batch {config.batch_size}, {config.precision}"
+    print(f"{name}; a step, by cell:")
+    report(measure(candidates, n, device), sizes, THEIRS)
+    if device.type == "cuda":
         print(f"memory of all together: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
-
-
-def config_of(args: argparse.Namespace, **settings) -> Config:
-    """The Config of a benchmark's flags, with `settings` changed."""
-    names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
-    return Config(**{name: getattr(args, name) for name in names} | settings)
 
 
 def random_split(config: Config, n: int, device: torch.device) -> Resident:

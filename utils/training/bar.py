@@ -48,7 +48,9 @@ class GridBar:
             text = f"cells {first} to {last} of {self.cells} · {text}"
         elif self.cells > 1:
             text = f"cell {first}/{self.cells}, {self.names[training.runs[0].path]} · {text}"
-        self.bar.set_description_str(text + (f" · loss {loss:.4g}" if math.isfinite(loss) else ""), refresh=False)
+        if math.isfinite(loss):
+            text += f" · loss {loss:.4g}"
+        self.bar.set_description_str(text, refresh=False)
 
     def end(self, training) -> None:
         """A training is done: of several cells, a line for each."""

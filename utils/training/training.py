@@ -240,36 +240,35 @@ class Training:
                 of_cell |= {name: [*terms.values()] for name, terms in self.points.items()}
             log.write(m, model, self.epoch, of_cell)
 
-    def _on_host(self) -> dict[str, dict[str, Tensor]]:
-        """Copies of all weights and moments on the CPU, stacked (M, ...), by parameter name."""
-        state, parameters = self.optimizer.state, self.stack.parameters.items()
-        moments = {key: {name: state[p][key].to("cpu", copy=True) for name, p in parameters} for key in MOMENTS}
-        return {"weights": {name: p.detach().to("cpu", copy=True) for name, p in parameters}, **moments}
+    def state(self, m: int) -> dict:
+        """The checkpoint of cell m between epochs, on the CPU."""
 
-    @property
-    def _optimizer_steps(self) -> dict[str, int]:
-        steps = int(next(iter(self.optimizer.state.values()))["step"])
-        return {"adam_steps": steps, "threads": torch.get_num_threads()}
+        def copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: t.detach()[m].to("cpu", copy=True) for name, t in tensors.items()}
+
+        parameters, of_optimizer = self.stack.parameters, self.optimizer.state
+        state = {"weights": copies(parameters)}
+        state |= {key: copies({name: of_optimizer[p][key] for name, p in parameters.items()}) for key in MOMENTS}
+        state |= {"epoch": self.epoch, "step": self.steps_done, "seconds": self.seconds, "spread": self.spread}
+        steps = int(next(iter(of_optimizer.values()))["step"])
+        return {**state, "adam_steps": steps, "threads": torch.get_num_threads()}
 
     def save(self, number: int | None = None) -> None:
         """Copies the checkpoints of all live cells to the CPU, and writes them in the background.
 
         With the number of a signal it waits for that, and raises Interrupted.
         """
-        stacked, written = self._on_host(), dict(self.written)
-        steered = {m: self.betas.state(m) if self.betas.steered else {} for m in written}
-        numbers = {"epoch": self.epoch, "step": self.steps_done, "seconds": self.seconds, "spread": self.spread}
-        numbers |= self._optimizer_steps
-        history, noise = (self.history.cpu().clone(), self.noise.get_state()) if self.steps_done else (None, None)
-
-        def copied(t):  # by NumPy: a torch copy would start a second OpenMP pool here, which slows down the training
-            return torch.from_numpy(t.numpy().copy())
+        states = {m: self.state(m) for m in self.written}
+        for m, state in states.items():
+            if self.steps_done:
+                state |= {"history": self.history[:, m].to("cpu", copy=True), "noise": self.noise.get_state()}
+            if self.betas.steered:
+                state |= self.betas.state(m)
+        runs = dict(self.written)
 
         def write():
-            for m, run in written.items():
-                state = {key: {name: copied(t[m]) for name, t in stacked[key].items()} for key in stacked}
-                within_epoch = {"history": copied(history[:, m]), "noise": noise} if history is not None else {}
-                run.save_state({**state, **numbers, **within_epoch, **steered[m]})
+            for m, state in states.items():
+                runs[m].save_state(state)
 
         self.saver.start(write)
         if number:
@@ -296,9 +295,8 @@ class Training:
     def finish(self, train: Tensor, test: Tensor, data: Data) -> None:
         """Writes the trained weights and the final metrics of every live cell; train and test are means (M, 4)."""
         self.saver.settle()
-        stacked = self._on_host()
         for m, run in self.written.items():
-            model = self.stack.plain(m)
+            state, model = self.state(m), self.stack.plain(m)
             result = {
                 "status": "finished",
                 "epoch": self.epoch,
@@ -313,5 +311,5 @@ class Training:
                 run = run.with_betas(*(float(f"{b:.6g}") for b in self.betas.values[m].tolist()))
             if self.points:
                 result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
-            adam = {key: {name: t[m].clone() for name, t in stacked[key].items()} for key in MOMENTS}
-            run.finish(self.stack.cell(m), result, adam | self._optimizer_steps if run.config.is_extendable else None)
+            optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads")}
+            run.finish(state["weights"], result, optimizer if run.config.is_extendable else None)

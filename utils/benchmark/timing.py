@@ -13,31 +13,24 @@ from utils.training.schedule import clock
 
 def machine(device: torch.device) -> str:
     """One line with the device, the number of threads, and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpus.exists() and "model name" in (text := cpus.read_text()):
+        name = text.partition("model name")[2].partition("\n")[0].strip("\t :")
     threads = f"{torch.get_num_threads()} threads"
     return f"{name}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def measure(
-    candidates: dict[str, Callable[[], object]], n: int, device: torch.device, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Seconds for n calls of each candidate, called alternately, after `warmup` calls of each."""
+def measure(candidates: dict[str, Callable[[], object]], n: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds for n calls of each candidate, called alternately, after three calls of each."""
     seconds = {name: [] for name in candidates}
-    for i in tqdm(range(-warmup, n), unit="round", leave=False):
+    for i in tqdm(range(-3, n), unit="round", leave=False):
         for name, call in candidates.items():
             start = clock(device)
             call()
-            took = clock(device) - start
             if i >= 0:
-                seconds[name].append(took)
+                seconds[name].append(clock(device) - start)
     return seconds
 
 
