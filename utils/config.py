@@ -154,10 +154,11 @@ class Config:
     def _check_names(self) -> None:
         for name in fields_of("name"):
             text = getattr(self, name)
-            wrong = set(text) & set("/\\") or text[:1] == "." or not text.isprintable() or text == "classifiers"
-            if wrong or len(text.encode(errors="surrogateescape")) > 255 or not text and name == "run_batch_name":
+            if set(text) & set("/\\") or text[:1] == "." or not text.isprintable() or text == "classifiers":
                 right = "a plain folder name, without slashes, control characters or a leading dot, not 'classifiers'"
-                raise UserError(f"--{name}: must be {right}, of at most 255 bytes, got {text!r}")
+                raise UserError(f"--{name}: must be {right}, got {text!r}")
+        if not 0 < len(self.run_batch_name.encode(errors="surrogateescape")) <= 255:
+            raise UserError("--run_batch_name: too long or too short for a folder name")
 
     def _check_data(self) -> None:
         if self.dataset in DATASETS:
