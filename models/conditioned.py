@@ -90,9 +90,9 @@ class Conditioned(nn.Module):
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""
         (y, z), (y_max, z_max) = self.log_range
-        found = [torch.stack([a, b]) for a in (y, y_max) for b in (z, z_max)]
-        found += [self.log_range.mean(0), torch.zeros_like(y).expand(2)]
-        inside = [p for p in found if ((self.log_range[0] <= p) & (p <= self.log_range[1])).all()]
+        points = [torch.stack([a, b]) for a in (y, y_max) for b in (z, z_max)]
+        points += [self.log_range.mean(0), torch.zeros_like(y).expand(2)]
+        inside = [p for p in points if ((self.log_range[0] <= p) & (p <= self.log_range[1])).all()]
         return {"beta_y {:.3g}, beta_z {:.3g}".format(*(10**p).tolist()): p for p in inside}
 
     def forward(self, x: Tensor, noise: Noise) -> Terms:

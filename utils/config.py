@@ -129,7 +129,7 @@ class Config:
 
     def _check(self, field: dataclasses.Field, value) -> None:
         """Raises UserError for a value of another type than the field's, or outside its choices and bounds."""
-        name, kind, known = field.name, kind_of(field), field.metadata
+        name, kind, metadata = field.name, kind_of(field), field.metadata
 
         def need(right: str):
             raise UserError(f"--{name}: must be {right}, got {value!r}")
@@ -140,16 +140,16 @@ class Config:
             self._set(**{name: float(value)})
         elif type(value) is not kind:
             need({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
-        if "choices" in known and value not in known["choices"]:
-            raise UserError(f"--{name}: unknown {value!r}{nearest(value, known['choices'])}")
+        if "choices" in metadata and value not in metadata["choices"]:
+            raise UserError(f"--{name}: unknown {value!r}{nearest(value, metadata['choices'])}")
         if kind is float and not math.isfinite(value):
             need("a finite number")
-        if "least" in known and value < known["least"]:
-            need(f">= {known['least']}")
-        if "above" in known and value <= known["above"]:
-            need(f"> {known['above']}")
-        if "most" in known and value > known["most"]:
-            need(f"at most {known['most']:g}")
+        if "least" in metadata and value < metadata["least"]:
+            need(f">= {metadata['least']}")
+        if "above" in metadata and value <= metadata["above"]:
+            need(f"> {metadata['above']}")
+        if "most" in metadata and value > metadata["most"]:
+            need(f"at most {metadata['most']:g}")
 
     def _check_names(self) -> None:
         for name in fields_of("name"):

@@ -75,8 +75,9 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
 def _train(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> bool:
     """Trains cells at one position; returns False if they do not fit into the memory."""
     runs, states = zip(*cells, strict=True)
-    set_threads(setup.threads, [state["threads"] for state in states if state and "threads" in state])
+    usual = torch.get_num_threads()
     try:
+        set_threads(setup.threads, states[0])
         training = Training([*runs], [*states], setup)
         if training.epoch or training.steps_done:
             print(f"resuming at epoch {training.epoch} of {training.config.num_epochs}", flush=True)
@@ -85,15 +86,18 @@ def _train(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar
         if not is_out_of_memory(e):
             raise
         return False
+    finally:
+        torch.set_num_threads(usual)  # for the cells that follow
     return True
 
 
-def set_threads(asked: int | None, before: list[int]) -> None:
-    """Computes with the threads that are asked for, else with those of the checkpoints, for bitwise equal results."""
-    if asked and before and before[0] != asked:
-        print(f"--threads {asked}: the checkpoint was saved with {before[0]}; last digits may differ", flush=True)
-    if asked or before:
-        torch.set_num_threads(asked or before[0])
+def set_threads(threads: int | None, state: dict | None) -> None:
+    """Computes with the threads of --threads, else with those of a checkpoint, for bitwise equal results."""
+    before = (state or {}).get("threads")
+    if threads and before and before != threads:
+        print(f"--threads {threads}: the checkpoint was saved with {before}; last digits may differ", flush=True)
+    elif before:
+        torch.set_num_threads(before)
 
 
 def use_precision(precision: str) -> None:

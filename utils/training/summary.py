@@ -35,7 +35,7 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
     """Prints where each run stands, and how long the rest takes at the speed of what is trained."""
     if not runs:  # another process has them all
         return
-    names, kinds, speeds, left = what_differs([run.config for run in runs]), Counter(), [], 0.0
+    names, kinds, speeds, epochs_left = what_differs([run.config for run in runs]), Counter(), [], 0.0
     print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
     for run, name in zip(runs, names, strict=True):
         line, epochs, seconds = standing(run)
@@ -44,17 +44,19 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
         if epochs and seconds:
             speeds.append(seconds / epochs)
         if overwrite:
-            left += run.config.num_epochs
+            epochs_left += run.config.num_epochs
         elif not line.startswith("failed"):  # they are not trained again
-            left += run.config.num_epochs - epochs
+            epochs_left += run.config.num_epochs - epochs
     speeds = speeds or speeds_of_others(runs[0])
     print(", ".join(f"{n} {kind}" for kind, n in kinds.items()), end="; all are trained anew; " if overwrite else "; ")
-    if not left:
+    if not epochs_left:
         print("nothing left to train")
     elif speeds:
-        print(f"{left:.4g} epochs left, about {duration(left * median(speeds))} at {median(speeds):.3g} s an epoch")
+        print(
+            f"{epochs_left:.4g} epochs left, about {duration(epochs_left * median(speeds))} at {median(speeds):.3g} s an epoch"
+        )
     else:
-        print(f"{left:.4g} epochs left; how long they take shows once a cell has been trained")
+        print(f"{epochs_left:.4g} epochs left; how long they take shows once a cell has been trained")
 
 
 def speeds_of_others(run: Run) -> list[float]:
