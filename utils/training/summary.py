@@ -52,9 +52,8 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
     if not epochs_left:
         print("nothing left to train")
     elif speeds:
-        print(
-            f"{epochs_left:.4g} epochs left, about {duration(epochs_left * median(speeds))} at {median(speeds):.3g} s an epoch"
-        )
+        speed = median(speeds)
+        print(f"{epochs_left:.4g} epochs left, about {duration(epochs_left * speed)} at {speed:.3g} s an epoch")
     else:
         print(f"{epochs_left:.4g} epochs left; how long they take shows once a cell has been trained")
 
