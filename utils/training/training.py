@@ -161,7 +161,7 @@ class Training:
         progress = (self.epoch + self.steps_done / self.steps) / config.num_epochs
         temperature = model.family.temperature(self.epoch)
         if temperature is not None:
-            temperature = torch.tensor(temperature, device=self.device)
+            temperature = torch.full((), temperature, device=self.device)
         noise = model.noise(n, self.noise, temperature)
         weight_y, weight_z = rate_weights(config, self.epoch)
         inputs = x, noise, weight_y * self.betas.y, weight_z * self.betas.z
