@@ -1,5 +1,8 @@
 """Which cells train together, how many, and what happens when the memory does not hold them."""
 
+import os
+import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,20 @@ def test_bf16_cells_are_not_stacked_on_a_cpu(script):
     """torch's autocast lets stacked convolutions stay in float32 there, so they would not be what one cell is."""
     status, _, err = script(train.main, *TINY, "--precision", "bf16", "--cells_at_once", "2")
     assert status == 2 and err.startswith("error: --cells_at_once: with bf16 a CPU trains one cell at a time, got 2")
+
+
+def test_a_cell_at_once_takes_one_open_file_and_no_thread(passes, at_step):
+    """So that 256 of them stay within the usual limit of 1,024 open files."""
+    cells, threads = 24, []
+    before, (soft, hard) = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    at_step(2, lambda: threads.append(threading.active_count()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + cells + 12, hard))
+    try:
+        one_step = ["--num_epochs", "1", "--batch_size", "900", "--cells_at_once", str(cells)]
+        passes(train.main, *TINY, *one_step, "--beta_y", f"1:9:{cells}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert threads[0] < 8
 
 
 @pytest.fixture
