@@ -79,11 +79,8 @@ class Conditioned(nn.Module):
         return noise._replace(log_betas=torch.where(u[:, 2:] < ANYWHERE, anywhere, around))
 
     def image_weights(self, log_betas: Tensor) -> Tensor:
-        """Weights (B,) of images in the objective: 1 at the start, beta_y ** -0.15 beta_z ** 0.5 with all betas in use.
-
-        Where z is given up, at large beta_z, a code has least in common with the others, so it is learnt last. At the
-        start z has yet to come into use, for which the small beta_z there must weigh as much as any.
-        """
+        """Weights (B,) of images in the objective: 1 at the start, beta_y^-0.15 beta_z^0.5 with all betas in use."""
+        # where z is given up, at large beta_z, a code has least in common with the others, so it is learnt last
         log_beta_y, log_beta_z = log_betas.unbind(-1)
         return 10 ** (self.spread.to(log_betas) * (WEIGHT[0] * log_beta_y + WEIGHT[1] * log_beta_z))
 
@@ -102,10 +99,7 @@ class Conditioned(nn.Module):
         return functional_call(self.model, tensors, (x, noise))
 
     def gated(self, log_betas: Tensor) -> dict[str, Tensor]:
-        """What replaces parameters and buffers of the model at log10 betas (B, 2): gates of layers, and the others.
-
-        Of a parameter outside layers, such as a learned sigma, each image has its own, (B, 1, 1, 1).
-        """
+        """Gates of layers, and parameters outside layers, (B, 1, 1, 1), of each image at its log10 betas (B, 2)."""
         tensors, gates = {}, self.scales_and_shifts(log_betas)
         for name in self.layers:
             tensors[f"{name}.scale"], tensors[f"{name}.shift"] = gates[name]

@@ -207,10 +207,7 @@ class MixtureOfLogistics(NamedTuple):
 
 
 class MoL(Likelihood):
-    """Mixture of K discretised logistics.
-
-    Output channels: K mixture logits, then for each colour K means, K log-scales and, for RGB, K coefficients.
-    """
+    """Outputs: the logits of K components, then for each colour K means, K log-scales and, for RGB, K coefficients."""
 
     is_mass = True
     hidden = MOL_CHANNELS

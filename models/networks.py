@@ -49,10 +49,7 @@ class ConvTranspose2d(Layer, nn.ConvTranspose2d):
 
 
 def in_full(layer: Layer) -> Layer:
-    """The layer, made to compute in its weights' precision also under autocast.
-
-    For layers that give a distribution's parameters: in bfloat16 small rates would come out wrong.
-    """
+    """The layer, which gives a distribution's parameters: in bfloat16 small rates would come out wrong."""
     layer.full = True
     return layer
 

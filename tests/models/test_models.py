@@ -156,7 +156,7 @@ def case(request, tmp_path_factory) -> tuple[Run, Data, torch.Tensor]:
     run = Run.of(config, tmp_path_factory.mktemp("whole"))
     run.create()
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("utils.training.outcome.N", 1)
+        m.setattr("utils.training.log.N", 1)
         train(run, data)
         yield run, data, data.test.images.float() / 255
 

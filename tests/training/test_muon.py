@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import training_of
 from utils.config import Config
-from utils.training.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
+from utils.training.optimizers import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 
 TINY = Config(conv_channels=2, z_dims=3, batch_size=8, optimizer="muon", learning_rate=1e-2)
 

@@ -59,9 +59,7 @@ class Betas:
 
 
 def rate_weights(config: Config, epoch: int) -> tuple[float, float]:
-    """Warm-up factors of beta_y and beta_z: they rise linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`.
-
-    That of a conditioned model's beta_y is 1 from the start: while y is costly and z is free, z comes into use.
-    """
+    """Warm-up factors of beta_y and beta_z: they rise linearly from 0 in epoch 0 to 1 in epoch `warmup_epochs`."""
+    # a conditioned model's beta_y counts from the start: while y is costly and z is free, z comes into use
     weight = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
     return (1.0 if config.is_conditioned else weight), weight

@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import digest_of
 from utils.runs import Run, load_model, runs_in
 from utils.seeds import generator
-from utils.training.outcome import N, figures, pictures, write_pictures
+from utils.training.log import N, figures, pictures, write_pictures
 
 IN_USE = 2.0  # nats of R(z), or half of what it can hold: more than noise keeps for a while
 SPREAD = 0.15  # of the training, in which betas fill their range
@@ -122,7 +122,7 @@ def _holds(model: Config, cell: Config) -> bool:
 def unfold(
     source: Run, cells: list[Config], data: Data, runs_dir: str, device: torch.device, overwrite: bool, force: bool
 ) -> tuple[list[Run], list[tuple[Run, UserError]]]:
-    """Writes an ordinary run folder for each cell of a finished conditioned model; returns them, and what is wrong.
+    """Writes a run folder for each cell of a finished conditioned model; returns the runs, and what is wrong.
 
     Raises UserError for a model whose z has collapsed, unless with `force`.
     """

@@ -24,9 +24,8 @@ from utils.training import multi_rate
 from utils.training.bar import GridBar
 from utils.training.betas import Betas, rate_weights
 from utils.training.capture import prepared
-from utils.training.log import Log
+from utils.training.log import Log, figures
 from utils.training.optimizers import MOMENTS, build_optimizer, lr_factor, set_lr
-from utils.training.outcome import figures
 from utils.training.saving import Interrupted, Saver, Signals
 
 ASK_EVERY = 16  # steps between the synchronisations in which data-parallel processes share a signal to stop
