@@ -13,7 +13,7 @@ from utils.cli import Parser, add_config_flags, whole
 from utils.distributed import share
 from utils.errors import UserError, run_script
 from utils.files import check_writable, read_json, save_tensors, write_json
-from utils.locks import Held, left_to, locked
+from utils.locks import Held, locked, note_held
 from utils.machine import prepare
 
 
@@ -55,7 +55,7 @@ def main(argv=None) -> int:
         except Held as e:
             if len(seeds) == 1:  # which leaves nothing to do, and its user should notice
                 raise
-            left_to(e)
+            note_held(e)
     return 0
 
 

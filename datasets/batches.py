@@ -4,27 +4,26 @@ import atexit
 import contextlib
 import io
 import multiprocessing
-import os
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import ENDING_SIGNALS, UserError, one_line
+from utils.errors import ENDING_SIGNALS, UserError
 from utils.seeds import generator
 
-from .folders import open_image, threads
+from .folders import centre_crop, decoders, open_image
 
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
 GRACE = 1.0  # seconds in which a signal that workers died of comes to this process, too
-SHARED = "/dev/shm"  # where worker processes put what they read
+LOSS = "a process that reads images was killed or could not hand them over: too little memory, /dev/shm too small "
+LOSS += "(docker: --shm-size), --batch_size too large, or too few open files allowed (ulimit -n)"
 
 
 def shuffled(n: int, seed: int, epoch: int) -> Tensor:
@@ -61,70 +60,45 @@ class Resident:
             yield self.images[batch][part].float() / 255, self.labels[batch][part]
 
 
-class _Decoded(Dataset):
-    """Decodes and crops one image; its key (index, seed) makes random crops independent of the workers."""
-
-    def __init__(self, samples: list[tuple[str, int]], channels: int, size: int):
-        from torchvision.transforms import v2
-
-        self.samples, self.channels = samples, channels
-        self.random_crop = v2.Compose([v2.RandomResizedCrop(size), v2.PILToTensor()])
-        self.centre_crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
-        index, seed = key
-        path, label = self.samples[index]
-        try:
-            image = open_image(path, self.channels)
-            if seed is None:
-                return self.centre_crop(image), label
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return self.random_crop(image), label
-        except (MemoryError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f"{path}: cannot be cropped ({one_line(e)})") from e
-
-
 def _quiet_worker(_: int) -> None:
     sys.stderr = io.StringIO()  # what fails reaches the training process; tracebacks of its threads, no user
     for number in ENDING_SIGNALS:  # the training process decides when they end
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers(but: Sequence[multiprocessing.Process] = ()) -> None:
-    """Ends the worker processes that are left, but for some: they ignore the SIGTERM by which Python would."""
-    for child in multiprocessing.active_children():
-        if child.daemon and child not in but:
-            child.kill()
-
-
-def _lost_workers(e: Exception) -> str | None:
-    """What to tell of an error that says that worker processes were killed, or could not hand over what they read."""
-    if "shared memory" in str(e) or "Bus error" in str(e):
-        size = f"{shutil.disk_usage(SHARED).total >> 20:,} MB" if os.path.isdir(SHARED) else "its size"
-        return f"{SHARED}: too small ({size}) for batches on their way (docker: --shm-size), or --batch_size too large"
-    if "Too many open files" in str(e):
-        return "too many open files for the processes that read images; raise the limit (ulimit -n)"
+def _is_loss(e: Exception) -> bool:
+    """Whether an error says that worker processes were killed, or could not hand over what they read."""
+    lost = ("shared memory", "Bus error", "Too many open files", "exited unexpectedly", "killed by signal")
     handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
-    ended = "exited unexpectedly" in str(e) or "killed by signal" in str(e)
-    if handing_over or "DataLoader worker" in str(e) and ended:
-        return f"a process that reads images was killed: too little memory, or {SHARED} too small (docker: --shm-size)"
-    return None
+    return handing_over or any(words in str(e) for words in lost)
 
 
-class Streamed:
+class Streamed(Dataset):
     """A split decoded from its files by worker processes, ahead of the training.
 
     Training images are random resized crops, others the centre crop of the image resized.
     """
 
     def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
-        self.samples, self.shape, self.device = samples, shape, device
-        self.decoded = _Decoded(samples, channels=shape[0], size=shape[1])
-        self.workers = threads()
+        from torchvision.transforms import v2
+
+        self.samples, self.shape, self.device, self.workers = samples, shape, device, decoders()
+        self.random_crop = v2.Compose([v2.RandomResizedCrop(shape[1]), v2.PILToTensor()])
+        self.centre_crop = centre_crop(shape[1])
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        """An image of that index, and its label; a seed makes its random crop, which no worker has a part in."""
+        index, seed = key
+        path, label = self.samples[index]
+        image = open_image(path, channels=self.shape[0])
+        if seed is None:
+            return self.centre_crop(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.random_crop(image), label
 
     def first(self, n: int) -> "Streamed":
         """As of `Resident`."""
@@ -144,31 +118,39 @@ class Streamed:
             seeds = np.random.SeedSequence(shuffle).generate_state(len(self))
             keys = [(i, int(seeds[i])) for i in shuffled(len(self), *shuffle).tolist()]
         loader = DataLoader(
-            self.decoded,
+            self,
             batch_sampler=[keys[i : i + batch_size][part] for i in range(start * batch_size, len(keys), batch_size)],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4,
             worker_init_fn=_quiet_worker,
         )
-        problem, others = None, multiprocessing.active_children()
-        atexit.register(_end_workers, others)
+        others, workers, decoded = multiprocessing.active_children(), [], None
+
+        def end_workers() -> None:  # they ignore the SIGTERM by which Python would end them at its exit
+            for worker in workers:
+                worker.kill()
+
+        atexit.register(end_workers)
         try:
-            decoded = iter(loader)
+            try:
+                decoded = iter(loader)
+            finally:
+                workers += [child for child in multiprocessing.active_children() if child not in others]
             with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise of a worker's end anywhere
             while (batch := next(decoded, None)) is not None:
                 images, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 yield images.float() / 255, labels
         except UserError as e:  # from a worker it comes wrapped in that worker's traceback
-            problem = str(e).rsplit("UserError: ", 1)[-1].strip()
+            raise UserError(str(e).rsplit("UserError: ", 1)[-1].strip()) from None
         except (RuntimeError, OSError, EOFError) as e:
-            problem = _lost_workers(e)
-            if problem is None:
+            if not _is_loss(e):
                 raise
             time.sleep(GRACE)
-        finally:  # where the caller stops early, too: torch would wait for 5 s for each that does not hear it
-            _end_workers(others)
-            atexit.unregister(_end_workers)
-        if problem is not None:  # out here, where nothing holds the loader, so that its workers have ended
-            raise UserError(problem)
+            raise UserError(LOSS) from e
+        finally:  # where the caller stops early, too: torch would wait for what the workers are reading
+            end_workers()
+            atexit.unregister(end_workers)
+            if decoded is not None:  # else a finalizer does it after those of its pipes, and closes another file's
+                decoded._shutdown_workers()

@@ -15,7 +15,7 @@ from utils.errors import UserError, one_line
 
 from . import folders
 from .batches import Resident, Streamed
-from .folders import Folder, count, decode, listed, listed_counts, look, notes_of, printable
+from .folders import Folder, count, decode, enumeration
 from .table import DATASETS, LARGE, DataSet, lookup
 
 
@@ -35,9 +35,9 @@ class Data(NamedTuple):
 def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
     """Both splits of the Config's data set, under `data_dir` or a folder of the data set's name in it.
 
-    A folder of images is looked for at `moved_to`, or else where the Config says and then under `data_dir`. Prints what
-    it found in one line. Raises UserError, saying where it looked and what belongs there, when the files are missing or
-    damaged, or not those that the Config's run was trained on.
+    A folder of images is looked for at `moved_to`, or else where the Config says and then under `data_dir`. Prints a
+    line of what it holds. Raises UserError where the files are missing or damaged, or not those that the Config's run
+    was trained on, or do not fit into memory.
     """
     row, own = lookup(config), config.dataset not in DATASETS
     name = Path(config.dataset).name if own else config.dataset
@@ -50,21 +50,20 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
             row.fetch(Path(data_dir))
         except (OSError, RuntimeError) as e:
             raise UserError(f"--download: could not fetch {name} ({e})") from e
-    found, root = _read(name, row, roots)
+    content, root = _read(name, row, roots)
+    if isinstance(content, Folder):
+        if config.data_digest not in (None, content.digest):
+            changed = "files were added, removed or renamed"
+            raise UserError(f"{name}: {root} does not hold the images that the run was trained on: {changed}")
+        return _of_folder(name, content, row.shape, device)
     try:
-        if isinstance(found, Folder):
-            if config.data_digest not in (None, found.digest):
-                raise UserError(
-                    f"{name}: {root} does not hold the images that the run was trained on: files were added, removed "
-                    "or renamed"
-                )
-            return _of_folder(name, found, row.shape, device)
-        splits = [_checked(*split, row) for split in found]
+        splits = [_checked(*split, row) for split in content]
     except ValueError as e:
         raise UserError(f"{name}: {root} holds {e}") from e
-    line = f"{name}: train {count(len(splits[0][0]), 'image')}, test {len(splits[1][0]):,}"
-    _tell(f"{line}, {count(row.n_classes, 'class')}" + f"; from {root}" * (str(root) == row.elsewhere), root.resolve())
-    return Data(*(Resident(*split, device) for split in splits), row.n_classes)
+    origin = f"; from {root}" if str(root) == row.elsewhere else ""
+    n, n_test = (len(images) for images, _ in splits)
+    _tell(f"{name}: train {n:,} images, test {n_test:,}, {row.n_classes} classes{origin}", root.resolve())
+    return Data(*_resident(name, splits, device), row.n_classes)
 
 
 def _read(name: str, row: DataSet, roots: list[Path]):
@@ -79,14 +78,11 @@ def _read(name: str, row: DataSet, roots: list[Path]):
         except PermissionError as e:
             raise UserError(f"{e.filename or root}: no permission to read {name} there") from e
         except Exception as e:  # the libraries' parsers raise anything on damaged files
-            why = one_line(e)
-            raise UserError(f"{name}: the files under {root} are damaged or not the data set's: {why}") from e
+            raise UserError(f"{name}: the files under {root} are damaged or not the data set's: {one_line(e)}") from e
     how = "; --download fetches it" if row.fetch is not None else ""
-    if packed := [p for root in roots if row.archive and root.is_dir() for p in sorted(root.glob(row.archive))]:
-        how = f"; {listed(packed)} is there: unpack it"
     if row.reader is folders.scan:
         how = "; where it is now, --data_dir (the folder that it is in) or --dataset tells"
-    where = " or ".join(str(r.resolve()) for r in roots)
+    where = " or ".join(str(root.resolve()) for root in roots)
     raise UserError(f"{name}: not found; looked in {where} for {row.files}{how}")
 
 
@@ -101,50 +97,52 @@ def _checked(images, labels, row: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
     if images.dtype != np.uint8:
         span = f" from {images.min():g} to {images.max():g}" if images.dtype.kind in "uif" else ""
         raise ValueError(f"pixels of {images.dtype}{span}, not uint8 from 0 to 255")
-    if labels.shape != (n,):
-        raise ValueError(f"{n:,} images, but labels {labels.shape}")
-    if labels.dtype.kind not in "uif" or (labels != np.floor(labels)).any():
-        raise ValueError(f"labels of {labels.dtype} that are not whole numbers")
+    if labels.shape != (n,) or labels.dtype.kind not in "uif" or (labels != np.floor(labels)).any():
+        raise ValueError(f"{n:,} images, but labels {labels.shape} of {labels.dtype} that are not a whole number each")
     low, high = labels.min(), labels.max()
     if low < 0 or high >= row.n_classes:
         raise ValueError(f"labels from {low:g} to {high:g}, not from 0 to {row.n_classes - 1}")
     return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
 
 
-def _of_folder(name: str, found: Folder, shape: tuple[int, int, int], device: torch.device) -> Data:
-    line = f"{name}: train {count(len(found.train), 'image')}, test {len(found.test):,}, "
-    line += f"{count(len(found.classes), 'class')}: {listed(found.classes)}" if found.classes else "no classes"
-    if n := found.skipped.total():
-        line += f"; {count(n, 'file')} skipped ({listed_counts(found.skipped)})"
-    notes, (channels, size, _), parts = list(found.notes), shape, (found.train, found.test)
-    where = Path(found.root)
-    _tell(line, where)
+def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: torch.device) -> Data:
+    n, (channels, size, _), samples = len(folder.train), shape, folder.train + folder.test
+    line = f"{name}: train {count(n, 'image')}, test {len(folder.test):,}, "
+    line += f"{count(len(folder.classes), 'class')}: {enumeration(folder.classes)}" if folder.classes else "no classes"
+    if folder.skipped:
+        kinds = enumeration(f"{kind} {n:,}" for kind, n in folder.skipped.most_common())
+        line += f"; {count(folder.skipped.total(), 'file')} skipped ({kinds})"
+    for text in (line, *(f"note: {name}: {note}" for note in folder.notes)):
+        _tell(text, Path(folder.root))
     if size == LARGE[1]:
-        splits = [Streamed(samples, shape, device) for samples in parts]
-        notes += look(found.train + found.test, channels)
+        splits = [Streamed(part, shape, device) for part in (folder.train, folder.test)]
     else:
-        needs, has = len(found.train + found.test) * channels * size**2, memory()
-        if needs > has:
-            raise UserError(f"{name}: needs {needs:,} bytes of memory at {size} pixels, this machine has {has:,}")
-        decoded = [decode(samples, channels, size) for samples in parts]
-        if wrong := [problem for _, _, problems in decoded for problem in problems]:
-            more = f"; {len(wrong)} images in all" if len(wrong) > 1 else ""
-            raise UserError("; ".join(wrong[:10]) + more)
-        notes += notes_of([opened for _, some, _ in decoded for opened in some])
-        labels = [torch.tensor([label for _, label in samples]) for samples in parts]
-        splits = [Resident(images, y, device) for (images, _, _), y in zip(decoded, labels, strict=True)]
-    for note in notes:
-        _tell(f"note: {name}: {note}", where)
-    return Data(*splits, len(found.classes), found.digest)
+        _check_memory(name, len(samples) * channels * size**2, memory(), "this machine has")
+        images, labels = decode(samples, channels, size), torch.tensor([label for _, label in samples])
+        splits = _resident(name, [(images[:n], labels[:n]), (images[n:], labels[n:])], device)
+    return Data(*splits, len(folder.classes), folder.digest)
+
+
+def _resident(name: str, splits: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[Resident]:
+    """Images and labels moved to the device. Raises UserError if they do not fit into a GPU's free memory."""
+    if device.type == "cuda":
+        size = sum(t.numel() * t.element_size() for split in splits for t in split)
+        _check_memory(name, size, torch.cuda.mem_get_info(device)[0], "the GPU has free")
+    return [Resident(*split, device) for split in splits]
+
+
+def _check_memory(name: str, size: int, available: int, whose: str) -> None:
+    if size > available:
+        raise UserError(f"{name}: needs {size:,} bytes of memory, {whose} {available:,}")
 
 
 def memory() -> int:
     """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**63
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @functools.cache
 def _tell(line: str, where: Path) -> None:
     """Prints a line about a folder, once; of several processes the first does."""
     if os.environ.get("RANK", "0") == "0":
-        print(printable(line), flush=True)
+        print(line, flush=True)

@@ -5,11 +5,9 @@ UserError naming the first one that is missing if others are. Nothing here runs 
 pickles may hold arrays only. What the files hold is checked behind the readers, in loading.py.
 """
 
-import functools
 import gzip
 import io
 import math
-import os
 import pickle
 import struct
 import zlib
@@ -24,11 +22,11 @@ from .folders import TEST, TRAIN, Folder, scan, stratified_split
 
 Split = tuple[ndarray, ndarray]
 
+ARRAYS = {  # what pickles of arrays call
+    *(f"numpy._core.{name}" for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")),
+    *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
+}
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-DEFLATE = 1032  # to one, at most
-MOST = 2**30  # bytes of an idx file's data: more than of any of these data sets
-# The first labels of the training files, which are called alike.
-FIRST_LABELS = {"MNIST": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "FashionMNIST": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 
 
 def locate(folders: list[Path], names: list[tuple[str, ...]]) -> list[Path]:
@@ -37,12 +35,11 @@ def locate(folders: list[Path], names: list[tuple[str, ...]]) -> list[Path]:
     Raises FileNotFoundError if no folder has, and UserError if that folder lacks one.
     """
     for folder in folders:
-        found = [next((folder / n for n in alike if (folder / n).is_file()), None) for alike in names]
-        if all(found):
-            return found
-        if any(found):
-            missing, there = folder / names[found.index(None)][0], next(filter(None, found))
-            raise UserError(f"{missing}: missing, while {there.name} is there")
+        paths = [next((folder / n for n in alike if (folder / n).is_file()), None) for alike in names]
+        if all(paths):
+            return paths
+        if any(paths):
+            raise UserError(f"{folder / names[paths.index(None)][0]}: missing, while others of its set are there")
     raise FileNotFoundError(folders[0] / names[0][0])
 
 
@@ -65,24 +62,19 @@ def digits(root: Path, binary: bool = False) -> tuple[Split, Split]:
 
 def read_idx(path: Path) -> ndarray:
     """The array of an idx file, gzipped or not, whatever its name. Raises ValueError if it holds anything else."""
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
+    content = path.read_bytes()
     try:
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            zeros, kind, dims = struct.unpack(">HBB", file.read(4))
-            if zeros or kind not in IDX_TYPES or not 1 <= dims <= 3:
-                raise ValueError("not an idx file")
-            shape, dtype = struct.unpack(f">{dims}I", file.read(4 * dims)), np.dtype(IDX_TYPES[kind])
-            size, data = math.prod(shape) * dtype.itemsize, bytearray()
-            if size > min(MOST, os.path.getsize(path) * (DEFLATE if zipped else 1)):
-                raise ValueError(f"promises {size:,} bytes, which it cannot hold")
-            while part := file.read(min(2**20, size + 1 - len(data))):
-                data += part
-            if len(data) != size:
-                raise ValueError(f"holds {'more' if len(data) > size else 'fewer'} than the {size:,} bytes it promises")
+        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        zeros, kind, dims = struct.unpack_from(">HBB", content)
+        if zeros or kind not in IDX_TYPES or not 1 <= dims <= 3:
+            raise ValueError("not an idx file")
+        shape = struct.unpack_from(f">{dims}I", content, 4)
+        values = np.frombuffer(content, IDX_TYPES[kind], offset=4 + 4 * dims)
+        if len(values) != math.prod(shape):
+            raise ValueError(f"holds {len(values):,} values, not the {math.prod(shape):,} that it promises")
     except (EOFError, OSError, struct.error, zlib.error, ValueError) as e:
         raise ValueError(f"{path}: {e}") from e
-    return np.frombuffer(data, dtype).reshape(shape)
+    return values.reshape(shape)
 
 
 def idx(
@@ -100,13 +92,9 @@ def idx(
     hold images column by column (`transposed`). `binary` sets pixels of 0.5 and above to 1, the others to 0.
     """
     stems = [f"{part}-{what}" for part in parts for what in ("images-idx3-ubyte", labels)]
-    both = [(s, s.replace("-idx", ".idx")) for s in stems]
-    names = [tuple(n + ending for n in alike for ending in ("", ".gz")) for alike in both]
+    names = [tuple(n + end for n in (s, s.replace("-idx", ".idx")) for end in ("", ".gz")) for s in stems]
     paths = locate([root / family / "raw", root / family, root / "raw", root / "gzip", root], names)
     arrays = [read_idx(path) for path in paths]
-    first, alike = arrays[1][:10].tolist(), "t10k" in parts
-    if other := next((n for n, start in FIRST_LABELS.items() if alike and first == start and n != family), None):
-        raise UserError(f"{paths[1]}: holds {other}, not {family}; put each into a folder of its name")
 
     def split(images: ndarray, y: ndarray) -> Split:
         images = images.swapaxes(1, 2) if transposed else images
@@ -116,39 +104,14 @@ def idx(
     return split(*arrays[:2]), split(*arrays[2:])
 
 
-class _ArraysOnly(pickle._Unpickler):
-    """Loads containers and numpy arrays; refuses everything else that a pickle could call.
-
-    Python's own, since the one in C makes room for as many entries as a damaged file numbers.
-    """
-
-    allowed = {
-        *("numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "numpy._core.numeric._frombuffer"),
-        *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
-    }
+class _ArraysOnly(pickle.Unpickler):
+    """Loads containers and numpy arrays; refuses everything else that a pickle could call."""
 
     def find_class(self, module, name):
         module = module.replace("numpy.core.", "numpy._core.")  # before numpy 2
-        if f"{module}.{name}" not in self.allowed:
+        if f"{module}.{name}" not in ARRAYS:
             raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not data: refused")
-        found = super().find_class(module, name)
-        return functools.partial(_empty, found) if name == "_reconstruct" else found
-
-    def load_bytearray8(self):
-        """Python's makes room for as many bytes as a damaged file says, before it reads them."""
-        size = int.from_bytes(self.read(8), "little")
-        held = self.read(size)
-        if len(held) < size:
-            raise pickle.UnpicklingError(f"it ends within an array of {size:,} bytes")
-        self.append(bytearray(held))
-
-    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
-
-
-def _empty(reconstruct, subtype, shape, dtype):
-    if shape != (0,):  # as numpy writes it; another one would ask for memory
-        raise pickle.UnpicklingError(f"an array begins with the shape {shape!r}, not (0,)")
-    return reconstruct(subtype, shape, dtype)
+        return super().find_class(module, name)
 
 
 def cifar(root: Path, folder: str, parts: tuple[list[str], list[str]], labels: str) -> tuple[Split, Split]:
@@ -157,11 +120,11 @@ def cifar(root: Path, folder: str, parts: tuple[list[str], list[str]], labels: s
 
     def batch(path: Path) -> Split:
         try:
-            held = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-            held = {k.decode() if isinstance(k, bytes) else k: v for k, v in held.items()}
-            images, y = np.asarray(held["data"]), np.asarray(held[labels])
+            content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+            content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+            images, y = np.asarray(content["data"]), np.asarray(content[labels])
         except Exception as e:  # pickle raises anything on damaged files
-            raise ValueError(f"{path}: {e if isinstance(e, pickle.UnpicklingError) else repr(e)}") from e
+            raise ValueError(f"{path}: {e!r}") from e
         return images.reshape(-1, 3, 32, 32) if images.ndim == 2 and images.shape[1] == 3072 else images, y.ravel()
 
     def split(names: list[str]) -> Split:
@@ -177,21 +140,13 @@ def svhn(root: Path) -> tuple[Split, Split]:
 
     def split(path: Path) -> Split:
         content = path.read_bytes()
-        if content.startswith((b"MATLAB 7.3", b"\x89HDF")):
-            raise UserError(
-                f"{path}: MATLAB's format 7.3; rename it to {path.stem}.h5 and convert that (pip install h5py): python "
-                f"-c \"import h5py, scipy.io; f = h5py.File('{path.with_suffix('.h5')}'); "
-                f"scipy.io.savemat('{path}', {{k: f[k][()].T for k in 'Xy'}})\""
-            )
-        if not content.startswith(b"MATLAB 5.0"):
-            raise ValueError(f"{path} is not a MATLAB 5.0 file")
         try:
+            if not content.startswith(b"MATLAB 5.0"):
+                raise ValueError("not a MATLAB 5.0 file")
             data = loadmat(io.BytesIO(content))  # of a path it would read as many bytes as a damaged header says
+            images, y = data["X"], data["y"].ravel()
         except Exception as e:  # scipy raises anything on damaged files
             raise ValueError(f"{path}: {e!r}") from e
-        if not {"X", "y"} <= data.keys():
-            raise ValueError(f"{path} has no arrays X and y")
-        images, y = data["X"], data["y"].ravel()
         return images.transpose(3, 2, 0, 1) if images.shape[:3] == (32, 32, 3) else images, np.where(y == 10, 0, y)
 
     train, test = locate([root], [("train_32x32.mat",), ("test_32x32.mat",)])

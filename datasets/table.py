@@ -35,8 +35,7 @@ class DataSet:
     files: str  # what is expected under --data_dir
     n_classes: int | None = None  # None: those of the folder
     fetch: Callable | None = None  # downloads it into a folder
-    recipe: Recipe | None = None  # None: the usual one of the shape
-    archive: str | None = None  # what the files come in, to be unpacked
+    recipe: Recipe | None = None  # of its classifier; None: the usual one of the shape
     elsewhere: str | None = None  # where a package of the system puts it
     settings: Mapping[str, float] = field(default_factory=dict)  # of train.py, in place of its usual defaults
 
@@ -65,7 +64,7 @@ def _torchvision(name: str, *parts: dict) -> Callable:
 
 def _mnist(family: str, n_classes: int = 10, files: str | None = None, fetch=None, **where) -> DataSet:
     """A data set in MNIST's format; `where` is for the reader, or of the row."""
-    row = {k: where.pop(k) for k in ("recipe", "archive", "elsewhere") if k in where}
+    row = {k: where.pop(k) for k in ("recipe", "elsewhere") if k in where}
     files = f"{family}/raw/{files or '{train,t10k}-{images-idx3,labels-idx1}-ubyte'} (or .gz)"
     fetch = fetch or _torchvision(family)
     return DataSet(GREY, "Bernoulli", partial(readers.idx, family=family, **where), files, n_classes, fetch, **row)
@@ -81,7 +80,6 @@ def _emnist(split: str, n_classes: int, first_label: int = 0) -> DataSet:
         parts=(f"emnist-{split}-train", f"emnist-{split}-test"),
         first_label=first_label,
         transposed=True,
-        archive="*gzip.zip",
     )
 
 
@@ -100,8 +98,7 @@ def _digits(**where) -> DataSet:
 def _cifar(number: int, folder: str, parts: tuple[list[str], list[str]], labels: str, files: str) -> DataSet:
     reader = partial(readers.cifar, folder=folder, parts=parts, labels=labels)
     recipe = Recipe("densenet121", "sgd", 0.01, 128, num_epochs=100, decay=None, crop=4, flip=True)
-    fetch, archive = _torchvision(f"CIFAR{number}"), f"cifar-{number}-python.tar.gz"
-    return DataSet(COLOUR, LEARNED, reader, f"{folder}/{{{files}}}", number, fetch, recipe, archive)
+    return DataSet(COLOUR, LEARNED, reader, f"{folder}/{{{files}}}", number, _torchvision(f"CIFAR{number}"), recipe)
 
 
 CIFAR10_PARTS = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
@@ -130,9 +127,7 @@ DATASETS = {
         fetch=_torchvision("SVHN", {"split": "train"}, {"split": "test"}),
         recipe=Recipe("resnet18", "sgd", 0.01, 256, num_epochs=14),
     ),
-    "ImageNet": DataSet(
-        LARGE, LEARNED, readers.imagenet, "{train,val}/<a folder a class>/<images>", archive="ILSVRC2012_img_*.tar"
-    ),
+    "ImageNet": DataSet(LARGE, LEARNED, readers.imagenet, "{train,val}/<a folder a class>/<images>"),
 }
 
 

@@ -27,7 +27,6 @@ REFUSED = r"""
 --seed=1 --z_dims 2 --seed 3                    given twice
 --beta_z nan                                    got nan
 --vae_type BVAE --beta_z 1 2                    BVAE
---sigma -inf                                    got -inf
 --z_dims 0                                      got 0
 --conv_channels 1000000                         at most 4096, got 1000000
 --batch_size 999999999999999999999999999999     at most
@@ -40,7 +39,7 @@ REFUSED = r"""
 --use_conv_z --qz_family GumbelSoftmax          GumbelSoftmax
 --beta-y 1                                      did you mean --beta_y?
 --use_conv_z --standardize                      unknown argument
---use_conv_z True                               takes no value
+--use_conv_z True                               too many values, got 'True'
 --warmup_epochs 1 --no_warmup                   --warmup_epochs
 --warmup_epochs 3                               --num_epochs (2), got 3
 --run_name XXX                                  too long

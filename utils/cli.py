@@ -16,68 +16,49 @@ from utils.errors import UserError, nearest
 if TYPE_CHECKING:
     from utils.config import Config
 
-NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-inf$|-nan$", re.IGNORECASE)
-NO_VALUE = "takes no value; give the flag to turn it on, leave it out otherwise"
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names the flag."""
 
     def __init__(self, description: str, files: bool = True):
         self.files = files  # whether the script reads data sets and run folders
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30),
-        )
-
-        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e-3 for a flag
+        layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=layout)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # argparse's own takes -1e-3 for a flag
 
     def error(self, message: str):
-        message = message.removeprefix("argument ")
-        message = re.sub(r"invalid int value: (.*)", r"must be a whole number, got \1", message)
-        message = re.sub(r"invalid float value: (.*)", r"must be a number, got \1", message)
-        message = re.sub(r"ignored explicit argument (.*)", rf"{NO_VALUE}, got \1", message)
-        raise UserError(message)
-
-    def _check(self, argv: list[str]) -> None:
-        """Raises UserError for what argparse would take in silence, or answer in words that do not name the flag."""
-        given = [self._option_string_actions.get(a.split("=")[0]) for a in argv]
-        for i, action in enumerate(given):
-            flag = argv[i].split("=")[0]
-            if action is not None and action.nargs == "+" and action in given[:i]:
-                raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
-            is_flag = flag.startswith("--")  # of no such name, which is told of later
-            if action is None and not is_flag and i and given[i - 1] is not None and given[i - 1].nargs == 0:
-                raise UserError(f"{argv[i - 1]}: {NO_VALUE}, got {argv[i]!r}")
+        message = re.sub("invalid int value:", "must be a whole number, got", message.removeprefix("argument "))
+        raise UserError(re.sub("invalid (float|positive) value:", "must be a number, got", message))
 
     def _add_machine_flags(self):
-        common = self.add_argument_group("machine")
-        common.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
-        common.add_argument(
-            "--threads",
-            type=partial(whole, most=1024),
-            help="CPU threads to compute with (default: OMP_NUM_THREADS, or as many as it may use cores)",
-        )
-        if not self.files:
-            return
-        common.add_argument(
-            "--data_dir",
-            default=default_data_dir(),
-            help="folder of the data sets (default: $HIT_DATA_DIR, else data)",
-        )
-        common.add_argument("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
-        common.add_argument("--download", action="store_true", help="download a missing data set from its authors")
+        group = self.add_argument_group("machine")
+        group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
+        threads = "CPU threads to compute with (default: OMP_NUM_THREADS, or as many as it may use cores)"
+        group.add_argument("--threads", type=partial(whole, most=1024), help=threads)
+        if self.files:
+            data_dir = "folder of the data sets (default: $HIT_DATA_DIR, else data)"
+            group.add_argument("--data_dir", default=default_data_dir(), help=data_dir)
+            group.add_argument("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
+            group.add_argument("--download", action="store_true", help="download a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped."""
+        """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped.
+
+        Raises UserError for what is wrong, and for a list of values given twice, of which the last would count.
+        """
         self._add_machine_flags()
         argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
-        self._check(argv)
+        flags = [a.partition("=")[0] for a in argv if a.startswith("--")]
+        for flag, action in self._option_string_actions.items():
+            if action.nargs == "+" and flags.count(flag) > 1:
+                raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
         args, unknown = self.parse_known_args(argv)
+        if unknown and unknown[0].startswith("-"):
+            name = unknown[0].partition("=")[0]
+            raise UserError(f"{name}: unknown argument{nearest(name, self._option_string_actions)}")
         if unknown:
-            flags = [f for f in self._option_string_actions if f.startswith("--")]
-            raise UserError(f"{unknown[0]}: unknown argument{nearest(unknown[0].split('=')[0], flags)}")
+            flag = ([a for a in argv[: argv.index(unknown[0])] if a.startswith("--")] or ["arguments"])[-1]
+            raise UserError(f"{flag}: too many values, got {unknown[0]!r}")
         return args
 
 
@@ -90,15 +71,10 @@ def add_bench_flags(parser: Parser) -> None:
     """Adds the flags that the evaluation scripts share."""
     group = parser.add_argument_group("evaluation")
     add_moved_flag(group)
-    group.add_argument(
-        "--classifier_path", help="folder or weights of the classifier (default: runs/classifiers/<data set>)"
-    )
-    group.add_argument(
-        "--y_samples",
-        type=partial(whole, most=1000),
-        default=4,
-        help="samples of z that approximate q(y|x), for the mutual information of y (default: 4)",
-    )
+    classifier = "folder or weights of the classifier (default: runs/classifiers/<data set>)"
+    group.add_argument("--classifier_path", help=classifier)
+    samples = "samples of z that approximate q(y|x), for the mutual information of y (default: 4)"
+    group.add_argument("--y_samples", type=partial(whole, most=1000), default=4, help=samples)
     group.add_argument("--force", action="store_true", help="recompute results that are up to date")
 
 
@@ -133,10 +109,7 @@ def whole_or_auto(text: str) -> int | None:
 
 def positive(text: str) -> float:
     """A number > 0, as a flag's value."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
     return value
@@ -155,7 +128,7 @@ def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str
 
     groups = {}
     if grid:
-        add_target_flags(parser)
+        _add_rate_flags(parser)
     for field in (f for f in dataclasses.fields(Config) if f.name in (only or FLAGS)):
         title, kind = field.metadata["part"], kind_of(field)
         group = groups.setdefault(title, parser.add_argument_group(title))
@@ -163,78 +136,71 @@ def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str
         if kind is bool:
             group.add_argument(f"--{field.name}", action="store_true", help=text)
             continue
-        shown = {"default": field.default, "type": kind, "metavar": kind.__name__.upper()}
+        how = {"default": field.default, "type": kind, "metavar": kind.__name__.upper()}
         if "choices" in field.metadata:
-            shown["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
-        if field.name in grid:
-            several = "; several values (or LO:HI:N, N log-spaced ones) make a grid"
-            if kind is int:
-                several = "; several values train the grid once for each"
-            shown |= {"nargs": "+", "default": None, "type": axis if kind is float else int}
-            text += several
+            how["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        if field.name in grid and kind is int:
+            how |= {"nargs": "+", "default": None}
+            text += "; several values train the grid once for each"
+        elif field.name in grid:
+            how |= {"nargs": "+", "default": None, "type": axis}
+            text += "; several values (or LO:HI:N, N log-spaced ones) make a grid"
         if field.default not in (None, ""):
             text += f" (default: {field.default})"
-        group.add_argument(f"--{field.name}", help=text, **shown)
+        group.add_argument(f"--{field.name}", help=text, **how)
 
 
 def axis(text: str) -> list[float]:
     """The values of a grid's axis: one number, or LO:HI:N for N log-spaced ones, to 8 decimals."""
-    if ":" not in text:
-        try:
-            return [float(text)]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
     try:
-        lo, hi, n = text.split(":")
-        lo, hi, n = float(lo), float(hi), int(n)
+        if ":" not in text:
+            return [float(text)]
+        low, high, n = text.split(":")
+        low, high, n = float(low), float(high), int(n)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number or LO:HI:N, got {text!r}") from None
-    if not (1e-6 <= lo < hi < math.inf and 2 <= n <= 1000):
+    if not (1e-6 <= low < high < math.inf and 2 <= n <= 1000):
         raise argparse.ArgumentTypeError(f"LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got {text!r}")
-    step = math.log10(hi / lo) / (n - 1)
-    return [round(lo * 10 ** (step * k), 8) for k in range(n)]
+    step = math.log10(high / low) / (n - 1)
+    return [round(low * 10 ** (step * k), 8) for k in range(n)]
 
 
-def add_target_flags(parser: Parser) -> None:
-    """Flags that ask for rates instead of betas."""
+def _add_rate_flags(parser: Parser) -> None:
     group = parser.add_argument_group("rates instead of betas")
     for layer, rate in (("y", "R(y|z)"), ("z", "R(z)")):
-        group.add_argument(
-            f"--target_rate_{layer}",
-            nargs="+",
-            type=axis,
-            metavar="RATE",
-            help=f"{rate} wanted, in place of a beta_{layer}; several values, or LO:HI:N",
-        )
+        text = f"{rate} wanted, in place of a beta_{layer}; several values, or LO:HI:N"
+        group.add_argument(f"--target_rate_{layer}", nargs="+", type=axis, metavar="RATE", help=text)
     group.add_argument("--rate_unit", choices=("nats", "bits"), default="nats", help="of the targets (default: nats)")
 
 
 def grid_configs(args: argparse.Namespace) -> list["Config"]:
     """The Config of every cell: all pairs of betas, for every seed, without duplicates.
 
-    A rate that is asked for takes the place of its layer's beta, which is still to be found; with --multi_rate such
-    cells are added to those of the betas.
+    A target rate takes the place of its layer's beta, which is still to be found; with --multi_rate such cells are
+    added to those of the betas.
     """
     from utils.config import FLAGS, Config
 
     settings = {name: getattr(args, name) for name in FLAGS}
     nats = math.log(2) if args.rate_unit == "bits" else 1.0
 
-    def values(name):
-        return [v for some in getattr(args, name) or [] for v in some]
+    def values(name: str) -> list[float]:
+        return [value for axis in getattr(args, name) or [] for value in axis]
 
-    betas = {layer: [{f"beta_{layer}": b} for b in values(f"beta_{layer}") or [1.0]] for layer in "yz"}
-    asked = {
-        layer: [{f"target_rate_{layer}": round(r * nats, 8), **betas[layer][0]} for r in values(f"target_rate_{layer}")]
-        for layer in "yz"
-    }
-    axes = [tuple(betas.values())] if args.multi_rate or not any(asked.values()) else []
-    axes += [tuple(asked[layer] or betas[layer] for layer in "yz")] if any(asked.values()) else []
-    seeds = args.seed or [Config.seed]
+    betas, rates = {}, {}
+    for layer in "yz":
+        betas[layer] = [{f"beta_{layer}": beta} for beta in values(f"beta_{layer}") or [1.0]]
+        targets = [round(rate * nats, 8) for rate in values(f"target_rate_{layer}")]
+        rates[layer] = [{f"target_rate_{layer}": rate, **betas[layer][0]} for rate in targets]
+    pairs = []
+    if args.multi_rate or not (rates["y"] or rates["z"]):
+        pairs.append((betas["y"], betas["z"]))
+    if rates["y"] or rates["z"]:
+        pairs.append((rates["y"] or betas["y"], rates["z"] or betas["z"]))
     cells = [
         Config(**settings | of_y | of_z | {"seed": seed})
-        for ys, zs in axes
-        for seed in seeds
+        for ys, zs in pairs
+        for seed in args.seed or [Config.seed]
         for of_y in ys
         for of_z in zs
     ]

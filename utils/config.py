@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from datasets.folders import SIZES, listed, nearest_size
+from datasets.folders import SIZES, enumeration, nearest_size
 from datasets.table import DATASETS, Recipe, lookup
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
@@ -46,7 +46,9 @@ class Config:
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
     dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
     image_size: int | None = _flag(
-        None, f"for a folder: resize to {listed(SIZES)} pixels (default: the size nearest to the images' own)", "data"
+        None,
+        f"for a folder: resize to {enumeration(SIZES)} pixels (default: the size nearest to the images' own)",
+        "data",
     )
     image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data")
     px_y_family_ll: str | None = _flag(
@@ -176,7 +178,7 @@ class Config:
         if self.image_size is None:
             self._set(image_size=nearest_size(self.dataset))
         if self.image_size not in SIZES:
-            raise UserError(f"--image_size: must be {listed(SIZES)} for a folder of images, got {self.image_size}")
+            raise UserError(f"--image_size: must be {enumeration(SIZES)} for a folder of images, got {self.image_size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 

@@ -88,19 +88,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-class Bar(tqdm):
-    """A progress bar whose format may say `{left}`, the time left."""
-
-    @property
-    def format_dict(self) -> dict:
-        known = super().format_dict
-        elapsed = known["elapsed"] or 0
-        rate = known["rate"] or ((known["n"] - known["initial"]) / elapsed if elapsed else 0)
-        left = duration(max(0.0, known["total"] - known["n"]) / rate) if rate > 0 and known["total"] else "?"
-        return {**known, "left": f"{left} left"}
-
-
-class Lines(Bar):
+class Lines(tqdm):
     """A progress bar for a file: lines, at most one every half minute, instead of one line drawn over and over."""
 
     def __init__(self, *args, **kwargs):
@@ -121,14 +109,6 @@ class Lines(Bar):
 
 
 def progress(*args, **kwargs) -> tqdm:
-    """A progress bar of the first process; the others show none. In a file, or in the background, it becomes lines."""
-    kind = Bar if sys.stderr.isatty() and _in_foreground() else Lines
+    """A progress bar of the first process; the others show none. In a file it becomes lines."""
+    kind = tqdm if sys.stderr.isatty() else Lines
     return kind(*args, **kwargs, **({} if is_first() else {"disable": True}))
-
-
-def _in_foreground() -> bool:
-    """Whether the terminal is this process's, rather than of one in front of it, whose bar is drawn there."""
-    try:
-        return os.tcgetpgrp(sys.stderr.fileno()) == os.getpgrp()
-    except (OSError, ValueError):
-        return True

@@ -41,6 +41,11 @@ def _end_quietly(number, _) -> NoReturn:
     os._exit(128 + number)
 
 
+def heeded_signals() -> list[int]:
+    """The signals that end this process; not SIGHUP where it was started by nohup."""
+    return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 def _let_signals_end_quietly() -> None:
     """Lets signals end the process at once, without a word: at its start and its end there is nothing to save."""
     if threading.current_thread() is threading.main_thread():
@@ -55,35 +60,19 @@ def let_signals_raise() -> None:
             signal.signal(number, _terminate)
 
 
-def heeded_signals() -> list[int]:
-    """The signals that end this process; not SIGHUP where it was started by nohup."""
-    return [n for n in ENDING_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-
-
 @contextlib.contextmanager
-def handled_by(handler, *numbers: int) -> Iterator[None]:
-    """Has these signals handled so meanwhile, which only the main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-@contextlib.contextmanager
-def held_back(*numbers: int) -> Iterator[None]:
+def signals_postponed(*numbers: int) -> Iterator[None]:
     """Lets these signals come to this process afterwards, and never to the processes that it starts meanwhile."""
-    came = set()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of this thread, which started processes inherit
+    came, handlers = set(), {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # of this thread, which started processes inherit
     try:
-        with handled_by(lambda number, _: came.add(number), *numbers):  # where another thread receives it
-            yield
+        if threading.current_thread() is threading.main_thread():  # where another thread receives it
+            handlers = {n: signal.signal(n, lambda number, _: came.add(number)) for n in numbers}
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for number in came:
         signal.raise_signal(number)
 
@@ -112,10 +101,8 @@ def one_line(e: BaseException) -> str:
 
 def command_line() -> str:
     """The command that continues: as it was given, without --overwrite, which would start anew."""
-    module = getattr(sys.modules["__main__"].__spec__, "name", None)  # of python -m
-    program = [sys.argv[0]] if module is None else ["-m", module.removesuffix(".__main__")]
     launcher = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"{launcher} {shlex.join([*program, *(a for a in sys.argv[1:] if a not in ('--overwrite', '--force'))])}"
+    return f"{launcher} {shlex.join(a for a in sys.argv if a not in ('--overwrite', '--force'))}"
 
 
 class _Output(io.FileIO):
@@ -132,12 +119,11 @@ class _Output(io.FileIO):
         except BlockingIOError:
             raise
         except OSError as e:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
             if e.errno in (errno.EPIPE, errno.EIO):
                 _Output.reader_gone = True
-                os.kill(os.getpid(), signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
             return len(data)
 
 
@@ -148,11 +134,10 @@ def _guard_outputs() -> None:
         if stream is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__"):  # else something else has replaced it
-            lines, at_once = stream.line_buffering, stream.write_through
             raw = _Output(stream.fileno(), "w", closefd=False)
-            buffer = raw if at_once else io.BufferedWriter(raw)  # PYTHONUNBUFFERED wants none
-            text = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", None, lines, at_once)
-            setattr(sys, name, text)
+            buffer = raw if stream.write_through else io.BufferedWriter(raw)  # PYTHONUNBUFFERED wants none
+            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", **how))
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:

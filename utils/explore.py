@@ -5,28 +5,21 @@ from p(y|z), `own` = (y - mean) / std, which is standard normal and independent 
 pair (z, own): draw `own` and keep z, or change z and keep `own`.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-for _name in ("datasets", "models"):
-    _file = getattr(sys.modules.get(_name), "__file__", None)
-    if _file is not None and Path(_file).parent.parent.resolve() != ROOT.resolve():
-        raise ImportError(f"another package {_name} is loaded already ({_file}); use this project in its own process")
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from datasets.loading import Data, load_data  # noqa: E402
-from models.latents import Gaussian  # noqa: E402
-from utils.cli import default_data_dir  # noqa: E402
-from utils.config import Config  # noqa: E402
-from utils.errors import UserError  # noqa: E402
-from utils.images import tiled, to_pil  # noqa: E402
-from utils.runs import Run, load_model  # noqa: E402
-from utils.seeds import generator  # noqa: E402
+from datasets.loading import Data, load_data
+from models.latents import Gaussian
+from utils.cli import default_data_dir
+from utils.config import Config
+from utils.errors import UserError
+from utils.images import tiled, to_pil
+from utils.runs import Run, load_model
+from utils.seeds import generator
 
 
 class Latents(NamedTuple):

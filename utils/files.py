@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import secrets
-import shlex
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 
 def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
     """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
+    folder = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        _try_to_write(there.resolve())
+        _try_to_write(folder.resolve())
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a full disk `write_atomic` tells more
-            raise UserError(f"{there}: cannot write there ({e.strerror or e}); choose another {flag}") from e
+            raise UserError(f"{folder}: cannot write there ({e.strerror or e}); choose another {flag}") from e
 
 
 @functools.cache
@@ -107,16 +106,13 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def _tensor_bytes(tensors: dict) -> bytes:
+def save_tensors(path: Path, tensors: dict) -> None:
+    """`write_atomic` of tensors and plain values, as torch saves them."""
     import torch
 
     buffer = io.BytesIO()  # not a path: torch would write the file's name into it, and bytes would differ
     torch.save(tensors, buffer)
-    return buffer.getvalue()
-
-
-def save_tensors(path: Path, tensors: dict) -> None:
-    write_atomic(path, _tensor_bytes(tensors))
+    write_atomic(path, buffer.getvalue())
 
 
 def load_tensors(path: Path) -> dict:
@@ -132,7 +128,6 @@ def load_tensors(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as copy:
             if len(set(archive.namelist())) < len(archive.namelist()):
                 raise zipfile.BadZipFile("two entries of one name")
-            _check_size(archive)
             for name in archive.namelist():
                 copy.writestr(name, archive.read(name))
         clean.seek(0)
@@ -141,30 +136,8 @@ def load_tensors(path: Path) -> dict:
             raise ValueError("no dictionary of tensors")
         return state
     except Exception as e:  # the readers raise anything on damaged files
-        if _is_legacy(path):
-            again = f"import torch; torch.save(torch.load({str(path)!r}, weights_only=True), {str(path)!r})"
-            how = f"python -c {shlex.quote(again)} saves it anew"
-            raise UserError(f"{path}: in the format of torch before 1.6; {how}") from e
-        refused = isinstance(e, pickle.UnpicklingError)
-        raise UserError(f"{path}: {'it may hold code, refused' if refused else 'damaged'} ({one_line(e)[:200]})") from e
-
-
-def _check_size(archive: zipfile.ZipFile) -> None:
-    """Raises BadZipFile if the contents say that they are far larger than the file, as no data are."""
-    size = sum(entry.file_size for entry in archive.infolist())
-    if size > 2**26 + 20 * sum(entry.compress_size for entry in archive.infolist()):
-        raise zipfile.BadZipFile(f"would inflate to {size:,} bytes")
-
-
-def _is_legacy(path: Path) -> bool:
-    """Whether a file begins with the number that torch.save wrote first before version 1.6, pickled."""
-    import torch
-
-    try:
-        with open(path, "rb") as file:
-            return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
-    except OSError:
-        return False
+        what = "it may hold code, refused" if isinstance(e, pickle.UnpicklingError) else "damaged"
+        raise UserError(f"{path}: {what} ({one_line(e)[:200]})") from e
 
 
 def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
@@ -190,7 +163,6 @@ def read_arrays(path: Path) -> dict[str, "np.ndarray"]:
 
     try:
         with zipfile.ZipFile(path) as archive:  # compares checksums before anything believes a header
-            _check_size(archive)
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in names}
         return {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}

@@ -13,11 +13,7 @@ which NFS, Lustre and many FUSE mounts refuse; one that is killed before it has 
 import contextlib
 import errno
 import fcntl
-import functools
-import hashlib
 import os
-import secrets
-import shutil
 import socket
 import sys
 import tempfile
@@ -34,20 +30,20 @@ BEAT = 5.0  # seconds between the touches of a lock file
 STALE = 60.0  # seconds without one, after which the holder is taken for dead
 GLANCE = 0.2  # seconds in which whoever only asks for the holder has let go again
 FREE = "free"  # what a lock file says once its holder is done
-_held: dict[Path, int] = {}  # numbers of this process's lock files, by the folder's real path
+_numbers_held: dict[Path, int] = {}  # of this process's lock files, by the folder's real path
 
 
 class Held(UserError):
     """Another process holds the folder; the message tells which."""
 
 
-def left_to(e: Held) -> None:
-    """Says that what another process holds is left to it."""
-    print(f"note: {e}; it trains that one", file=sys.stderr)
-
-
 class Lost(UserError):
     """Another process has taken over a folder that this one held."""
+
+
+def note_held(e: Held) -> None:
+    """Prints that another process trains what it holds."""
+    print(f"note: {e}; it trains that one", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -56,24 +52,26 @@ def locked(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
     Raises Held when another process holds it, after so many seconds.
     """
-    began = time.monotonic()
+    end = time.monotonic() + patience
     with open(folder / ".lock", "a+", encoding="utf-8", errors="replace") as file:
-        while (ours := _flock(file, fcntl.LOCK_EX)) is False:
-            if time.monotonic() >= began + max(patience, GLANCE):
+        while (is_ours := _flock(file, fcntl.LOCK_EX)) is False:
+            if time.monotonic() >= max(end, end - patience + GLANCE):
                 raise Held(f"{folder}: locked by {_owner(folder / '.lock')}")
             time.sleep(0.05)
-        if ours:
+        if is_ours:
             file.truncate(0)
             file.write(_me())
             file.flush()
-        with contextlib.nullcontext() if ours else _held_by_file(folder, began + patience):
-            _remove_unfinished(folder)
+        with contextlib.nullcontext() if is_ours else _locked_by_file(folder, end):
+            for stale in folder.glob(".*.tmp"):  # of processes that were killed while they wrote
+                if not stale.is_dir():
+                    stale.unlink(missing_ok=True)
             yield
 
 
 def check(folder: Path) -> None:
     """Raises Lost if this process held the folder by a lock file and was taken for dead; called before a write."""
-    number = _held.get(Path(os.path.realpath(folder))) if _held else None
+    number = _numbers_held.get(Path(os.path.realpath(folder))) if _numbers_held else None
     if number is not None and (newest := _newest(folder)) != number:
         raise Lost(
             f"{folder}: taken over by {_owner(_path(folder, newest))} while this process was paused or could not "
@@ -85,9 +83,9 @@ def holder(folder: Path) -> str | None:
     """Which process holds a folder, e.g. `pid 7 on host h`; None if none does."""
     try:
         with open(folder / ".lock", encoding="utf-8", errors="replace") as file:
-            free = _flock(file, fcntl.LOCK_SH)  # let go at once
-            if free is not None:
-                return None if free else _owner(folder / ".lock")
+            is_free = _flock(file, fcntl.LOCK_SH)  # let go at once
+            if is_free is not None:
+                return None if is_free else _owner(folder / ".lock")
         newest = _newest(folder)
         return _owner(_path(folder, newest)) if newest and not _can_be_taken(folder, newest) else None
     except OSError:  # no such folder, or none of ours to read
@@ -110,7 +108,7 @@ def _flock(file: TextIO, kind: int) -> bool | None:
 def _owner(path: Path) -> str:
     """Which process a lock file is of."""
     try:
-        process = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+        process = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         process = ""
     return process if process not in ("", FREE) else "another process"  # which may be done by now
@@ -120,53 +118,9 @@ def _me() -> str:
     return f"pid {os.getpid()} on host {socket.gethostname()}"
 
 
-@functools.cache
-def _machine() -> str:
-    """Names this machine's process numbers, which machines and containers of one host name do not share."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes what processes left that were killed while they wrote."""
-    for stale in folder.glob(".*.tmp"):
-        if not stale.is_dir():
-            stale.unlink(missing_ok=True)
-
-
-def unfinished_folder(folder: Path) -> Path:
-    """Where to make a folder that is to appear whole; `remove_abandoned` knows by the name whose it is."""
-    return folder.with_name(f".{os.getpid()}-{secrets.token_hex(4)}-{_mark()}.tmp")
-
-
-def remove_abandoned(parent: Path) -> None:
-    """Removes what processes of this machine left that were killed while they made a folder there."""
-    for left in parent.glob(f".*-{_mark()}.tmp") if _machine() else ():
-        pid = left.name[1:].partition("-")[0]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _mark() -> str:
-    return hashlib.sha256(_machine().encode()).hexdigest()[:8]
-
-
-@functools.cache
-def _tell_of_lock_files() -> None:
-    print(
-        "note: this file system has no flock; run folders are held by lock files, and those of a process that "
-        f"died on another machine are taken over after {STALE:g} seconds",
-        file=sys.stderr,
-    )
-
-
 @contextlib.contextmanager
-def _held_by_file(folder: Path, end: float) -> Iterator[None]:
+def _locked_by_file(folder: Path, end: float) -> Iterator[None]:
     """Holds a folder by a lock file; waits until then, in monotonic seconds, for another process that does."""
-    _tell_of_lock_files()
     while not (number := _take(folder)):
         if time.monotonic() >= end:
             raise Held(f"{folder}: locked by {_owner(_path(folder, _newest(folder)))}")
@@ -174,11 +128,11 @@ def _held_by_file(folder: Path, end: float) -> Iterator[None]:
     key, path, done = Path(os.path.realpath(folder)), _path(folder, number), threading.Event()
     beating = threading.Thread(target=_beat, args=(path, done), daemon=True)
     beating.start()
-    _held[key] = number
+    _numbers_held[key] = number
     try:
         yield
     finally:
-        del _held[key]
+        del _numbers_held[key]
         done.set()
         beating.join()
         with contextlib.suppress(OSError):
@@ -194,7 +148,7 @@ def _take(folder: Path) -> int:
     path = _path(folder, newest + 1)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(f"{_me()}\n{_machine()}")
+            file.write(_me())
     except FileExistsError:  # another process was first
         return 0
     if _newest(folder) != newest + 1:  # we were slow, and others have been and gone
@@ -207,17 +161,15 @@ def _take(folder: Path) -> int:
 
 
 def _can_be_taken(folder: Path, number: int) -> bool:
-    """Whether the process of that lock file is done or dead; watches it for 2 BEAT if only its age speaks for it."""
+    """Whether the process of that lock file is done, or dead: has not touched it for long, and does not now."""
     path = _path(folder, number)
     try:
-        process, _, machine = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-        pid = process.removeprefix("pid ").partition(" ")[0]
-        if process == FREE:
-            return True
-        if machine and machine == _machine() and pid.isdecimal() and not _is_alive(int(pid)):
+        if path.read_text(encoding="utf-8", errors="replace") == FREE:
             return True
         last = path.stat().st_mtime_ns
-        if abs(_now(folder) - last) < STALE * 1e9:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as new:
+            now = os.stat(new.name).st_mtime_ns  # as the file system tells the time
+        if abs(now - last) < STALE * 1e9:
             return False
         time.sleep(2 * BEAT)  # or has the clock been set? One that is alive will have touched it meanwhile.
         return path.stat().st_mtime_ns == last
@@ -242,17 +194,3 @@ def _numbers(folder: Path) -> list[int]:
 
 def _newest(folder: Path) -> int:
     return max(_numbers(folder), default=0)
-
-
-def _now(folder: Path) -> int:
-    """What the file system calls now, in nanoseconds: a new file's time."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
-        return os.stat(file.name).st_mtime_ns
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as e:
-        return e.errno != errno.ESRCH  # but another user's
-    return True

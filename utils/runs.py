@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import math
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
-from utils.locks import locked, unfinished_folder
+from utils.locks import locked
 
 CHECKPOINTS = ("resume.pth", "resume.prev.pth")  # a kill between the two renames of a save leaves the latter alone
 
@@ -94,7 +95,7 @@ class Run:
         """Makes the folder with its config.json, both at once, where it is not there yet."""
         if self.path.is_dir() and any(self.path.iterdir()):
             return
-        unfinished = unfinished_folder(self.path)
+        unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
         unfinished.mkdir(parents=True)
         try:
             write_text(unfinished / "config.json", self.config.to_json())

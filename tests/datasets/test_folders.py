@@ -3,8 +3,6 @@
 import csv
 import os
 import shutil
-import struct
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,13 +16,16 @@ import eval_beta_single
 import plot_eval
 import train
 import train_classifier
+from datasets import loading
 from datasets.batches import Resident, Streamed
 from datasets.folders import open_image, scan
+from datasets.loading import load_data
 from models.build import build_model
 from tests.conftest import TINY, weights
 from tests.datasets.files import load, refused, write_folder, write_image
 from tests.scripts import done, refusal
 from utils.config import Config
+from utils.errors import UserError
 
 PETS = Path("pets")
 SMALL = ["--image_size", "28", "--image_channels", "1"]
@@ -71,31 +72,26 @@ cat/desktop.ini $RECYCLE.BIN/a.png #recycle/a.png .a.png
 """
 
 
-@pytest.mark.parametrize("top", ["pets", "pets/train"])
-def test_what_systems_leave_behind_is_not_looked_at(top, capfd):
-    write_folder(Path(top), n=5)
-    if top != "pets":
-        write_folder(PETS / "val", n=1)
+def test_what_systems_leave_behind_is_not_looked_at(capfd):
+    write_folder(PETS / "train", n=5)
+    write_folder(PETS / "val", n=1)
     for name in LEFT_BEHIND.split():
-        path = Path(top, name)
-        write_image(path.with_suffix(".png"))
-        path.with_suffix(".png").rename(path)
+        write_image(PETS / "train/a.png")
+        Path(PETS, "train", name).parent.mkdir(exist_ok=True, parents=True)
+        Path(PETS, "train/a.png").rename(PETS / "train" / name)
     (line,) = said(capfd)
     assert "2 classes: cat, dog" in line and "skipped" not in line
-    assert len(labels_of()) == (10 if top == "pets" else 12)
+    assert len(labels_of()) == 12
 
 
-def test_each_real_folder_and_file_counts_once_and_links_to_other_places_are_followed(capfd):
+def test_links_are_followed_and_no_folder_is_entered_twice(capfd):
     plant(Path("elsewhere"), "cat 5")
     plant(PETS, "dog 5, eel 5")
-    write_image(Path("single.png"))
-    links = {"pets/cat": "../elsewhere/cat", "pets/alias": "dog", "pets/dog/again": "..", "pets/dog/self": "../dog"}
-    links |= {"pets/eel/0-again.png": "../dog/0.png", "pets/eel/7.png": "nowhere.png"}
-    for link, target in [*links.items(), *((f"pets/eel/{i}.png", "../../single.png") for i in (5, 6))]:
-        os.symlink(target, link)
-    os.mkfifo("pets/eel/8.png")
+    links = {"cat": "../elsewhere/cat", "dog/again": "..", "eel/7.png": "x.png"}
+    for link, target in (links | {"eel/6.png": "../dog/0.png"}).items():
+        os.symlink(target, PETS / link)
     (line,) = said(capfd)
-    assert "3 classes: cat, dog, eel; 7 files skipped (repeated link 5, broken link 1, no file 1)" in line
+    assert "3 classes: cat, dog, eel; 2 files skipped" in line
     assert Counter(labels_of().values()) == {0: 5, 1: 5, 2: 6}
 
 
@@ -105,16 +101,14 @@ NOTES = {  # what a folder is said to hold, and notes
         *("train 6 images, test 2, 4 classes: ant, bee, cat, dog", "/train: no images of dog"),
         "/val: no images of ant, cat",
     ],
-    "cat 5, dog 5, bee 0, fox 0": ["train 8 images, test 2, 2 classes: cat, dog", "no images in bee, fox"],
-    "train/a 1, test/a 1, val/a 3, extra/a 1": ["train 1 image, test 3, 1 class: a", "extra, test is not used"],
+    "cat 5, dog 5, bee 0, fox 0": ["train 8 images, test 2, 2 classes: cat, dog", "no images of bee, fox"],
+    "train/a 1, test/a 1, val/a 3": ["train 1 image, test 3, 1 class: a", "pets2/test is not used"],
     "cat 5, dog 5, . 1": ["train 8 images, test 2, 2 classes", "1 image beside the class folders: not used"],
     "a 1, b 1, c 9": ["train 8 images, test 3, 3 classes", TOO_SMALL],
     ", ".join(f"c{i} 2" for i in range(9)): ["train 14 images, test 4, 9 classes", TOO_SMALL],
     "a 2": ["train 1 image, test 1, 1 class"],
     "a 1, b 1": ["train 1 image, test 1, 2 classes", TOO_SMALL],
-    "a 30, b 1": ["train 24 images, test 7, 2 classes", TOO_SMALL],
     "Train/a 3, VALID/a 2": ["train 3 images, test 2, 1 class"],
-    "TRAINING/a 3, testing/a 2": ["train 3 images, test 2, 1 class"],
     "train 5, validation 5": ["train 5 images, test 5, no classes"],
     "a 20, b 5": ["train 20 images, test 5, 2 classes"],
 }
@@ -133,13 +127,10 @@ def test_notes_on_splits_and_classes(capfd):
 
 REFUSED = [  # the folder that is named, and why
     ("inner/cat 2, inner/dog 2", "", "class folders lie deeper, in {}/inner;"),
-    ("train/x/cat 2, train/x/dog 2, val/cat 2", "/train", "class folders lie deeper, in {}/train/x;"),
     ("inner/train/cat 2, inner/val/cat 2", "", "a split, train, in place of a class"),
-    ("train/train/cat 2, val/cat 2", "/train", "a split, train, in place of a class"),
     ("train/cat 2", "", "--dataset {}/train would be split 80/20"),
     ("Test/cat 2, val/cat 2", "", "no train/; --dataset {}/val would be split"),
-    ("train/cat 2, Train/cat 2, val/cat 2", "", "Train, train: which"),
-    ("train/cat 2, val 2", "/val", "without class folders, unlike {}/train"),
+    ("train/cat 2, val 2", "/val", "2 images beside class folders"),
     ("cat 5, dog 5, . 11", "", "11 images beside class folders that hold 10"),
     ("cat 1", "", "one image alone"),
     ("train/cat 1, val/cat 0", "/val", "no images"),
@@ -151,10 +142,10 @@ def test_another_layout_is_refused_saying_which():
     for i, (tree, where, why) in enumerate(REFUSED):
         root = plant(Path(f"pets{i}"), tree).absolute()
         refused(root, f"{root}{where}: ", why.format(root), image_size=32)
-    Path("pets11/cat/a.txt").write_text("")
+    Path("pets8/cat/a.txt").write_text("")
     Path("pets.zip").write_bytes(b"")
     for size in (None, 32):
-        refused("pets11", "pets11: no images", ".txt 1", image_size=size)
+        refused("pets8", "pets8: no images", "1 other file", image_size=size)
         refused("pets.zip", "pets.zip: a file", "unpack it", image_size=size)
         refused("./nowhere", "not found", str(Path("nowhere").absolute()), image_size=size)
 
@@ -276,57 +267,38 @@ def test_16_bits_are_scaled_by_their_own_range():
     assert Path("big.tif").read_bytes()[:2] == b"MM"
 
 
-def write_levels(path, top, dtype=np.uint16, low=0.0) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.linspace(low, top, 32 * 32).reshape(32, 32).astype(dtype)).save(path)
-
-
-def test_float_and_32_bit_images_are_scaled_from_their_range():
+def test_32_bits_are_refused_and_of_animations_the_first_image_counts():
     for dtype in (np.float32, np.int32):
-        for top in (1, 255, 65535):
-            write_levels("a.tif", top, dtype)
-            exact = np.linspace(0, top, 1024).astype(dtype).reshape(32, 32) / top * 255
-            np.testing.assert_allclose(as_array("a.tif"), exact, atol=0.5 + 1e-4)
-    odd = [(-1, 1, np.float32, "-1 to 1"), (0, 70000, np.int32, "0 to 70000"), (0, np.nan, np.float32, "nan to nan")]
-    write_levels("pets/b.tif", 255, np.float32)
-    for low, top, dtype, span in odd:
-        with np.errstate(invalid="ignore"):
-            write_levels("pets/a.tif", top, dtype, low)
-        refused("pets", f"{Path.cwd()}/pets/a.tif: pixels from {span}", image_size=32)
-
-
-def test_dark_images_different_ranges_and_animations_are_notes(capfd):
-    for size in (32, 256):
-        for i, top in enumerate((4095, 3000, 0)):
-            write_levels(f"dark{size}/{i}.png", top)
-        assert "16-bit images reach only 4,095 of 65,535" in said(capfd, f"dark{size}", image_size=size)[1]
-        shutil.move(f"dark{size}", f"bright{size}")
-        write_levels(f"bright{size}/3.png", 60000)
-        assert len(said(capfd, f"bright{size}", image_size=size)) == 1
-    write_levels("pets/a.tif", 1, np.float32)
-    write_levels("pets/b.tif", 255, np.float32)
-    assert said(capfd)[1].endswith("different ranges, each scaled by its own: a.tif [0, 1], b.tif [0, 255]")
-    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue")]
+        PETS.mkdir(exist_ok=True)
+        Image.fromarray(np.ones((32, 32), dtype)).save("pets/a.tif")
+        write_image(PETS / "b.png")
+        refused("pets", f"{PETS.absolute()}/a.tif: pixels of 32 bits", image_size=32)
+    red, *others = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
     for kind in ("gif", "png", "tif", "webp"):
-        path = Path("moving", f"a.{kind}")
-        path.parent.mkdir(exist_ok=True)
-        frames[0].save(path, save_all=True, append_images=frames[1:])
-        np.testing.assert_allclose(as_array(path, 3)[0, 0], (255, 0, 0), atol=4)
-    note = said(capfd, "moving")[1]
-    assert "only the first is used" in note and all(f"a.{kind}" in note for kind in ("gif", "png", "tif", "webp"))
+        red.save(f"a.{kind}", save_all=True, append_images=others)
+        np.testing.assert_allclose(as_array(f"a.{kind}", 3)[0, 0], (255, 0, 0), atol=4)
 
 
 def test_images_that_are_too_large_are_refused(monkeypatch):
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     write_folder(PETS)
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0))
-    Path("pets/cat/9.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"0")))
-    for size in (None, 32):
-        refused("pets", "pets/cat/9.png: too many pixels", "400000000 pixels", image_size=size)
+    with pytest.MonkeyPatch.context() as limited:
+        limited.setattr(Image, "MAX_IMAGE_PIXELS", 999)  # of 2,000
+        for size in (None, 32):
+            refused("pets", "pets/cat/0.png: too many pixels", "2000 pixels", image_size=size)
     monkeypatch.setattr("datasets.loading.memory", lambda: 30_000)
-    refused("pets", "pets: needs 33,792 bytes", "32 pixels", "30,000", image_size=32)
+    refused("pets", "pets: needs 30,720 bytes", "30,000", image_size=32)
+
+
+def test_images_that_do_not_fit_into_the_gpu_are_refused(monkeypatch):
+    """By a GPU that tells its free bytes, and no more."""
+    gpu, size = torch.device("cuda", 0), (1437 + 360) * (28 * 28 + 8)
+    for free in (size, size - 1):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))  # noqa: B023
+        monkeypatch.setattr(loading, "Resident", lambda *split: split)
+        if free == size:
+            assert load_data(Config(), "data", gpu).train[2] == gpu
+    with pytest.raises(UserError, match=f"Digits: needs {size:,} bytes.* {free:,}"):
+        load_data(Config(), "data", gpu)
 
 
 def test_all_damaged_files_are_named_together_before_training(script):
@@ -361,7 +333,7 @@ def test_training_streams_imagenet_folders(script):
     out = done(script, train.main, *flags)
     assert "(3, 256, 256)" in out and "\nImageNet: train 6 images, test 6, 2 classes: cat, dog\n" in out
     shutil.rmtree("data/ImageNet/val")
-    assert "data/ImageNet: has train/, but no val/ or test/" in refusal(script, train.main, *flags, "--overwrite")
+    assert "but no val/ or test/" in refusal(script, train.main, *flags, "--overwrite")
 
 
 def test_every_evaluation_step_works_for_an_own_folder(script):

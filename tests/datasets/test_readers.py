@@ -6,8 +6,6 @@ import os
 import pickle
 import shutil
 import struct
-import tarfile
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,38 +105,20 @@ def test_what_is_missing_is_named():
         write_mnist(Path("data"))
         path = Path("data/MNIST/raw", missing)
         path.unlink()
-        refused("MNIST", f"{path}: missing", " is there")
-    for name, archive in (("CIFAR10", "cifar-10-python.tar.gz"), ("CIFAR100", "cifar-100-python.tar.gz")):
-        tarfile.open(Path("data", archive), "w:gz").close()
-        refused(name, f"{name}: not found", f"data/{archive} is there: unpack it")
+        refused("MNIST", f"{path}: missing")
 
 
-BROKEN_PROMISES = [
-    ((3_500, 1000, 1000), 100, "promises 3,500,000,000 bytes"),
-    ((2**32 - 1,) * 3, 100, "promises 79,228,"),
-    ((20, 28, 28), 20 * 784 - 1, "15,680 bytes"),
-    ((20, 28, 28), 20 * 784 + 1, "more than the 15,680 bytes"),
-]
+def test_an_idx_file_that_holds_more_or_less_than_it_promises_is_refused():
+    for shape, n in (((2**32 - 1,) * 3, 100), ((20, 28, 28), 20 * 784 - 1), ((20, 28, 28), 20 * 784 + 1)):
+        data = struct.pack(">IIII", 2051, *shape) + bytes(n)
+        for content in (data, gzip.compress(data)):
+            Path("file").write_bytes(content)
+            with pytest.raises(ValueError, match=f"^file: holds {n:,} values"):
+                read_idx(Path("file"))
 
 
-def test_an_idx_header_that_does_not_keep_its_promise_takes_no_memory():
-    files = [(struct.pack(">IIII", 2051, *shape) + bytes(held), message) for shape, held, message in BROKEN_PROMISES]
-    files += [(gzip.compress(data), message) for data, message in files]
-    bomb = gzip.compress(struct.pack(">IIII", 2051, 10**6, 1100, 1)) + 110 * gzip.compress(bytes(10**7))
-    for data, message in [*files, (bomb, "promises 1,100,000,000 bytes")]:
-        Path("file").write_bytes(data)
-        tracemalloc.start()
-        with pytest.raises(ValueError, match=f"^file: .*{message}"):
-            read_idx(Path("file"))
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-        tracemalloc.stop()
-
-
-def test_files_that_are_no_idx_files_or_of_another_set_are_named():
+def test_files_that_are_no_idx_files_are_named():
     write_mnist(Path("data"), below=".")
-    write_idx(Path("data", MNIST[1]), np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, *range(10)], np.uint8))
-    assert len(load("MNIST").train) == 20
-    refused("KMNIST", f"data/{MNIST[1]}: holds MNIST, not KMNIST")
     for content in (b"", b"\0\0", b"\0\0\x08\x03\0", b"<html>", b"\x1f\x8b", b"\0\0\x07\x01" + bytes(9)):
         Path("data", MNIST[2]).write_bytes(content)
         refused("MNIST", "the files under data are damaged", MNIST[2])
@@ -165,27 +145,13 @@ def test_cifar10_pickles_of_every_protocol():
         is_cifar10(write_cifar10(Path("data"), protocol=protocol, labels=labels, keys=keys))
 
 
-class FromBuffer:
-    """Rows as a pickle of protocol 5 rebuilds them."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __reduce__(self):
-        from numpy._core.numeric import _frombuffer
-
-        return _frombuffer, (self.rows.tobytes(), self.rows.dtype, self.rows.shape, "C")
-
-
-def test_cifar10_pickles_of_old_and_new_numpy_and_with_channels_last():
-    for core in ("core", "_core"):
-        rows = write_cifar10(Path("data"), data=FromBuffer, labels=lambda y: [np.uint8(v) for v in y])
-        for path in Path("data/cifar-10-batches-py").iterdir():
-            content = path.read_bytes()
-            for name in (b"numeric\n_frombuffer\n", b"multiarray\nscalar\n"):
-                assert content.count(b"cnumpy._core." + name) == 1
-            path.write_bytes(content.replace(b"numpy._core.", f"numpy.{core}.".encode()))
-        is_cifar10(rows)
+def test_cifar10_pickles_of_old_numpy_and_with_channels_last():
+    rows = write_cifar10(Path("data"))
+    for path in Path("data/cifar-10-batches-py").iterdir():
+        content = path.read_bytes()
+        assert content.count(b"cnumpy._core.multiarray\n_reconstruct\n") == 1
+        path.write_bytes(content.replace(b"numpy._core.", b"numpy.core."))
+    is_cifar10(rows)
     is_cifar10(write_cifar10(Path("data"), data=lambda r: r.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()))
 
 
@@ -198,7 +164,7 @@ def test_cifar100_has_fine_labels():
     data = load("CIFAR100")
     assert data.n_classes == 100 and data.test.labels.tolist() == list(range(100))
     (folder / "test").unlink()
-    refused("CIFAR100", "cifar-100-python/test: missing, while train is there")
+    refused("CIFAR100", "cifar-100-python/test: missing")
 
 
 class Malicious:
@@ -209,18 +175,16 @@ class Malicious:
         return self.call
 
 
-def test_a_cifar10_pickle_that_runs_code_or_asks_for_memory_is_refused():
+def test_a_cifar10_pickle_that_runs_code_is_refused():
     write_cifar10(Path("data"))
     path = Path("data/cifar-10-batches-py/test_batch")
     touch = Malicious(os.system, ("touch executed",))
     disguised = Malicious(eval, ("__import__('os').system('touch executed')",))
-    harms = [touch, disguised, np.array([touch], dtype=object), pickle.loads]
-    for harm, protocol in itertools.product(harms, [0, 2, 5]):
-        path.write_bytes(pickle.dumps({"data": harm}, protocol=protocol))
-        refused("CIFAR10", "test_batch", "refused")
-        assert not Path("executed").exists()
-    path.write_bytes(b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".")
-    refused("CIFAR10", "test_batch", "1,099,511,627,776 bytes")
+    for harm in (touch, disguised, np.array([touch], dtype=object), pickle.loads):
+        for protocol in (0, 2, 5):
+            path.write_bytes(pickle.dumps({"data": harm}, protocol=protocol))
+            refused("CIFAR10", "test_batch", "refused")
+            assert not Path("executed").exists()
 
 
 def test_svhn_counts_0_as_10_and_may_have_images_first_and_doubles_for_labels():
@@ -231,9 +195,6 @@ def test_svhn_counts_0_as_10_and_may_have_images_first_and_doubles_for_labels():
     scipy.io.savemat("data/test_32x32.mat", {"X": images.transpose(3, 0, 1, 2), "y": np.arange(20.0) % 10 + 1})
     other = load("SVHN").test
     assert torch.equal(other.images, data.train.images) and torch.equal(other.labels, data.train.labels)
-    for start in (b"MATLAB 7.3 MAT-file, Platform: GLNXA64", b"\x89HDF\r\n\x1a\n\0\0\0"):  # its new format
-        Path("data/test_32x32.mat").write_bytes(start + bytes(1000))
-        refused("SVHN", "data/test_32x32.mat: MATLAB's format 7.3", "h5py.File('data/test_32x32.h5'")
 
 
 IMAGES, LABELS = np.zeros((4, 3, 32, 32), np.uint8), np.arange(4)
@@ -243,11 +204,11 @@ ODD = [
     (IMAGES.reshape(4, 3072), LABELS, "images (4, 3072), not (N, 3, 32, 32)"),
     (IMAGES[:0], LABELS[:0], "images (0, 3, 32, 32)"),
     (np.uint8(3), LABELS, "images ()"),
-    (IMAGES, LABELS[:3], "4 images, but labels (3,)"),
+    (IMAGES, LABELS[:3], "4 images, but labels (3,) of int64"),
     (IMAGES, LABELS - 1, "labels from -1 to 2, not from 0 to 9"),
     (IMAGES, LABELS + 7, "labels from 7 to 10, not from 0 to 9"),
-    (IMAGES, LABELS + 0.5, "labels of float64"),
-    (IMAGES, LABELS.astype(str), "labels of <U21"),
+    (IMAGES, LABELS + 0.5, "4 images, but labels (4,) of float64"),
+    (IMAGES, LABELS.astype(str), "4 images, but labels (4,) of <U21"),
 ]
 
 

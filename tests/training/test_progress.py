@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import re
-import sys
 import threading
 from pathlib import Path
 from unittest.mock import Mock
@@ -46,7 +45,7 @@ def test_a_grid_has_one_bar_and_a_line_for_each_cell(variables):
     bars = re.findall(bar, shown)
     assert {(cell, beta) for _, cell, beta, *_ in bars} == {("1", "0.1"), ("2", "1"), ("3", "5")}
     shares = [int(share) for share, *_ in bars]
-    assert shares == sorted(shares) and shares[-1] == 100 and bars[-1][3:] == ("2", "0 s")
+    assert shares == sorted(shares) and shares[-1] == 100 and bars[-1][3:] == ("2", "00:00")
     ends = [*re.finditer(r"finished: beta_y (\S+), beta_z 1 · loss [\d.]+, R\(y\|z\) \S+, R", shown)]
     assert [end[1] for end in ends] == ["0.1", "1", "5"]
     assert shown.index("cell 3/3") > ends[1].start()  # each as soon as its cell is done
@@ -65,15 +64,6 @@ def test_a_single_cell_has_no_line_and_a_resumed_one_starts_where_it_was(passes,
     assert descriptions == ["cell 1/2, beta_y 1, beta_z 1 · epoch 1/2", "cell 2/2, beta_y 5, beta_z 1 · epoch 0/2"]
     assert "finished: " not in passes(train.main, *TINY, "--run_batch_name", "one")
     assert descriptions[-1] == "epoch 0/2"
-
-
-def test_a_process_in_the_background_draws_no_bar(monkeypatch):
-    """The bar of the one in front is drawn in that terminal."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(distributed.sys.stderr, "fileno", lambda: 2)
-    for ahead, kind in ((0, distributed.Bar), (1, distributed.Lines)):
-        monkeypatch.setattr(os, "tcgetpgrp", lambda fd: os.getpgrp() + ahead)  # noqa: B023
-        assert type(distributed.progress([])) is kind
 
 
 def test_every_status_and_the_time_to_go(passes, interrupted):

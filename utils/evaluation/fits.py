@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from utils.distributed import progress
-from utils.errors import held_back
+from utils.errors import signals_postponed
 from utils.evaluation.probes import PROBES, TAILS, TAILS_PAPER, probe
 from utils.evaluation.subject import BATCH, Step, Subject, can_do, is_done, listed, record
 from utils.files import npz, write_atomic
@@ -70,7 +70,7 @@ def run_probes(subjects: list[Subject], step: Step, args, problems: dict[Path, s
         with listed(problems, subject.run.path):
             if can_do(subject, step) and (args.force or not is_done(subject, step)):
                 todo.append(subject)
-    with held_back(*UNHEEDED):
+    with signals_postponed(*UNHEEDED):
         executor = get_reusable_executor(args.cpu_n, env=dict.fromkeys(ONE_THREAD, "1"))
     unfinished = {subject.run.path for subject in todo}
     try:
@@ -80,7 +80,7 @@ def run_probes(subjects: list[Subject], step: Step, args, problems: dict[Path, s
                 with listed(problems, subject.run.path):
                     fits, jobs = prepare(subject, step, Path(folder, f"{n}.npz"))
                 subject.forget()
-                with held_back(*UNHEEDED):
+                with signals_postponed(*UNHEEDED):
                     pending |= {executor.submit(probe, *job): fits for job in jobs}
                 while len(pending) > 2 * args.cpu_n or n == len(todo) - 1 and pending:
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:

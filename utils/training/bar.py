@@ -9,7 +9,7 @@ from utils.distributed import duration, progress
 from utils.names import what_differs
 from utils.runs import Run
 
-FORMAT = "{percentage:3.0f}%|{bar:16}| {desc} · {left}"
+FORMAT = "{percentage:3.0f}%|{bar:16}| {desc} · {remaining} left"
 
 
 class GridBar:

@@ -15,7 +15,7 @@ from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
-from utils.locks import Held, left_to, remove_abandoned
+from utils.locks import Held, note_held
 from utils.runs import Run
 from utils.training.bar import GridBar
 from utils.training.saving import Interrupted, Signals
@@ -168,8 +168,6 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 
     Raises UserError if a folder cannot be written or holds another configuration, or if weights are damaged.
     """
-    for batch in {run.path.parent for run in runs}:
-        remove_abandoned(batch)
     for run in runs:
         run.check(overwrite)
     todo = [r for r in runs if overwrite or r.status not in ("finished", "failed")]
@@ -257,7 +255,7 @@ def report(problems: list[Problem], runs: list[Run], single: bool, overwrite: bo
     if not single:
         for e in errors:
             if isinstance(e, Held):
-                left_to(e)
+                note_held(e)
         errors = [e for e in errors if not isinstance(e, Held)]
     lines = [str(e) for e in errors]
     lines += [
