@@ -22,99 +22,76 @@ def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     parser.add_argument("--run_batch_name", required=True, help="the batch: a folder of runs under --runs_dir")
-    steps = parser.add_argument_group("steps (default: step 1)")
-    steps.add_argument("--all", action="store_true", help="steps 1 to 4, those included that need the classifier")
-    steps.add_argument("--get_mi_cal_acc", action="store_true", help="step 3: simple classifiers on the latents")
-    steps.add_argument("--recons_acc", action="store_true", help="step 4: classifier accuracy on reconstructions")
-    steps.add_argument("--pca", action="store_true", help="write 3 principal components of the means of y to pca.npz")
-    steps.add_argument(
-        "--latents",
-        nargs="+",
-        choices=("train", "test"),
-        default=[],
-        help="write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz",
-    )
+    flag = parser.add_argument_group("steps (default: step 1)").add_argument
+    switch = partial(flag, action="store_true")
+    switch("--all", help="steps 1 to 4, those included that need the classifier")
+    switch("--get_mi_cal_acc", help="step 3: simple classifiers on the latents")
+    switch("--recons_acc", help="step 4: classifier accuracy on reconstructions")
+    switch("--pca", help="write 3 principal components of the means of y to pca.npz")
+    text = "write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz"
+    flag("--latents", nargs="+", choices=("train", "test"), default=[], help=text)
     add_bench_flags(parser)
-    group = parser.add_argument_group("step 1")
-    group.add_argument(
-        "--with_classifier",
-        action="store_true",
-        help="compute the inception score; where the Inception weights are missing, fid_classifier instead of fid",
-    )
-    group.add_argument("--exclude_mi", action="store_true", help="leave the mutual information to step 2")
-    group.add_argument("--exclude_fid", action="store_true", help="skip fid and fid_classifier")
-    group.add_argument(
-        "--n_samples",
-        type=partial(whole, least=10, most=10**7),
-        default=10_000,
-        help="samples per model for IS and FID (default: 10000)",
-    )
-    group.add_argument(
-        "--iw_samples",
-        type=partial(whole, most=10**6),
-        help="also compute the importance-weighted ll, with this number of posterior samples per image",
-    )
-    group = parser.add_argument_group("step 3")
-    group.add_argument(
-        "--cpu_n", type=partial(whole, most=1000), default=1, help="worker processes, one thread each (default: 1)"
-    )
-    group.add_argument(
-        "--probe_protocol",
-        choices=("train", "paper"),
-        default="train",
-        help="train: on standardised latents of training images, test on all test images (default); paper: train on "
-        "80 %% of the test images' posterior means, test on the rest; results in columns *_paper",
-    )
-    group.add_argument(
-        "--probe_images",
-        type=partial(whole, least=10, most=10**7),
-        default=10_000,
-        help="training images for the simple classifiers, at most (default: 10000)",
-    )
+    flag = parser.add_argument_group("step 1").add_argument
+    switch, number = partial(flag, action="store_true"), partial(whole, least=10, most=10**7)
+    text = "compute the inception score; where the Inception weights are missing, fid_classifier instead of fid"
+    switch("--with_classifier", help=text)
+    switch("--exclude_mi", help="leave the mutual information to step 2")
+    switch("--exclude_fid", help="skip fid and fid_classifier")
+    flag("--n_samples", type=number, default=10_000, help="samples per model for IS and FID (default: 10000)")
+    text = "also compute the importance-weighted ll, with this number of posterior samples per image"
+    flag("--iw_samples", type=partial(whole, most=10**6), help=text)
+    flag = parser.add_argument_group("step 3").add_argument
+    text = "worker processes, one thread each (default: 1)"
+    flag("--cpu_n", type=partial(whole, most=1000), default=1, help=text)
+    text = "train: on standardised latents of training images, test on all test images (default); paper: train on "
+    text += "80 %% of the test images' posterior means, test on the rest; results in columns *_paper"
+    flag("--probe_protocol", choices=("train", "paper"), default="train", help=text)
+    text = "training images for the simple classifiers, at most (default: 10000)"
+    flag("--probe_images", type=number, default=10_000, help=text)
     args = parser.parse(argv)
     args.with_classifier |= args.all
     return args
 
 
-def wanted_steps(args) -> list[str]:
-    """Names of the steps that the flags select."""
-    from utils.evaluation.steps import MI_STEPS
-
+def step_names(args) -> list[str]:
+    """The steps that the flags select, of which some may not be possible."""
     probes = "probes_paper" if args.probe_protocol == "paper" else "probes"
-    asked = [(args.all or args.get_mi_cal_acc, probes), (args.all or args.recons_acc, "recons"), (args.pca, "pca")]
-    asked += [(split in args.latents, f"latents_{split}") for split in ("train", "test")]
-    later = [name for wanted, name in asked if wanted]
-    if later and not args.all:
-        return later
-    names = ["rates", "units", *["iw"] * bool(args.iw_samples), *["is"] * args.with_classifier]
-    return names + ["frechet"] * (not args.exclude_fid) + ([] if args.exclude_mi else MI_STEPS) + later
+    later = {"recons": args.all or args.recons_acc, "pca": args.pca}
+    later |= {f"latents_{split}": split in args.latents for split in ("train", "test")}
+    later[probes] = args.all or args.get_mi_cal_acc
+    first = {"rates": True, "units": True, "iw": args.iw_samples, "is": args.with_classifier}
+    first |= dict.fromkeys(("fid", "fid_classifier"), not args.exclude_fid)
+    first |= dict.fromkeys(("mi_z", "mi_y", "mi_p"), not args.exclude_mi)
+    chosen = first | later if args.all or not any(later.values()) else later
+    return [name for name, flag in chosen.items() if flag]
 
 
 def main(argv=None) -> int:
     """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
-    args.device = prepare(args.device, args.threads)
-    from utils.evaluation.batch import find_runs, finish, gather, open_subjects, require_classifiers, run_steps
-    from utils.evaluation.steps import choose
-    from utils.evaluation.subject import Bench
+    device = prepare(args.device, args.threads)
+    from utils.evaluation.batch import evaluate, find_runs, gather, report
+    from utils.evaluation.evaluation import SETTINGS, Evaluation
+    from utils.evaluation.steps import possible
 
-    (runs, problems), steps = find_runs(args.runs_dir, args.run_batch_name), wanted_steps(args)
-    bench = Bench.of(args)
-    n = len(runs) + len(problems)
+    batch = args.runs_dir, args.run_batch_name
+    runs, problems = find_runs(*batch)
+    evaluation = Evaluation(**{k: v for k, v in vars(args).items() if k in SETTINGS} | {"device": device})
+    steps = possible(step_names(args), evaluation)
     if is_first():
-        print(f"{n} runs of {args.run_batch_name}; steps: {', '.join(steps)}; on {args.device}", flush=True)
-    mine, problems = share(runs), problems if is_first() else {}
-    n = len(mine) + len(problems)
-    subjects = open_subjects(mine, bench, problems)
-    steps = [chosen for chosen in (choose(name, bench) for name in steps) if chosen is not None]
-    require_classifiers(subjects, steps)
+        n, names = len(runs) + len(problems), ", ".join(step.name for step in steps)
+        print(f"{n} runs of {args.run_batch_name}; steps: {names}; on {device}", flush=True)
+    else:
+        problems = {}
+    runs = share(runs)
+    n = len(runs) + len(problems)
     try:
-        run_steps(subjects, steps, args, problems)
-    except KeyboardInterrupt:
-        gather(args.runs_dir, args.run_batch_name)
-        raise
-    wait_for_all()
-    return finish(args.runs_dir, args.run_batch_name, problems, n)
+        evaluate(runs, steps, evaluation, problems)
+        wait_for_all()
+    finally:  # in every process, so that the table is complete whoever is last
+        table = gather(*batch)
+    print(f"\n{n - len(problems)} of {n} runs evaluated: {table}")
+    return report(problems)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@
 This is step 2 of the evaluation; eval_beta_grid.py runs step 1, which must come first.
 """
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from utils.cli import Parser, add_bench_flags
-from utils.distributed import progress, share
-from utils.errors import run_script
+from utils.distributed import share
+from utils.errors import UserError, run_script
 from utils.machine import prepare
 
 
@@ -28,41 +26,34 @@ def parse_args(argv=None):
 def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
-    args.device = prepare(args.device, args.threads)
-    from utils.evaluation.batch import gather
-    from utils.evaluation.subject import Bench, listed
-    from utils.runs import is_cell
+    device = prepare(args.device, args.threads)
+    from utils.evaluation.batch import evaluate, gather, report
+    from utils.evaluation.evaluation import SETTINGS, Evaluation
+    from utils.evaluation.results import read_metrics
+    from utils.evaluation.run import failures_in
+    from utils.evaluation.steps import possible
+    from utils.runs import Run, is_cell
 
-    bench, problems, several = Bench.of(args), {}, len(args.run_path) > 1
-    paths = [p for p in share(args.run_path) if is_cell(p) or not several]  # a shell's * finds figures, too
-    for path in progress(paths, unit="run"):
-        with listed(problems, path) if several else nullcontext():
-            step_2(path, bench, args.force)
+    evaluation = Evaluation(**{k: v for k, v in vars(args).items() if k in SETTINGS} | {"device": device})
+    runs, problems, several = [], {}, len(args.run_path) > 1
+    for path in share(args.run_path):
+        if is_cell(path) or not several:  # a shell's * finds figures, too
+            with failures_in(problems, path):
+                runs.append(Run.open(path))
+    evaluate(runs, possible(("mi_z", "mi_y", "mi_p"), evaluation), evaluation, problems)
+    if problems and not several:
+        raise UserError(*problems.values())
+    for run in runs:
+        if run.path not in problems:
+            if run.config.qz_family == "GumbelSoftmax" and not args.with_classifier:
+                evaluation.note("mi_p, which labels generated images, needs --with_classifier")
+            print(run.path.name)
+            for name, value in read_metrics(run.path).items():
+                if name.startswith("mi_"):
+                    print(f"  {name:16s} {value:8.4f}")
     for folder in dict.fromkeys(path.resolve().parent for path in args.run_path):
         print(f"results in {gather(str(folder.parent), folder.name)}")
-    for problem in problems.values():
-        print(f"failed: {problem}", file=sys.stderr)
-    return 1 if problems else 0
-
-
-def step_2(path: Path, bench, force: bool) -> None:
-    """Estimates and prints the mutual information of one run, on a Bench."""
-    from utils.evaluation.batch import open_subject, run_step
-    from utils.evaluation.steps import MI_STEPS, choose
-    from utils.evaluation.subject import metrics_of
-    from utils.runs import Run
-
-    run = Run.open(path)
-    subject = open_subject(run, bench)
-    for name in MI_STEPS:
-        if choose(name, bench):
-            run_step(subject, name, force)
-    if run.config.qz_family == "GumbelSoftmax" and not bench.with_classifier:
-        bench.note("mi_p, which labels generated images, needs --with_classifier")
-    print(run.path.name)
-    for name, value in metrics_of(run).items():
-        if name.startswith("mi_"):
-            print(f"  {name:16s} {value:8.4f}")
+    return report(problems)
 
 
 if __name__ == "__main__":

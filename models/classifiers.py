@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 from utils.files import digest, load_tensors, read_json
 
 
@@ -24,10 +24,7 @@ class Classifier(nn.Module):
 
 
 class InParts(nn.Module):
-    """Any function of images (B, C, H, W), which on a CPU gets few of them at a time, in channels_last memory.
-
-    That is faster there.
-    """
+    """Any function of images (B, C, H, W), given few at a time in channels_last memory on a CPU: it is faster so."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], part: int = 32):
         super().__init__()
@@ -86,13 +83,6 @@ def build_classifier(config, n_classes: int) -> Classifier:
     return NETWORKS[config.recipe.network](config.image_shape, n_classes)
 
 
-def scheduler(optimizer: torch.optim.Optimizer, recipe, num_epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The recipe's learning rates; to be stepped once an epoch."""
-    if recipe.decay is None:
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_epochs)
-    return torch.optim.lr_scheduler.StepLR(optimizer, 1, recipe.decay)
-
-
 def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
     """Random crops, after zero-padding by `crop` pixels, and random horizontal flips of images (B, C, H, W)."""
     b, _, h, w = x.shape
@@ -130,23 +120,23 @@ def load_classifier(
 ) -> tuple[Classifier, str]:
     """The trained classifier of a Config's data set in eval mode, from its folder or its weights' file; its digest.
 
-    `data` is the digest of a folder's list of files, `how` the command that trains a classifier. Raises UserError when
-    the classifier is missing, unfinished, damaged, or another data set's.
+    `data` is the digest of a folder's list of files, `how` the command that trains it. Raises UserError if it is
+    missing, unfinished, damaged, or another data set's.
     """
     file = path if path.suffix == ".pth" else path / "classifier.pth"
     settings, name = file.with_name("config.json"), config.data_name
     if not file.is_file() or not settings.is_file():
         raise UserError(f"{file}: no trained classifier there; {how} makes one")
-    known, state = read_json(settings), load_tensors(file)
-    if known.get("dataset") != name:
-        raise UserError(f"{file}: labels {known.get('dataset')}, not {name}")
-    if data is not None and known.get("data") != data:
+    stored, state = read_json(settings), load_tensors(file)
+    if stored.get("dataset") != name:
+        raise UserError(f"{file}: labels {stored.get('dataset')}, not {name}")
+    if data is not None and stored.get("data") != data:
         raise UserError(f"{file}: trained on another list of files by the name of {name}; --overwrite trains it anew")
     try:
-        model = build_classifier(config, int(known["n_classes"]))
+        model = build_classifier(config, int(stored["n_classes"]))
         model.load_state_dict(state)
     except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError) as e:
-        raise UserError(f"{file}: does not fit {settings} ({e})") from e
+        raise UserError(f"{file}: does not fit {settings} ({one_line(e)})") from e
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{file}: holds weights that are not finite")
     return evaluator(model, device), digest(file.read_bytes())

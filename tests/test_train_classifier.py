@@ -11,7 +11,7 @@ from models.classifiers import NETWORKS, augmented, evaluator, load_classifier
 from tests.datasets.files import write_cifar10, write_folder, write_svhn
 from tests.scripts import done, refusal
 from utils.config import Config
-from utils.evaluation.subject import Bench
+from utils.evaluation.evaluation import Evaluation
 from utils.files import read_json
 from utils.locks import locked
 
@@ -31,7 +31,7 @@ def test_the_classifier_is_trained_once_a_seed_and_found(script):
     assert f"the classifier is in {folder}/seed_3" in out and out.count("already complete") == 1
     assert (folder / "classifier.pth").read_bytes() == before != (folder / "seed_3/classifier.pth").read_bytes()
     (folder / "seed_4").mkdir()  # unfinished
-    assert len({digest for _, digest in Bench(CPU, "data", "runs").classifiers_of(Config())}) == 2
+    assert len({digest for _, digest in Evaluation(CPU, "data", "runs").classifiers(Config())}) == 2
 
 
 def test_an_interrupted_classifier_continues_to_the_same_bytes(script, monkeypatch):

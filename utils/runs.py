@@ -249,8 +249,9 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
             raise ValueError("not all of them are floating-point tensors")
         model.load_state_dict(translate(state, model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        said = " ".join(str(e).split())[:200]
         raise UserError(
-            f"{path}: the weights do not fit {run.path}/config.json, or are of another version of the code ({e})"
+            f"{path}: the weights do not fit {run.path}/config.json, or are of another version of the code ({said})"
         ) from e
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"{path}: holds weights that are not finite")

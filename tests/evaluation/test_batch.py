@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
 import shutil
 import signal
+import threading
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 import eval_beta_grid
@@ -16,6 +21,8 @@ import train_classifier
 from tests.conftest import start
 from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, rows, runs
 from tests.scripts import done, refusal
+from utils.evaluation.batch import finish, worker_processes
+from utils.evaluation.run import failures_in
 from utils.files import read_json
 
 
@@ -52,8 +59,9 @@ def test_broken_runs_of_every_kind_fail_alone(batch, script):
     shutil.copytree(good, Path("runs/b/same-betas"))
     status, out, err = script(eval_beta_grid.main, *RATES)
     assert status == 1 and f"5 of {5 + len(changes)} runs evaluated" in out
-    failures = [line for line in err.splitlines() if line.startswith("failed: ")]
-    assert len(failures) == len(changes) == sum(any(name in line for line in failures) for name in names.values())
+    failures = err.strip().splitlines()  # a line each
+    assert len(failures) == len(changes) and all(line.startswith("failed: ") for line in failures)
+    assert all(any(name in line for line in failures) for name in names.values())
     table = {row["run"]: row for row in rows()}
     assert len(table) == 5 + len(changes) and sum(row["psnr"] != "" for row in table.values()) == 5
     assert table["same-betas"]["psnr"] == table[good.name]["psnr"]
@@ -87,6 +95,46 @@ def test_a_batch_is_a_folder_of_runs(script):
         for main in (eval_beta_grid.main, plot_eval.main):
             err = refusal(script, main, "--run_batch_name", name, "--device", "cpu")
             assert err.startswith("error: --run_batch_name: must be the name of a folder of runs")
+
+
+def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, script, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, n in (("0", 2), ("1", 4)):
+        monkeypatch.setenv("RANK", rank)
+        assert "2 of 2 runs evaluated" in done(script, eval_beta_grid.main, *RATES)
+        assert sum(row["psnr"] != "" for row in rows()) == n
+
+
+def test_workers_have_jobs_of_the_next_run_before_a_run_is_complete():
+    done, problems = [], {}
+    run = SimpleNamespace(path=Path("run"), record=lambda step, results: done.append(results))
+    job = SimpleNamespace(result=lambda: 1)
+    step = SimpleNamespace(compute=lambda run, *results: len(results))
+    queue = deque((run, step, Path("file"), [job] * n) for n in (0, 5, 3, 1))
+    finish(queue, 4, problems)
+    assert done == [0, 5] and len(queue) == 2 and not problems
+    finish(queue, 0, problems)
+    assert done == [0, 5, 3, 1]
+
+
+def test_an_interruption_ends_workers_at_once_and_leaves_no_hook_behind():
+    hook, begin = threading.excepthook, time.monotonic()
+    with pytest.raises(KeyboardInterrupt), worker_processes(1) as submit:
+        submit(time.sleep, 100)
+        raise KeyboardInterrupt
+    assert threading.excepthook is hook and time.monotonic() - begin < 50
+
+
+def test_a_killed_worker_costs_the_runs_whose_jobs_it_had():
+    problems = {}
+    with worker_processes(1) as submit:
+        with failures_in(problems, Path("failed")):
+            submit(int, "x").result()
+        with failures_in(problems, Path("killed")):
+            submit(os._exit, 1).result()
+        assert submit(len, "next").result() == 4
+    assert "failed: ValueError: " in problems[Path("failed")]
+    assert "killed: a worker process was killed" in problems[Path("killed")]
 
 
 def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):

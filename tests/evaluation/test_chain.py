@@ -25,9 +25,8 @@ from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, four_steps, ro
 from tests.models.test_models import REFERENCE
 from tests.scripts import done, refusal
 from utils.evaluation.batch import gather
-from utils.evaluation.latents import active_by_rate
-from utils.evaluation.metrics import active_units
-from utils.evaluation.per_image import per_image
+from utils.evaluation.rates import active_units, units
+from utils.evaluation.results import per_image
 from utils.files import digest_of, read_json
 from utils.runs import Run, load_model
 
@@ -105,7 +104,7 @@ def test_nothing_is_done_twice_and_all_of_it_at_once_is_the_same(evaluated, scri
     files = [p for p in Path("runs/b").rglob("*") if p.suffix in (".json", ".csv", ".npz")]
     before = {p: p.read_bytes() for p in files}
     with monkeypatch.context() as m:
-        m.setattr("utils.evaluation.batch.record", None)
+        m.setattr("utils.evaluation.run.EvaluatedRun.record", None)
         assert all(script(*step)[0] == 0 for step in four_steps())
     assert {p: p.read_bytes() for p in files} == before
     for path in files:
@@ -182,29 +181,28 @@ def test_every_kind_of_run_goes_through_all_steps_which_leave_each_others_figure
     assert read_json(path / "metrics.json") == before
 
 
-def test_both_protocols_of_the_probes_and_results_from_before(batch, script):
-    """A step of one protocol leaves the other's figures alone; those of old batches are the paper's."""
-    for path in runs()[2:]:
+def test_both_protocols_of_the_probes_and_results_of_an_early_version(batch, script):
+    for path in runs()[1:]:
         shutil.rmtree(path)
     script(eval_beta_grid.main, *RATES)
-    done(script, eval_beta_grid.main, *FAST, "--get_mi_cal_acc", "--probe_protocol", "paper")
-    old = rows()
-    assert all(row["svm_rbf_acc_paper"] and row["mi_lr_lb_y_paper"] and not row["svm_rbf_acc"] for row in old)
-    for p, se in ((float(row["kNN_acc_paper"]), float(row["kNN_acc_paper_se"])) for row in old):
-        assert se == pytest.approx(math.sqrt(p * (1 - p) / 71))
-    later = [name for name in old[0] if name.startswith("lr_ece_null") or name.endswith("_paper_se")]  # had no errors
-    for path in runs():  # as it was written when this was the only protocol
-        metrics = read_json(path / "metrics.json")
-        steps = {"steps": {k: v for k, v in metrics["steps"].items() if "paper" not in k}, "acc_bound": 0.9}
-        metrics = {k.replace("_paper", ""): v for k, v in metrics.items() if k not in later}
-        (path / "metrics.json").write_text(json.dumps(metrics | steps))
-        assert np.isnan(per_image(path)["svm_rbf_acc_paper"]).sum() == 288
-    gather("runs", "b")
-    assert rows() == [row | dict.fromkeys(later, "") for row in old]
+    paper = [*FAST, "--get_mi_cal_acc", "--probe_protocol", "paper"]
+    done(script, eval_beta_grid.main, *paper)
+    (path,), (old,) = runs(), rows()
+    assert old["svm_rbf_acc_paper"] and old["mi_lr_lb_y_paper"] and not old["svm_rbf_acc"]
+    p, se = (float(old[f"kNN_acc_paper{end}"]) for end in ("", "_se"))
+    assert se == pytest.approx(math.sqrt(p * (1 - p) / 71))
+    assert np.isnan(per_image(path)["svm_rbf_acc_paper"]).sum() == 288
     done(script, eval_beta_grid.main, *PROBES)
-    for row, before in zip(rows(), old, strict=True):
-        assert row["svm_rbf_acc_paper"] == before["svm_rbf_acc_paper"] and row["svm_rbf_acc"]
-        assert row["probe_images"] == "500" and row["acc_bound"] == ""
+    (row,) = rows()
+    assert row["svm_rbf_acc_paper"] == old["svm_rbf_acc_paper"] and row["svm_rbf_acc"]
+    assert row["probe_images"] == "500"
+    metrics = read_json(path / "metrics.json")
+    del metrics["probe_images"]  # when the paper's protocol was the only one, and had its names
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    gather("runs", "b")
+    assert rows()[0]["lr_acc_mean"] == rows()[0]["psnr"] == ""
+    done(script, eval_beta_grid.main, *RATES)
+    assert rows()[0]["lr_acc_mean"] == "" and rows()[0]["psnr"] == old["psnr"]
 
 
 def test_the_inception_score_is_averaged_over_classifiers(evaluated, script):
@@ -259,8 +257,8 @@ def test_units_of_rates_that_are_known():
     )
     test = Resident(torch.zeros(300, 1, 1, 1, dtype=torch.uint8), torch.zeros(300), CPU)
     test.batches = lambda size: ((part, None) for part in x.split(size))
-    subject = SimpleNamespace(model=model, test=test, generator=lambda *_: torch.Generator())
-    assert active_by_rate(subject) == {"active_z_rate": 1, "active_y_rate": 3}
+    run = SimpleNamespace(model=model, test=test, generator=lambda *_: torch.Generator())
+    assert units(run) == {"active_z_rate": 1, "active_y_rate": 3}
     assert active_units(model.q_y(model.q_z(x).mean, x).mean.numpy()) == 5
 
 

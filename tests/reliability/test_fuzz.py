@@ -28,7 +28,7 @@ from tests.conftest import in_training
 from tests.datasets.files import write_cifar10, write_mnist, write_svhn
 from utils.config import Config
 from utils.errors import UserError
-from utils.evaluation.subject import metrics_of
+from utils.evaluation.results import read_metrics
 from utils.files import load_tensors, read_arrays, save_tensors, write_json
 from utils.plane.cells import BETAS, read_plane
 from utils.runs import Run, load_model
@@ -193,7 +193,7 @@ def test_metrics_and_training_json(run, cases):
     def check_training(read, *_):
         assert isinstance(read[0], str) and isinstance(read[1].get("train", {}), dict)
 
-    fuzz(run.path / "metrics.json", lambda: metrics_of(run), check_metrics, cases)
+    fuzz(run.path / "metrics.json", lambda: read_metrics(run.path), check_metrics, cases)
     fuzz(run.path / "training.json", lambda: (run.status, run.result), check_training, cases)
 
 

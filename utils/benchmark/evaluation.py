@@ -17,11 +17,10 @@ from models.build import build_model
 from models.classifiers import build_classifier, evaluator
 from utils.benchmark.timing import quartiles
 from utils.config import Config
-from utils.evaluation.batch import run_step
-from utils.evaluation.fits import prepare
-from utils.evaluation.probes import probe
+from utils.evaluation.evaluation import Evaluation
+from utils.evaluation.latents import fits
+from utils.evaluation.run import EvaluatedRun
 from utils.evaluation.steps import STEPS
-from utils.evaluation.subject import Bench, Subject
 from utils.runs import Run
 from utils.training.multi_rate import folded
 from utils.training.schedule import clock
@@ -74,24 +73,25 @@ def seconds_of_cells(config: Config, images: int, cells: int, device: torch.devi
         seconds.setdefault(name, []).append(clock(device) - start)
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(device, folder, folder, n_samples=images)
+        evaluation = Evaluation(device, folder, folder, n_samples=images)
         data = Data(patterns(config, images, device), patterns(config, images, device), CLASSES)
-        bench._data[config.dataset, config.image_shape] = data
-        bench._classifiers[config.data_name] = [(evaluator(build_classifier(config, CLASSES), device), "random")]
+        evaluation.once("data", config, lambda: data)
+        classifier = evaluator(build_classifier(config, CLASSES), device), "random"
+        evaluation.once("classifiers", config, lambda: [classifier])
         for i in tqdm(range(cells), unit="cell", leave=False):
             one = {"beta_y": 0.1 + i / cells, "beta_max_y": None, "beta_max_z": None, "source": "0" * 64}
             run = Run.of(dataclasses.replace(config, **one), folder)
             run.create()
             with timed("unfolding"):
                 run.finish(*folded(model, run, data, device))
-            subject = Subject(run, bench)
+            evaluated = EvaluatedRun(run, evaluation)
             for part, names in PARTS.items():
                 with timed(part):
-                    for name in names:
-                        run_step(subject, name, force=True)
+                    for step in (STEPS[name] for name in names):
+                        evaluated.record(step, step.compute(evaluated))
             with timed("step 3, latents"):
-                _, jobs = prepare(subject, STEPS["probes"], Path(folder, "latents.npz"))
-            for name, (file, key), *how in jobs:
+                jobs = fits(evaluated, Path(folder, "latents.npz"), paper=False)
+            for fit, name, file, key, *how in jobs:
                 with timed(f"step 3, {name} on {key}"):
-                    probe(name, (file, key), *how)
+                    fit(name, file, key, *how)
     return seconds

@@ -1,4 +1,4 @@
-"""Mutual information between latents and labels, and the bound on accuracy that it implies; all in nats."""
+"""The steps of the evaluation that estimate the information of latents on labels, and how; all of it in nats."""
 
 import math
 from typing import NamedTuple
@@ -8,14 +8,74 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from models.latents import Gaussian
+from utils.evaluation.evaluation import BATCH
 from utils.evaluation.probes import entropy
+from utils.evaluation.run import EvaluatedRun
 
 ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
 FAR = -1e300  # the log of a density that does not count; unlike -inf, it can be subtracted from itself
 
 
+def mi_z(run: EvaluatedRun) -> dict[str, float]:
+    """Mutual information between z and the label."""
+    labels, device, latents = run.latents["labels"], run.evaluation.device, run.latents
+    if run.model.z_shape == (0,):
+        run.evaluation.note(f"{run.config.vae_type} has no z: metrics of z are left empty")
+        return {}
+    rate = run.metrics["kl_z"], run.metrics.get("kl_z_se", 0.0)
+    if run.model.family is Gaussian:
+        means, stds = (torch.from_numpy(latents[k]).to(device).flatten(1) for k in ("qz_mu", "qz_std"))
+        z = means + stds * torch.randn(means.shape, generator=run.generator("mi_z"), device=device)
+        mi = gaussian_mi(z, means[:, None], stds[:, None], torch.from_numpy(labels).to(device))
+        results = _estimate("", mi, rate[0], len(labels))
+        high, se = upper_end(labels, rate, (mi.upper, mi.upper_se))
+    else:
+        q = latents["qz_mu"]
+        results = {"mi_q": discrete_mi(q.argmax(1), labels)}
+        high, se = upper_end(labels, rate, (channel_mi(q, labels), 0.0))
+    return {**results, "mi_z_high": high, "mi_z_high_se": se, "acc_bound": accuracy_bound(high, labels)}
+
+
+@torch.no_grad()
+def mi_y(run: EvaluatedRun) -> dict[str, float]:
+    """Mutual information between y and the label; q(y|x) = E_q(z|x) q(y|z,x) is averaged over samples of z."""
+    model, g, n, batches = run.model, run.generator("mi_y"), run.evaluation.y_samples, []
+    for x, label in run.test.batches(BATCH):
+        q_z = model.q_z(x)
+        mixture = [model.q_y(q_z.sample(model.noise(len(x), g).z), x) for _ in range(n)]
+        sample = mixture[0].sample(model.noise(len(x), g).y).flatten(1)
+        means = torch.stack([q.mean.flatten(1) for q in mixture], 1)
+        stds = torch.stack([q.std.flatten(1) for q in mixture], 1)
+        batches.append((sample, means, stds, label))
+    samples, means, stds, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    mi, labels = gaussian_mi(samples, means, stds, labels), labels.cpu().numpy()
+    metrics = run.metrics  # I(y; label) <= I(z, y; x) <= R(z) + R(y|z)
+    rate = metrics["kl_z"] + metrics["kl_y"]
+    rate_se = math.hypot(metrics.get("kl_z_se", 0.0), metrics.get("kl_y_se", 0.0))
+    high, se = upper_end(labels, (rate, rate_se), (mi.upper, mi.upper_se))
+    return {**_estimate("_y", mi, rate, len(labels)), "y_samples": n, "mi_y_high": high, "mi_y_high_se": se}
+
+
+@torch.no_grad()
+def mi_p(run: EvaluatedRun) -> dict[str, float]:
+    """Mutual information between a categorical z and the first classifier's label of 1000 samples per category."""
+    if run.model.family is Gaussian or not (classifiers := run.evaluation.classifiers(run.config)):
+        return {}
+    net, g, labels = classifiers[0][0], run.generator("mi_p"), []
+    z = torch.eye(run.config.z_dims, device=run.evaluation.device).repeat_interleave(1000, 0)
+    for part in z.split(BATCH):
+        labels.append(net(run.model.sample(z=part, generator=g)).argmax(1).cpu())
+    return {"mi_p": discrete_mi(z.argmax(1).cpu().numpy(), torch.cat(labels).numpy())}
+
+
+def _estimate(ending: str, mi: "MutualInformation", rate: float, n: int) -> dict[str, float]:
+    name, saturated = f"mi_q_mc{ending}", int(mi.is_saturated(rate, n))
+    return {name: mi.mi, f"{name}_se": mi.se, f"{name}_null": mi.null, f"{name}_saturated": saturated}
+
+
 class MutualInformation(NamedTuple):
-    """An estimate, its Monte-Carlo standard error, the same for shuffled labels; an upper bound, its standard error."""
+    """An estimate, its standard error, the same for shuffled labels; an upper bound, its standard error."""
 
     mi: float
     se: float
@@ -24,23 +84,20 @@ class MutualInformation(NamedTuple):
     upper_se: float
 
     def is_saturated(self, rate: float, n: int) -> bool:
-        """Whether the estimate from n images measures how narrow the posteriors are, rather than information.
+        """Whether the estimate from n images measures how narrow posteriors are: the null is as large, or the rate.
 
-        So it is where shuffled labels give as much as its own do, to 3 standard errors, or where the rate in nats
-        comes within 2 of ln n, the most that n images can tell apart.
+        To 3 standard errors; a rate that comes within 2 nats of ln n, the most that n images can tell apart.
         """
         return self.mi > 3 * self.se and self.mi - self.null <= 3 * self.se or rate > math.log(n) - 2
 
 
 def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
-    """Monte-Carlo estimate of I_q(latent; label): the mean over images i of log q(s_i | label_i) - log q(s_i).
+    """I_q(latent; label) from a sample (N, d) of each posterior: the mean of log q(s_i | label_i) - log q(s_i).
 
-    `samples` (N, d) has one sample of each image's posterior. `means` and `stds` (N, S, d) are the posteriors, each
-    a mixture of S Gaussians; `labels` is (N,). q(s | l) is the average posterior of class l, q(s) that of all images.
-    Both include the image's own posterior, so narrow posteriors give H(label) for any labels: compare with `null`.
-    Of `upper`, q(s) leaves the own posterior out: by Jensen's inequality, the expectation of the class's term is then
-    too large and that of the total too small, if anything, and their difference bounds the information from above
-    (leave-one-out bound; Poole 2019, eq. 14). Infinite for a single image.
+    `means` and `stds` (N, S, d) are the posteriors, each a mixture of S Gaussians; `labels` is (N,). q(s | l) is the
+    average posterior of class l, q(s) that of all images, both with the image's own, so narrow posteriors give H(label)
+    for any labels: compare with `null`. Of `upper`, q(s) leaves the own posterior out: the information is then bounded
+    from above in expectation (Poole 2019, eq. 14). Infinite for a single image.
     """
     n = len(labels)
     shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(labels.device)]
@@ -63,8 +120,7 @@ def upper_end(labels: np.ndarray, *bounds: tuple[float, float]) -> tuple[float, 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
     """Log of the sum of posterior densities at each sample: over all images, its class in each labelling, the others.
 
-    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 2 + number of labellings), float64; the last
-    column leaves the image's own posterior out.
+    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 2 + number of labellings), float64.
     log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] is one matrix product, which
     needs centred float64: in float32, the error is 10 nats at a std of 1e-3.
     """
@@ -113,32 +169,21 @@ def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
     return log_p.sum(2).logsumexp(1) - math.log(means.shape[1])
 
 
-def discrete_entropy(counts: np.ndarray) -> float:
-    """Entropy of the distribution proportional to the counts (K,)."""
-    p = counts[counts > 0] / counts.sum()
-    return max(0.0, float(-(p * np.log(p)).sum()))
-
-
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
     """Mutual information of two discrete variables from their joint counts; a, b (N,) are integers >= 0."""
-    joint = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(joint, (a, b), 1)
-    return _mi(joint)
+    return channel_mi(np.eye(b.max() + 1)[b], a)
 
 
 def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
-    """Mutual information of labels (N,) and a category drawn from its probabilities (N, C) for each image.
-
-    At most too large in expectation, as it is convex in the classes' average probabilities.
-    """
+    """Mutual information of labels (N,) and categories of probabilities (N, C); at most too large in expectation."""
     joint = np.zeros((labels.max() + 1, q.shape[1]))
     np.add.at(joint, labels, q.astype(np.float64))
-    return _mi(joint)
 
+    def entropy(counts: np.ndarray) -> float:
+        p = counts[counts > 0] / counts.sum()
+        return max(0.0, float(-(p * np.log(p)).sum()))
 
-def _mi(joint: np.ndarray) -> float:
-    separate = discrete_entropy(joint.sum(1)) + discrete_entropy(joint.sum(0))
-    return max(0.0, separate - discrete_entropy(joint.ravel()))
+    return max(0.0, entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint.ravel()))
 
 
 def accuracy_bound(mi: float, labels: np.ndarray) -> float:

@@ -1,60 +1,104 @@
-"""What each unit of z and y holds, and the export of the latents."""
+"""The steps of the evaluation that are about latents: probes of them, their principal components, their export."""
+
+import itertools
+import math
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datasets.loading import memory
 from models.latents import Gaussian
 from utils.errors import UserError
-from utils.evaluation.subject import BATCH, Subject
-from utils.files import npz
-
-ACTIVE = 0.01  # nats: the rate from which a unit counts as active
-
-
-@torch.no_grad()
-def active_by_rate(s: Subject) -> dict[str, int]:
-    """Units whose own rate exceeds 0.01 nats on average over the test images: of y, what they add to what z tells.
-
-    KL[q(z_i|x) || p(z_i)] and KL[q(y_i|z,x) || p(y_i|z)], z from q(z|x); they add up to R(z) and R(y|z). A categorical
-    z is one unit.
-    """
-    g, of_z, of_y = s.generator("units"), 0.0, 0.0
-    for x, _ in s.test.batches(BATCH):
-        q_z, noise = s.model.q_z(x), s.model.noise(len(x), g)
-        z = q_z.sample(noise.z)
-        of_z += q_z.rate_of_units().double().sum(0)
-        of_y += s.model.q_y(z, x).kl_of_units(s.model.p_y(z)).double().sum(0)
-    n = len(s.test)
-    return {"active_z_rate": int((of_z / n > ACTIVE).sum()), "active_y_rate": int((of_y / n > ACTIVE).sum())}
+from utils.evaluation.evaluation import BATCH
+from utils.evaluation.metrics import TAILS, TAILS_PAPER
+from utils.evaluation.probes import PROBES, Scores, fit_stored
+from utils.evaluation.run import EvaluatedRun, on_all_images
+from utils.files import npz, write_atomic
 
 
 @torch.no_grad()
-def export(s: Subject, split: str) -> dict[str, bytes]:
-    """The latents of a split's N images, in the data set's order, as latents_<split>.npz.
+def probe_latents(run: EvaluatedRun) -> dict[str, np.ndarray]:
+    """Means and samples of z and y, and labels, of test images and (`_train`) a fixed choice of training images."""
+    data, most = run.evaluation.data(run.config), run.evaluation.probe_images
+    model, g = run.model, run.generator("probes")
 
-    `index` and `label` (N,); `z_mean`, `z_std` of q(z|x) (N, *z_shape), `y_mean`, `y_std` of q(y|z,x) at the mode of
-    q(z|x) (N, *y_shape); `z_sample`, `y_sample`: one joint sample of q(z|x) q(y|z,x). Of a categorical z, `z_mean` has
-    the probabilities, and there is no `z_std`; of images without labels, no `label`. Raises UserError if they do not
-    fit into the memory.
-    """
-    data, model, g = s.bench.data(s.config), s.model, s.generator("latents", split)
-    images = getattr(data, split)
-    needs, has = 24 * len(images) * (np.prod(model.z_shape) + np.prod(model.y_shape)), memory()
-    if needs > has:
-        raise UserError(f"--latents {split}: needs {int(needs):,} bytes of memory, this machine has {has:,}")
-    parts = {}
-    for x, label in images.batches(BATCH):
+    def of_batch(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
         q_z, noise = model.q_z(x), model.noise(len(x), g)
         z = q_z.sample(noise.z)
-        q_y = model.q_y(q_z.mode, x)
-        found = {"label": label, "z_mean": q_z.mean, "z_sample": z, "y_mean": q_y.mean, "y_std": q_y.std}
-        found["y_sample"] = model.q_y(z, x).sample(noise.y)
-        if isinstance(q_z, Gaussian):
-            found["z_std"] = q_z.std
-        for name, value in found.items():
-            parts.setdefault(name, []).append(value.cpu())
-    if not data.labelled:
-        del parts["label"]
-    arrays = {name: torch.cat(values).numpy() for name, values in parts.items()}
+        values = {"z": z, "y": model.q_y(z, x).sample(noise.y)}
+        if label is None:
+            return values
+        means = {"qz_mu": q_z.mean, "qy_mu": model.q_y(q_z.mode, x).mean, "labels": label}
+        return {f"{name}_train": value for name, value in (values | means).items()}
+
+    arrays = {name: run.latents[name] for name in ("qz_mu", "qy_mu", "labels")}
+    arrays |= on_all_images(of_batch(x, None) for x, _ in data.test.batches(BATCH))
+    batches = itertools.islice(data.train.batches(BATCH, (0, 0)), math.ceil(most / BATCH))
+    of_training = on_all_images(of_batch(*batch) for batch in batches)
+    return arrays | {name: values[:most] for name, values in of_training.items()}
+
+
+def fits(run: EvaluatedRun, file: Path, paper: bool) -> list[tuple]:
+    """The fits of all probes, by the paper's protocol or this project's, to latents that are written to a file."""
+    arrays, tails = (run.latents, TAILS_PAPER) if paper else (probe_latents(run), TAILS)
+    write_atomic(file, npz(arrays))
+    keys = [key for key in tails if arrays[key].size]
+    return [(fit_stored, name, file, key, tails[key]) for key in keys for name in PROBES]
+
+
+def scores(run: EvaluatedRun, *fitted: Scores, file: str) -> dict:
+    """All metrics of the fits, and the terms of their images as a file's content; a note if some could not be made."""
+    if not all(metrics for metrics, _ in fitted):
+        run.evaluation.note(f"{run.path.name}: too few images, or one class only, to train a classifier on")
+    terms = {name: values for _, terms in fitted for name, values in terms.items()}
+    metrics = {name: value for metrics, _ in fitted for name, value in metrics.items()}
+    return {**metrics, file: npz(dict(sorted(terms.items())))}
+
+
+def pca(run: EvaluatedRun) -> dict:
+    """The first three principal components of the posterior means of y, in pca.npz."""
+    from sklearn.decomposition import PCA
+
+    labels = run.latents["labels"]
+    y = run.latents["qy_mu"].reshape(len(labels), -1)
+    fitted = PCA(min(3, *y.shape), random_state=0).fit(y)
+    arrays = {
+        "projections": fitted.transform(y).astype(np.float32),
+        "components": fitted.components_.astype(np.float32),
+        "explained_variance_ratio": fitted.explained_variance_ratio_,
+        "labels": labels,
+    }
+    return {"pca_explained": float(fitted.explained_variance_ratio_.sum()), "pca.npz": npz(arrays)}
+
+
+@torch.no_grad()
+def export(run: EvaluatedRun, split: str) -> dict[str, bytes]:
+    """The latents of a split's N images, in the data set's order, as latents_<split>.npz.
+
+    `index`, `label` (N,); `z_mean`, `z_std` of q(z|x) (N, *z_shape); `y_mean`, `y_std` of q(y|z,x) at the mode of
+    q(z|x) (N, *y_shape); `z_sample`, `y_sample`: one joint sample. A categorical z has probabilities as means, and no
+    stds; without labels there is no `label`. Raises UserError if they do not fit into the memory.
+    """
+    data, model, g = run.evaluation.data(run.config), run.model, run.generator("latents", split)
+    images = getattr(data, split)
+    needed, free = 24 * len(images) * (np.prod(model.z_shape) + np.prod(model.y_shape)), memory()
+    if needed > free:
+        raise UserError(f"--latents {split}: needs {int(needed):,} bytes of memory, this machine has {free:,}")
+
+    def of_batch(x: Tensor, label: Tensor) -> dict[str, Tensor | None]:
+        q_z, noise = model.q_z(x), model.noise(len(x), g)
+        q_y, z = model.q_y(q_z.mode, x), q_z.sample(noise.z)
+        return {
+            "label": label if data.labelled else None,
+            "z_mean": q_z.mean,
+            "z_sample": z,
+            "y_mean": q_y.mean,
+            "y_std": q_y.std,
+            "y_sample": model.q_y(z, x).sample(noise.y),
+            "z_std": q_z.std if isinstance(q_z, Gaussian) else None,
+        }
+
+    arrays = on_all_images(of_batch(*batch) for batch in images.batches(BATCH))
     return {f"latents_{split}.npz": npz({"index": np.arange(len(images)), **arrays})}

@@ -1,98 +1,136 @@
-"""Metrics: active units, importance-weighted likelihood, inception score, Frechet distance."""
+"""The metrics: a line for each, from which columns, labels, units and the rows of docs/metrics.md follow.
 
-import math
+A new metric is a line here, among those of its step, and the code of the step that computes it.
+"""
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-
-def active_units(means: np.ndarray) -> int:
-    """Latent dimensions whose posterior mean varies over the images by more than 0.01 (Burda 2016); means (N, ...)."""
-    flat = means.reshape(len(means), -1)
-    return int((flat.var(axis=0, dtype=np.float64) > 0.01).sum()) if flat.size else 0
+from itertools import groupby
+from typing import NamedTuple
 
 
-@torch.no_grad()
-def importance_weighted_ll(model: nn.Module, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Importance-weighted lower bound on log p(x), nats (B,), from `samples` samples of (z, y) (IWAE, Burda 2016)."""
-    q_z, weights = model.q_z(x), []
-    for _ in range(samples):
-        noise = model.noise(len(x), generator)
-        z = q_z.sample(noise.z)
-        q_y = model.q_y(z, x)
-        y = q_y.sample(noise.y)
-        log_p = model.p_x(y).log_prob(x) + model.p_y(z).log_prob(y) + model.family.prior_log_prob(z)
-        weights.append((log_p - q_z.log_prob(z) - q_y.log_prob(y)).double())
-    return torch.stack(weights).logsumexp(0) - math.log(samples)
+class Metric(NamedTuple):
+    """A metric: its name, the steps that compute it, its label and unit, and how to read it.
 
-
-def inception_score(log_p: Tensor, splits: int = 5) -> dict[str, float]:
-    """Inception score from a classifier's log-probabilities (N, K) of samples: mean and std over the splits.
-
-    Per split, IS = exp(mean KL[p(l|x) || p(l)]) = diversity x sharpness, where diversity = exp(H[p(l)]) and
-    sharpness = exp(-mean H[p(l|x)]); their means over the splits are returned as well.
+    `better`: whether higher (+1) or lower (-1) values are (0: neither). `mixes`: whether a mixture of two models, each
+    used for a share of the images, has the mean of their values. PSNR has not; it is the squared error that has.
+    `endings` name further columns. A metric `of_latents` has a column for each latent that its step tests.
     """
-    log_p = log_p.double()
-    scores, diversities, sharpnesses = [], [], []
-    for part in log_p.tensor_split(splits):
-        p = part.exp()
-        marginal = p.mean(0)
-        diversity = torch.special.entr(marginal).sum()
-        sharpness = torch.special.xlogy(p, p).sum(1).mean()
-        diversities.append(diversity.exp().item())
-        sharpnesses.append(sharpness.exp().item())
-        scores.append((diversity + sharpness).exp().item())
-    return {
-        "is_mean": float(np.mean(scores)),
-        "is_std": float(np.std(scores)),
-        "is_div": float(np.mean(diversities)),
-        "is_sharp": float(np.mean(sharpnesses)),
-    }
+
+    name: str
+    steps: str  # separated by a space; none if plot_eval.py computes it
+    label: str
+    unit: str = ""
+    better: int = 0
+    mixes: bool = False
+    endings: tuple[str, ...] = ()
+    of_latents: bool = False
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray, most: int = 10_000) -> tuple[float, float]:
-    """Kernel distance (KID; Binkowski 2018) of features (N, F) and (M, F), of at most `most` each; its standard error.
+SE = ("_se",)
+DISTANCE = ("_se", "_floor", "_features", "_samples")
+ESTIMATE = ("_se", "_null", "_saturated")
+BOTH = "probes probes_paper"
+TAILS = {"qz_mu": "", "qy_mu": "_y", "z": "_sample", "y": "_sample_y"}  # of columns, by the key of the latents
+TAILS_PAPER = {"qz_mu": "_paper", "qy_mu": "_y_paper"}
+_TABLE = (
+    Metric("loss", "rates", "loss at the cell's own betas", "nats", 0, True, SE),
+    Metric("ll", "rates", "log-likelihood", "nats", 1, True, SE),
+    Metric("kl_y", "rates", "R(y|z)", "nats", endings=SE),
+    Metric("kl_z", "rates", "R(z)", "nats", endings=SE),
+    Metric("D", "rates", "distortion D", "nats", -1, True, SE),
+    Metric("D_floor", "rates", "least possible D", "nats"),
+    Metric("D_above_floor", "rates", "D above its least", "nats", -1, True, SE),
+    Metric("bpd", "rates", "bits per dimension", "bits", -1, True, SE),
+    Metric("active_z", "rates", "active units of z"),
+    Metric("active_y", "rates", "active units of y"),
+    Metric("psnr", "rates", "PSNR", "dB", 1, True, SE),
+    Metric("active_z_rate", "units", "units of z with a rate"),
+    Metric("active_y_rate", "units", "units of y with a rate"),
+    Metric("ll_iw", "iw", "importance-weighted ll", "nats", 1, True, SE),
+    Metric("iw_samples", "iw", "samples behind the importance-weighted ll"),
+    Metric("is_mean", "is", "inception score", "", 1, endings=SE),
+    Metric("is_std", "is", "inception score, spread over splits"),
+    Metric("is_div", "is", "diversity of samples", "", 1),
+    Metric("is_sharp", "is", "sharpness of samples", "", 1),
+    Metric("n_classifiers", "is", "classifiers behind the inception score"),
+    Metric("n_samples", "is", "samples behind the inception score"),
+    Metric("fid", "fid", "FID", "", -1, endings=DISTANCE),
+    Metric("kid", "fid", "KID", "", -1, endings=SE),
+    Metric("fid_classifier", "fid_classifier", "Frechet distance (classifier)", "", -1, endings=DISTANCE),
+    Metric("kid_classifier", "fid_classifier", "KID (classifier)", "", -1, endings=SE),
+    Metric("mi_q_mc", "mi_z", "I(z; label)", "nats", 1, endings=ESTIMATE),
+    Metric("mi_q", "mi_z", "I(z; label)", "nats", 1),
+    Metric("mi_z_high", "mi_z", "I(z; label), at most", "nats", 1, endings=SE),
+    Metric("acc_bound", "mi_z", "bound on accuracy from z", "", 1),
+    Metric("mi_p", "mi_p", "I(z; generated label)", "nats", 1),
+    Metric("mi_q_mc_y", "mi_y", "I(y; label)", "nats", 1, endings=ESTIMATE),
+    Metric("y_samples", "mi_y", "samples of z behind I(y; label)"),
+    Metric("mi_y_high", "mi_y", "I(y; label), at most", "nats", 1, endings=SE),
+    Metric("mi_z_low", "probes", "I(z; label), at least", "nats", 1, True, SE),
+    Metric("mi_y_low", "probes", "I(y; label), at least", "nats", 1, True, SE),
+    Metric("lr_acc_mean", BOTH, "logistic regression on z", "", 1, True, SE, True),
+    Metric("svm_rbf_acc", BOTH, "SVM (rbf) on z", "", 1, True, SE, True),
+    Metric("svm_linear_acc", BOTH, "SVM (linear) on z", "", 1, True, SE, True),
+    Metric("kNN_acc", BOTH, "5-NN on z", "", 1, True, SE, True),
+    Metric("lr_nll", BOTH, "log loss on z", "nats", -1, True, SE, True),
+    Metric("lr_ece", BOTH, "calibration error on z", "", -1, of_latents=True),
+    Metric("lr_ece_null", BOTH, "calibration error on z if it were 0", of_latents=True),
+    Metric("lr_acc_std", "probes_paper", "spread of logistic regression on z over seeds", of_latents=True),
+    Metric("mi_lr_lb", "probes_paper", "H(label) - log loss on means of z", "nats", of_latents=True),
+    Metric("probe_images", "probes", "training images of the probes"),
+    Metric("recons_acc", "recons", "accuracy on reconstructions", "", 1, True, SE),
+    Metric("recons_pred_entropy", "recons", "entropy of the prediction", "nats", 0, True, SE),
+    Metric("clsfr_acc", "recons", "classifier's accuracy on test images", endings=SE),
+    Metric("clsfr_ece", "recons", "classifier's calibration error", "", -1),
+    Metric("clsfr_ece_null", "recons", "classifier's calibration error if it were 0"),
+    Metric("pca_explained", "pca", "variance of y in three principal components"),
+    Metric("nelbo", "", "loss at betas 1, D + R", "nats", -1, True),
+    Metric("rate", "", "R(z) + R(y|z)", "nats"),
+)
+METRICS = {m.name: m for m in _TABLE}
+DERIVED = {  # the labels of derived columns, by their endings
+    "_se": "standard error of {}".format,
+    "_null": lambda label: label.replace("label", "shuffled label"),
+    "_saturated": "whether the estimate of {} is saturated".format,
+    "_floor": "{} of training images".format,
+    "_features": "network behind {}".format,
+    "_samples": "samples behind {}".format,
+}
 
-    The squared maximum mean discrepancy with the kernel (x . y / F + 1)^3, without bias: 0 on average for features of
-    one distribution. The standard error is to first order, from the terms of the images.
-    """
-    a, b = (t[:most].astype(np.float64) for t in (a, b))
-    if min(len(a), len(b)) < 2:
-        return math.nan, math.nan
 
-    def sums(u, v):  # of the kernel, for each of u over v, for each of v over u
-        rows, columns = [], 0
-        for part in np.array_split(u, 1 + len(u) // 1000):
-            k = part @ v.T / v.shape[1] + 1
-            k *= k * k  # a power is several times slower
-            rows.append(k.sum(1))
-            columns += k.sum(0)
-        return np.concatenate(rows), columns
-
-    def among(u):  # the mean of the kernel over the others, for each of u
-        return (sums(u, u)[0] - ((u**2).mean(1) + 1) ** 3) / (len(u) - 1)
-
-    of_a, of_b = sums(a, b)
-    of_a, of_b = among(a) - of_a / len(b), among(b) - of_b / len(a)
-    variance = 4 * (of_a.var(ddof=1) / len(a) + of_b.var(ddof=1) / len(b))
-    return float(of_a.mean() + of_b.mean()), math.sqrt(variance)
+def columns_of(step: str) -> list[str]:
+    """The columns that a step fills, in the order of eval_results.csv."""
+    columns, of_step = [], [m for m in _TABLE if step in m.steps.split()]
+    tails = TAILS_PAPER if step == "probes_paper" else TAILS
+    for (of_latents, *_), kind in groupby(of_step, lambda m: (m.of_latents, m.endings, m.steps)):
+        names = [(m.name, end) for m in kind for end in ("", *m.endings)]
+        columns += [name + tail + end for tail in (tails.values() if of_latents else [""]) for name, end in names]
+    return columns
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, (N, F) and (M, F) (Heusel 2017).
+def metric(column: str) -> Metric:
+    """The Metric of a column; that of a derived column follows from its base's."""
+    if column in METRICS:
+        return METRICS[column]
+    if column.startswith("train_"):
+        base = metric(column.removeprefix("train_"))
+        return base._replace(label=f"{base.label}, training images")
+    for ending, label in DERIVED.items():
+        if column.endswith(ending):
+            base = metric(column.removesuffix(ending))
+            return Metric(column, base.steps, label(base.label), "" if ending == "_saturated" else base.unit)
+    base = METRICS.get(plain(column))
+    if base is None:
+        return Metric(column, "", column.replace("_", " "))
+    label = base.label
+    if "_sample" in column:
+        label = label.replace("on z", "on samples of z")
+    if column.removesuffix("_paper").endswith("_y"):
+        label = label.replace(" z", " y").replace("(z", "(y")
+    if column.endswith("_paper"):
+        label += ", paper's protocol"
+    return base._replace(label=label)
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the matrix root is computed as the sum of the
-    square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
-    """
-    from scipy.linalg import eigh, eigvalsh
 
-    if min(len(a), len(b)) < 2:  # no covariance
-        return math.nan
-
-    mean_a, mean_b = a.mean(0, dtype=np.float64), b.mean(0, dtype=np.float64)
-    cov_a, cov_b = (np.atleast_2d(np.cov(t.astype(np.float64), rowvar=False)) for t in (a, b))
-    values, vectors = eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    cross = np.sqrt(eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return max(0.0, float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
+def plain(column: str) -> str:
+    """The column of the same metric of the mean of z, by this project's protocol."""
+    return column.removesuffix("_paper").removesuffix("_y").removesuffix("_sample")

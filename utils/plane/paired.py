@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.evaluation.per_image import per_image
+from utils.evaluation.results import per_image
 from utils.plane.cells import BETAS, Plane
 
 RESAMPLES = 1000
