@@ -10,17 +10,17 @@ from utils.files import digest_of, write_json
 from utils.plane.cells import Cell, Plane
 
 AXIS = [0.1, 10**-0.5, 1.0, 10**0.5, 10.0]
-HEADER = ["run", "status", "vae_type", "z_dims", "seed", "beta_y", "beta_z", "ll", "kl_y", "kl_z"]
-HEADER += ["psnr", "is_mean", "lr_acc_mean"]
+HEADER = ["run", "status", "vae_type", "z_dims", "seed", "beta_y", "beta_z"]
+HEADER += ["ll", "kl_y", "kl_z", "psnr", "is_mean", "lr_acc_mean"]
 
 
-def plane_of(rows):
-    """A Plane of rows of figures, one cell each."""
+def plane_of(rows, *settings, **of_plane):
+    """A Plane of rows of figures, one cell each, all of the same settings unless told otherwise."""
     cells = []
-    for row in rows:
+    for row, of_cell in zip(rows, settings or [{"vae_type": "HVAE"}] * len(rows), strict=True):
         row = {"rate": row["kl_y"] + row["kl_z"], **{k: v for k, v in row.items() if not isinstance(v, str)}}
-        cells.append(Cell({"vae_type": "HVAE"}, (f"{row['beta_y']}-{row['beta_z']}",), (row,)))
-    return Plane(cells)
+        cells.append(Cell(of_cell, (f"{row['beta_y']}-{row['beta_z']}",), (row,)))
+    return Plane(cells, **of_plane)
 
 
 def grid(axis=AXIS, **of_cell):
@@ -44,11 +44,12 @@ def rows_of(axis=AXIS, **more):
     return [{"run": f"r-{row['beta_y']}-{row['beta_z']}", **settings, **row, **more} for row in rows]
 
 
-def write_csv(rows, batch="b", header=HEADER):
+def write_csv(rows, batch="b", header=()):
+    """The table of a batch, with the HEADER and further columns."""
     path = Path("runs", batch, "eval_results.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, header, restval="")
+        writer = csv.DictWriter(file, [*HEADER, *header], restval="")
         writer.writeheader()
         writer.writerows(rows)
     return path

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.plane.planes import HEADER, read_csv, rows_of, write_csv
+from tests.plane.planes import HEADER, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane.cells import read_plane
 
 
@@ -29,7 +29,7 @@ def test_saturated_estimates_are_left_out():
     names = ["mi_q_mc", "mi_q_mc_saturated", "mi_q_mc_y", "mi_q_mc_y_saturated"]
     values = [(1.5, 1, 2.0, 0), (1.5, 0, 2.0, 0), (1.5, 0, 2.0, 1), (1.5, 0, 2.0, 1)]
     rows = [row | dict(zip(names, of_row, strict=True)) for row, of_row in zip(rows_of([1, 2]), values, strict=True)]
-    plane = read_plane(write_csv(rows, header=HEADER + names))
+    plane = read_plane(write_csv(rows, header=names))
     np.testing.assert_array_equal(plane.values("mi_q_mc"), [math.nan, 1.5, 1.5, 1.5])
     np.testing.assert_array_equal(plane.values("mi_q_mc_y"), [2.0, 2.0, math.nan, math.nan])
     assert [("mi_q_mc_y" in note, "2 of 4" in note) for note in plane.notes] == [(False, False), (True, True)]
@@ -38,9 +38,14 @@ def test_saturated_estimates_are_left_out():
 def test_a_table_that_a_spreadsheet_saved_is_read():
     path = write_csv(rows_of([0.1, 1]))
     expected, rows = read_plane(path), read_csv(path)
-    for separator, point, encoding in (
-        (",", ".", "utf-8-sig"), (";", ",", "utf-8-sig"), (";", ".", "utf-8"), ("\t", ",", "utf-16"),
-    ):  # fmt: skip
+    for separator, point in ((",", "."), (";", ","), (";", "."), ("\t", ",")):
         lines = [HEADER, *([value.replace(".", point) for value in row.values()] for row in rows)]
-        path.write_bytes("\r\n".join(map(separator.join, lines)).encode(encoding))
+        path.write_bytes("\r\n".join(map(separator.join, lines)).encode("utf-8-sig"))
         assert [cell.median for cell in read_plane(path).cells] == [cell.median for cell in expected.cells]
+
+
+def test_kinds_whose_names_are_cut_off_alike_are_kept_apart():
+    kinds = [{"dataset": 130 * "a" + end} for end in ("b", "c", "/", "?")]
+    plane = plane_of(grid([1, 2]), *kinds)
+    assert [mask.nonzero()[0].tolist() for mask in plane.kinds.values()] == [[0], [1], [2], [3]]
+    assert list(plane.kinds) == list(plane.grids) and max(map(len, plane.kinds)) < 130

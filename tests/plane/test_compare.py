@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import plot_eval
-from tests.plane.planes import HEADER, read_csv, write_csv, write_terms
+from tests.plane.planes import read_csv, write_csv, write_terms
 from utils.plane.cells import read_plane
 from utils.plane.compare import comparisons, groups
 
@@ -26,23 +26,23 @@ def batch(name, gain=0.0, draw=0, of_seeds=None, **settings):
             row |= {"status": "finished", "dataset": "Digits", "px_y_family_ll": "Bernoulli", "sigma": 0.03}
             rows.append(row | settings)
             write_terms(Path("runs", name, row["run"]), mse=mse)
-    return read_plane(write_csv(rows, name, header=[*HEADER, *SETTINGS]))
+    return read_plane(write_csv(rows, name, header=SETTINGS))
 
 
-def told(a, b, name="psnr"):
-    """The comparison over all rates that both have, and at three of these."""
+def compared(a, b, name="psnr"):
+    """The comparison over all rates, and at three of these."""
     return comparisons(groups({"a": a, "b": b}, [name]))
 
 
 def test_a_gain_at_equal_rate_is_told_with_its_error():
     a, b = batch("a"), batch("b", gain=0.5, draw=1)
-    (every, *single), (back, *_) = told(a, b), told(b, a)
+    (every, *single), (back, *_) = compared(a, b), compared(b, a)
     assert every["rate"] == "15 to 45 nats" and len(single) == 3
     assert every["gain"] == pytest.approx(0.5, abs=0.05) and every["low"] < 0.5 < every["high"]
     assert every["high"] - every["low"] < 0.1  # paired; unpaired, 0.5 x 4.3 dB of 200 images are 0.8 dB
     assert back["gain"] == pytest.approx(-every["gain"])
     assert (every["told"], back["told"]) == ("better (one seed)", "worse (one seed)")
-    (loss, *_) = told(a, b, "nelbo")  # less is better
+    (loss, *_) = compared(a, b, "nelbo")  # less is better
     assert loss["gain"] == pytest.approx(5) and loss["told"] == "untested"
     hand = np.trapezoid([row["other"] - row["value"] for row in single]) / 2
     assert every["gain"] == pytest.approx(hand, abs=0.02)
@@ -52,29 +52,28 @@ def test_seeds_widen_the_interval_by_what_they_differ_in():
     """0.3 dB, with seeds that add up to 0.5 dB: others in each batch, or the same to both, in another order."""
     spread = {1: -0.5, 2: 0.0, 3: 0.5}
     a, b = batch("a", of_seeds=spread), batch("b", gain=0.3, draw=1, of_seeds={1: 0.3, 2: 0.2, 3: -0.5})
-    (apart, *_) = told(a, b)
+    (apart, *_) = compared(a, b)
     assert apart["told"].startswith("no difference") and apart["high"] - apart["low"] > 0.5
-    (paired, *_) = told(a, batch("c", gain=0.3, draw=1, of_seeds=dict(reversed(spread.items()))))
+    (paired, *_) = compared(a, batch("c", gain=0.3, draw=1, of_seeds=dict(reversed(spread.items()))))
     assert paired["told"] == "better" and paired["high"] - paired["low"] < 0.1
 
 
 def test_what_cannot_be_compared_is_apart():
     a, b, c = batch("a"), batch("b", dataset="MNIST"), batch("c", px_y_family_ll="GaussianFixedSigma")
-    assert [list(g.planes) for g in groups({"a": a, "b": b}, ["psnr"])] == [["a"], ["b"]] and not told(a, b)
+    assert [list(g.planes) for g in groups({"a": a, "b": b}, ["psnr"])] == [["a"], ["b"]] and not compared(a, b)
     assert [list(g.planes) for g in groups({"a": a, "c": c}, ["psnr", "nelbo"])] == [["a", "c"], ["a"], ["c"]]
     assert len(groups({"a": a, "d": batch("d", sigma=0.7)}, ["nelbo"])) == 1  # of Bernoulli, which has none
-    assert not told(a, batch("e"), "is_mean")  # does not mix
+    assert not compared(a, batch("e"), "is_mean")  # does not mix
 
 
-def test_two_batches_are_drawn_and_told(script):
+def test_two_batches_are_drawn_and_told(passes, refused):
     batch("a"), batch("b", gain=0.5, draw=1), batch("c", dataset="MNIST")
-    status, out, err = script(plot_eval.main, "--run_batch_name", "a", "b", "c", "--format", "png", "--device", "cpu")
-    assert status == 0 and "note: not in every batch" in out, err
+    out = passes(plot_eval.main, "--run_batch_name", "a", "b", "c", "--format", "png")
+    assert "note: not in every batch" in out
     (line,) = [line for line in out.splitlines() if "15 to 45 nats" in line and "psnr" in line]
     assert "better" in line
     names = {path.name for path in Path("runs/a/figures").iterdir()}
     assert names == {f"compare_b_c{end}" for end in (".png", ".csv", "_table.csv", "_table.md")}
     drawn = {(row["batch"], row["of"]) for row in read_csv("runs/a/figures/compare_b_c.csv")}
     assert drawn == {("a", "Digits"), ("b", "Digits"), ("c", "MNIST")}
-    status, _, err = script(plot_eval.main, "--run_batch_name", "a", "nope", "--device", "cpu")
-    assert status == 2 and "runs/nope/eval_results.csv" in err
+    assert "runs/nope/eval_results.csv" in refused(plot_eval.main, "--run_batch_name", "a", "nope")

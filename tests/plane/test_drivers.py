@@ -12,11 +12,11 @@ from utils.plane.drivers import drivers
 def test_a_metric_goes_with_the_rate_that_it_is_a_function_of():
     rows = grid(psnr=lambda r: r["kl_y"] + r["kl_z"], svm_rbf_acc=lambda r: np.tanh(r["kl_z"] / 9))
     plane = plane_of([row | {"fid": row["kl_y"]} for row in rows])
-    told = {row["metric"]: row for row in drivers(plane, ["psnr", "svm_rbf_acc", "fid", "is_mean"])}
-    assert list(told) == ["psnr", "svm_rbf_acc", "fid"] and {row["n"] for row in told.values()} == {25}
-    assert told["psnr"]["rate"] == told["svm_rbf_acc"]["kl_z"] == pytest.approx(1)
-    assert told["svm_rbf_acc"]["kl_y"] == pytest.approx(0) and abs(told["psnr"]["kl_z"]) < 0.9
-    assert told["fid"]["kl_y"] == pytest.approx(-1)  # less is better
+    result = {row["metric"]: row for row in drivers(plane, ["psnr", "svm_rbf_acc", "fid", "is_mean"])}
+    assert list(result) == ["psnr", "svm_rbf_acc", "fid"] and {row["n"] for row in result.values()} == {25}
+    assert result["psnr"]["rate"] == result["svm_rbf_acc"]["kl_z"] == pytest.approx(1)
+    assert result["svm_rbf_acc"]["kl_y"] == pytest.approx(0) and abs(result["psnr"]["kl_z"]) < 0.9
+    assert result["fid"]["kl_y"] == pytest.approx(-1)  # less is better
 
 
 def test_at_equal_rate_is_what_regressions_on_the_total_leave():
@@ -26,8 +26,8 @@ def test_at_equal_rate_is_what_regressions_on_the_total_leave():
     plane = plane_of([row | {"fid": row["psnr"]} for row in rows])  # of which less is better
     z, total, m = (rankdata(plane.values(name)) for name in ("kl_z", "rate", "psnr"))
     expected = pearsonr(*(v - np.polyval(np.polyfit(total, v, 1), total) for v in (z, m)))[0]
-    told = [row["kl_z_given_rate"] for row in drivers(plane, ["psnr", "fid"])]
-    assert told == pytest.approx([expected, -expected]) and expected > 0.5
+    result = [row["kl_z_given_rate"] for row in drivers(plane, ["psnr", "fid"])]
+    assert result == pytest.approx([expected, -expected]) and expected > 0.5
 
 
 def test_errors_are_over_the_seeds_that_all_cells_share():
@@ -37,20 +37,18 @@ def test_errors_are_over_the_seeds_that_all_cells_share():
     plane = Plane([Cell({}, tuple("123"), of_cell, tuple("123")) for of_cell in repeats])
     (row,) = drivers(plane, ["psnr"])
     for rate in ("kl_z", "kl_y", "rate"):
-        told = [spearmanr(plane.of_seed(rate, seed), plane.of_seed("psnr", seed))[0] for seed in seeds]
-        assert (row[rate], row[f"{rate}_se"]) == pytest.approx((np.mean(told), sem(told)))
+        result = [spearmanr(plane.of_seed(rate, seed), plane.of_seed("psnr", seed))[0] for seed in seeds]
+        assert (row[rate], row[f"{rate}_se"]) == pytest.approx((np.mean(result), sem(result)))
     plane.cells[0] = Cell({}, ("1",), repeats[0][:1], ("1",))
     (row,) = drivers(plane, ["psnr"])
     assert row["rate"] == pytest.approx(spearmanr(plane.values("rate"), plane.values("psnr"))[0])
     assert "rate_se" not in row and row["seeds"] == 3
 
 
-def test_grids_of_other_settings_are_told_apart_and_few_cells_tell_nothing():
+def test_grids_of_other_settings_are_result_apart_and_few_cells_tell_nothing():
     rows = grid(psnr=lambda row: row["beta_z"])
-    plane = plane_of(rows)
-    for cell in plane.cells[:5]:
-        cell.settings["vae_type"] = "LVAE"
-    told = drivers(plane, ["psnr"])
-    assert [(row["vae_type"], row["n"]) for row in told] == [("LVAE", 5), ("HVAE", 20)]
-    assert told[0]["kl_z"] == pytest.approx(-1) and "kl_y" not in told[0]  # which is the same in all five
+    plane = plane_of(rows, *[{"vae_type": "LVAE"}] * 5, *[{"vae_type": "HVAE"}] * 20)
+    result = drivers(plane, ["psnr"])
+    assert [(row["vae_type"], row["n"]) for row in result] == [("LVAE", 5), ("HVAE", 20)]
+    assert result[0]["kl_z"] == pytest.approx(-1) and "kl_y" not in result[0]  # which is the same in all five
     assert drivers(plane_of(rows[:3]), ["psnr"]) == [] == drivers(plane_of(grid(psnr=20.0)), ["psnr"])

@@ -32,7 +32,7 @@ def information(rng, n=360, seeds=1, better=0.0, cells=CELLS):
 
 
 def gain_of(name, terms, ordinary, rates=None, among=None, seeds=None):
-    """The gain of all cells, unless told otherwise, over the ordinary ones, with rates of 0, 1, 2, ..."""
+    """The gain of all cells, unless said otherwise, over the ordinary ones, with rates of 0, 1, 2, ..."""
     rates, among = np.arange(len(terms)) if rates is None else rates, np.ones(len(terms)) if among is None else among
     seeds = [tuple(range(len(of_cell))) for of_cell in terms] if seeds is None else seeds
     return gain(name, terms, seeds, np.array(among, bool), np.array(ordinary, bool), np.array(rates, float))
@@ -59,7 +59,7 @@ EQUAL = [
 def test_of_equal_cells_95_percent_of_simulations_say_no_difference(cases, times):
     for name, make, how in EQUAL[:cases]:
         gains = simulated(name, make, times, **how)
-        assert sum(not g.told.startswith("no difference") for g in gains) <= times / 20
+        assert sum(not g.verdict.startswith("no difference") for g in gains) <= times / 20
         mean, spread = np.mean([g.gain for g in gains]), np.std([g.gain for g in gains])
         assert abs(mean) < 3 * spread / times**0.5
         if name == "recons_acc":  # what choosing and reporting on the same images claims
@@ -68,7 +68,7 @@ def test_of_equal_cells_95_percent_of_simulations_say_no_difference(cases, times
 
 
 @pytest.mark.parametrize("times", [10, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_true_gain_is_found_and_told_as_large_as_it_is(times):
+def test_a_true_gain_is_found_as_large_as_it_is(times):
     for name, make, how in (
         ("recons_acc", accuracies, {"better": 0.07, "n": 2000}),
         ("mi_z_low", information, {"better": 0.2, "n": 2000}),
@@ -76,7 +76,7 @@ def test_a_true_gain_is_found_and_told_as_large_as_it_is(times):
         ("psnr", errors, {"seeds": 4, "spread": 0.02, "better": 0.2}),
     ):
         gains = simulated(name, make, times, **how)
-        assert sum(g.told.startswith("yes") for g in gains) >= 0.95 * times and all(g.chosen == (1,) for g in gains)
+        assert sum(g.verdict.startswith("yes") for g in gains) >= 0.95 * times and all(g.chosen == (1,) for g in gains)
         large = make(np.random.default_rng(1), **{**how, "n": 50_000, "cells": 9}).mean((1, 2))
         true = float(10 * np.log10(large[2] / large[1]) if name == "psnr" else large[1] - large[2])
         assert sum(g.low < true < g.high for g in gains) >= 0.85 * times
@@ -87,12 +87,12 @@ def test_the_value_is_the_mean_of_the_two_halves_and_less_is_better_where_it_is(
     terms = [np.full((1, 40), v) for v in (5.0, 3.0, 4.0)]
     between = gain_of("nelbo", terms, [1, 0, 1])
     assert between == (3, 0, 4.5, 1, 1.5, 1.5, 1.5, (1,), 1)  # the ordinary cells have rates of 0 and 2, that chosen 1
-    assert between.told == "yes (one seed)"
+    assert between.verdict == "yes (one seed)"
     psnr = gain_of("psnr", [v / 100 for v in terms], [1, 0, 1])
     assert psnr.value == pytest.approx(-10 * np.log10(0.03)) and psnr.gain == pytest.approx(10 * np.log10(4.5 / 3))
     same = gain_of("nelbo", terms, [1, 1, 1])
-    assert same.gain == 0 and same.told.startswith("no difference") and same.rate == 1
-    assert same._replace(gain=-0.2, low=-0.3, high=-0.1, seeds=3).told == "no, worse"
+    assert same.gain == 0 and same.verdict.startswith("no difference") and same.rate == 1
+    assert same._replace(gain=-0.2, low=-0.3, high=-0.1, seeds=3).verdict == "no, worse"
     twice = gain_of("nelbo", [np.repeat(v, 2, 0) for v in terms], [1, 0, 0], seeds=[("2", "2")] * 3)
     assert twice[:5] == (3, 0, 5, 0, 2) and twice.seeds == 1  # a seed that a cell has twice counts once
 
@@ -117,9 +117,9 @@ def test_choices_are_reported_on_other_images_and_seeds_slowly():
         shuffled, seeds = [*shuffled, of_cell[order]], [*seeds, tuple(order)]
     shuffled[5], seeds[5] = np.concatenate([shuffled[5], shuffled[5][:1]]), (*seeds[5], "d")
     shuffled[9] = None
-    told = gain_of("psnr", shuffled, ordinary, among=among, seeds=seeds)
-    assert (told.value, told.other) == pytest.approx((np.mean(values), np.mean(others))) and told.seeds == 3
-    assert told.gain == pytest.approx(np.mean(values) - np.mean(others))
+    result = gain_of("psnr", shuffled, ordinary, among=among, seeds=seeds)
+    assert (result.value, result.other) == pytest.approx((np.mean(values), np.mean(others))) and result.seeds == 3
+    assert result.gain == pytest.approx(np.mean(values) - np.mean(others))
 
 
 def test_what_cannot_be_compared_is_not():
@@ -142,6 +142,6 @@ def test_what_cannot_be_compared_is_not():
 def test_ordinary_cells_beyond_a_budget_count_mixed():
     """The chosen has R of 20, and 18 dB; ordinary ones 15 dB at 10 and 25 dB at 30, half of each 17.6."""
     terms = [np.full((1, 40), 10 ** (-db / 10)) for db in (15, 18, 25)]
-    told = gain_of("psnr", terms, [1, 0, 1], rates=[10, 20, 30], among=[1, 1, 0])
+    result = gain_of("psnr", terms, [1, 0, 1], rates=[10, 20, 30], among=[1, 1, 0])
     half = -10 * np.log10((10**-1.5 + 10**-2.5) / 2)
-    assert told.value == pytest.approx(18) and told.rate == 20 and told.other == pytest.approx(half)
+    assert result.value == pytest.approx(18) and result.rate == 20 and result.other == pytest.approx(half)

@@ -8,7 +8,7 @@ from scipy.spatial import ConvexHull
 
 from tests.plane.planes import plane_of
 from utils.plane import figures
-from utils.plane.metrics import mean_of, metric, score_of, value_of
+from utils.plane.metrics import metric, score_of
 from utils.plane.mixtures import frontier, hull, mixture
 
 
@@ -69,23 +69,13 @@ def test_half_and_half_of_two_models_is_mixed_in_squared_errors():
     for rate, psnr, distortion in ((10.0, 22.3, 200.0), (2.0, 13.4, 300.0)):
         row = {"kl_z": rate, "kl_y": 0.0, "beta_y": 1 + rate, "beta_z": 1, "psnr": psnr, "D": distortion}
         rows.append(row | {"train_psnr": psnr, "is_mean": psnr, "recons_acc": psnr / 30, "lr_acc_mean": 1 - psnr / 30})
-    plane, every = plane_of(rows), np.ones(2, bool)
+    plane = plane_of(rows)
     half = 10 * math.log10(2 / (10**-2.23 + 10**-1.34))
     for name, value in (("psnr", half), ("train_psnr", half), ("D", 250.0), ("recons_acc", (22.3 + 13.4) / 60)):
-        xs, vs = hull(plane, name, every)
-        assert np.interp(6.0, xs, vs) == pytest.approx(value, abs=0.02)
-        assert (vs[-1], vs[0]) == pytest.approx(plane.values(name))
-    assert set(hull(plane, "lr_acc_mean", every)[1]) == {1 - 13.4 / 30}  # further rate costs no accuracy
-    assert not len(hull(plane, "is_mean", every)[0]) and not len(hull(plane, "D", ~every)[0])
+        at, values = np.array([list(row.values()) for row in hull(plane, name)]).T
+        assert np.interp(6.0, at, values) == pytest.approx(value, abs=0.02)
+        assert (values[-1], values[0]) == pytest.approx(plane.values(name))
+    assert {row["lr_acc_mean"] for row in hull(plane, "lr_acc_mean")} == {1 - 13.4 / 30}  # more rate costs no accuracy
+    assert not hull(plane, "is_mean") and not hull(plane, "D", np.zeros(2, bool))
     axes = figures.total_rates(plane, ["psnr", "is_mean"]).figure.axes[:2]
     assert [sum("hull" in line.get_label() for line in ax.lines) for ax in axes] == [1, 0]  # none has equal betas
-
-
-def test_values_and_the_terms_behind_them():
-    for name, value, mean, worse in (
-        ("psnr", 20.0, 0.01, 0.02),
-        ("nelbo", 3.0, 3.0, 4.0),
-        ("recons_acc", 0.8, 0.8, 0.7),
-    ):
-        assert value_of(name, np.array(mean)) == pytest.approx(value) and mean_of(name, value) == pytest.approx(mean)
-        assert score_of(name, mean) > score_of(name, worse)

@@ -12,12 +12,12 @@ import eval_beta_grid
 import plot_eval
 import train
 from tests.conftest import TINY
-from tests.plane.planes import HEADER, rows_of, write_csv, write_terms
+from tests.plane.planes import rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
 from utils.plane.cells import read_plane
-from utils.plane.excess import pairs
+from utils.plane.excess import by_trainings, excess_rows
 from utils.runs import Run
 
 SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z", "num_epochs", "optimizer", "loss"]
@@ -31,8 +31,8 @@ def test_kinds_and_rates_that_were_asked_for_are_kept_apart():
         unfolded[0] | asked | {"run": f"t{s}", "seed": s, "source": s, "beta_y": 0.2 + s, "kl_y": 61 + s}
         for s in (2, 3)
     ]
-    plane = read_plane(write_csv([*rows_of(), *unfolded, *asked], header=HEADER + SETTINGS))
-    assert len(plane.cells) == 51 and plane.unfolded.sum() == 26 and np.isfinite(plane.asked).all(1).sum() == 1
+    plane = read_plane(write_csv([*rows_of(), *unfolded, *asked], header=SETTINGS))
+    assert len(plane.cells) == 51 and plane.unfolded.sum() == 26 and np.isfinite(plane.targets).all(1).sum() == 1
     assert {kind: len(part.cells) for kind, part in plane.grids.items()} == {"": 25, "multi_rate": 25}
     (cell,) = [c for c in plane.cells if len(c.runs) == 2]
     assert cell.median["beta_y"] == pytest.approx(2.7) and cell.median["kl_y"] == 63.5
@@ -45,15 +45,14 @@ def test_kinds_and_rates_that_were_asked_for_are_kept_apart():
     assert [[8.0, 60.0], [8.2, 63.5]] in [line.get_xydata().tolist() for line in ax.lines]
 
 
-def test_a_real_batch_of_both_kinds(script):
+def test_a_real_batch_of_both_kinds(passes):
     """Their heat maps are two figures; the advice's command trains the very cell on its own."""
     grid = [*TINY, "--beta_y", "0.1", "10", "--run_batch_name", "b"]
-    assert script(train.main, *grid)[0] == 0
-    assert script(train.main, *grid, "--multi_rate", "--learning_rate", "5e-4", "--force")[0] == 0
+    passes(train.main, *grid)
+    passes(train.main, *grid, "--multi_rate", "--learning_rate", "5e-4", "--force")
     batch = ["--run_batch_name", "b", "--device", "cpu"]
-    assert script(eval_beta_grid.main, *batch, "--exclude_mi", "--exclude_fid")[0] == 0
-    status, out, err = script(plot_eval.main, *batch, "--format", "png", "--metrics", "psnr")
-    assert status == 0, err
+    passes(eval_beta_grid.main, *batch, "--exclude_mi", "--exclude_fid")
+    out = passes(plot_eval.main, *batch, "--format", "png", "--metrics", "psnr")
     assert sorted("multi_rate" in p.stem for p in Path("runs/b/figures").glob("heat_maps*.png")) == [False, True]
     unfolded = [c for c in read_plane(Path("runs/b/eval_results.csv")).cells if c.settings["multi_rate"] == "True"]
     for cell in unfolded:
@@ -69,7 +68,7 @@ def test_a_real_batch_of_both_kinds(script):
     assert all(line in Path("runs/b/figures/report.html").read_text() for line in advised)
 
 
-def test_the_excess_is_the_difference_of_the_losses(script):
+def test_the_excess_is_the_difference_of_the_losses(passes):
     """Known losses: own cells 100 and 102 in two seeds, unfolded 105 and 109 at (1, 1), none elsewhere."""
     row = {"status": "finished", "ll": -90.0, "kl_y": 5.0, "kl_z": 5.0, "psnr": 20.0, "beta_y": 1, "beta_z": 1}
     row |= {"num_epochs": 4}
@@ -78,14 +77,12 @@ def test_the_excess_is_the_difference_of_the_losses(script):
     unfolded = [shared | {"run": f"m{s}", "seed": s, "loss": 101 + 4 * s, "source": s} for s in (1, 2)]
     unfolded += [shared | {"run": "m3", "seed": 1, "loss": 7, "source": 1, "beta_z": 10}]
     muon = own[0] | {"run": "u1", "optimizer": "muon", "loss": 90}  # a training of another kind, compared by itself
-    of_both = pairs(read_plane(write_csv([*own, *unfolded, muon], header=HEADER + SETTINGS)))
-    assert {pair.trainings: pair.excess for pair in of_both} == {
-        ("4 epochs, adam", "4 epochs, adam"): 6, ("4 epochs, adam", "4 epochs, muon"): 17
-    }  # fmt: skip
-    (pair,) = pairs(read_plane(write_csv([*own, *unfolded], header=HEADER + SETTINGS)))
-    assert pair.excess == 6 and pair.se == pytest.approx(math.sqrt((2 + 8) / 2))
-    status, out, err = script(plot_eval.main, "--run_batch_name", "b", "--format", "png", "--metrics", "psnr")
-    assert status == 0 and "+6.00 nats on average" in out, err
+    groups = by_trainings(excess_rows(read_plane(write_csv([*own, *unfolded, muon], header=SETTINGS))))
+    assert {own: row["excess"] for (_, own), (row,) in groups.items()} == {"4 epochs, adam": 6, "4 epochs, muon": 17}
+    (row,) = excess_rows(read_plane(write_csv([*own, *unfolded], header=SETTINGS)))
+    assert row["excess"] == 6 and row["se"] == pytest.approx(math.sqrt((2 + 8) / 2))
+    out = passes(plot_eval.main, "--run_batch_name", "b", "--format", "png", "--metrics", "psnr")
+    assert "+6.00 nats on average" in out
     assert Path("runs/b/figures/excess.png").is_file()
     line = Path("runs/b/figures/excess.csv").read_text().splitlines()[1]
     assert line.startswith("4,4,adam,adam,1.0,1.0,107.0,101.0,6.0")
@@ -99,9 +96,9 @@ def test_of_one_seed_each_the_error_of_the_excess_is_that_of_the_shared_images()
         terms = dict(zip(("ll", "kl_y", "kl_z"), of_run * more + [ll, 0 * ll, 0 * ll], strict=True))
         write_terms(Path("runs/b", run), mse=ll, **terms)
         rows.append(row | sort | {"run": run, "kl_y": 1, "kl_z": 1, "loss": 9})
-    path = write_csv(rows, header=HEADER + SETTINGS)
-    (pair,) = pairs(read_plane(path))
+    path = write_csv(rows, header=SETTINGS)
+    (row,) = excess_rows(read_plane(path))
     expected = np.std(2 * more[1] + 3 * more[2] - more[0], ddof=1) / 500**0.5
-    assert pair.se == pytest.approx(expected, rel=1e-3) and expected < 0.4  # of unpaired images it would be 6
+    assert row["se"] == pytest.approx(expected, rel=1e-3) and expected < 0.4  # of unpaired images it would be 6
     shutil.rmtree("runs/b/own")
-    assert math.isnan(pairs(read_plane(path))[0].se)
+    assert math.isnan(excess_rows(read_plane(path))[0]["se"])

@@ -13,13 +13,13 @@ import eval_beta_grid
 import plot_eval
 import train
 from tests.conftest import TINY
-from tests.plane.planes import HEADER, plane_of, rows_of, write_csv
+from tests.plane.planes import plane_of, rows_of, write_csv
 from utils.cli import grid_configs
 from utils.plane.cells import read_plane
-from utils.plane.explorer import EMPTY, explorer, rate_plane
+from utils.plane.explorer import EMPTY, rate_plane
 from utils.plane.metrics import metric
-from utils.plane.pictures import Pictures
-from utils.plane.report import page, remove_stale, settings, write_tables
+from utils.plane.report import page, write_tables
+from utils.plane.sheets import Pictures
 from utils.runs import Run
 
 HOSTILE = "</script><img src=x onerror=alert(1)><!--"
@@ -55,11 +55,11 @@ def batches(tmp_path_factory):
         assert plot_eval.main([*real, "--format", "png"]) == 0
         rows = enumerate(rows_of(vae_type=HOSTILE, psnr_se=0.123))
         rows = [row | {"run": HOSTILE + row["run"], "fid": i or "", HOSTILE: i} for i, row in rows]
-        plane = read_plane(write_csv(rows, "known", header=[*HEADER, "psnr_se", "fid", HOSTILE]))
-        (out := plane.folder / "figures").mkdir()
-        tables = write_tables(out, plane, [], [], [], ["psnr", "fid"])
-        parts = explorer(plane, ["psnr_se", "is_mean"], Pictures({}, {}, None, {}))
-        (out / "report.html").write_text(page(HOSTILE, settings(plane), [HOSTILE], tables, {}, parts))
+        plane = read_plane(write_csv(rows, "known", header=["psnr_se", "fid", HOSTILE]))
+        plane.notes, out = [HOSTILE], plane.folder / "figures"
+        out.mkdir()
+        tables = write_tables(out, plane, ["psnr", "fid"], [], [], [])
+        (out / "report.html").write_text(page(plane, ["psnr_se", "is_mean"], tables, {}, Pictures({}, {})))
     return folder / "runs"
 
 
@@ -91,7 +91,7 @@ def compared(page):
 
 
 def contrast(page):
-    """The ink of the plane's vertical axis less its background, -1 for black on white."""
+    """The ink of the plane's vertical axis less its ground, -1 for black on white."""
     image = Image.open(io.BytesIO(page.locator("#plane").screenshot())).convert("L")
     pixels = np.asarray(image, float)[20:-60, 4:50] / 255
     return max(pixels.min() - np.median(pixels), pixels.max() - np.median(pixels), key=abs)
@@ -104,9 +104,10 @@ def test_the_page_fits_and_is_legible_in_the_dark(opened, width):
     page.emulate_media(color_scheme="light")  # it follows a change
     page.wait_for_timeout(300)
     assert contrast(page) < -0.6
-    ends = "all => all.map(e => (e.scrollLeft = 1e5, e.querySelector('th:last-child').getBoundingClientRect().right))"
-    assert max(page.locator(".table").evaluate_all(ends)) <= width  # the last column can be brought into view
-    assert page.locator(".table").evaluate_all("all => all.every(e => getComputedStyle(e).overflowX === 'auto')")
+    last = "e => (e.scrollLeft = 1e5, e.querySelector('th:last-child').getBoundingClientRect().right)"
+    for table in page.locator(".table").all():
+        assert table.evaluate(last) <= width  # the last column can be brought into view
+        assert table.evaluate("e => getComputedStyle(e).overflowX") == "auto"
     assert page.locator("#compared").evaluate("e => e.parentNode.scrollWidth <= e.parentNode.clientWidth")
 
 
@@ -158,7 +159,7 @@ def test_the_last_two_cells_that_were_chosen_are_compared(opened, batches, width
         page.wait_for_function(f"document.querySelectorAll('#compared select')[1].value === '{i}'")
         page.wait_for_timeout(350)  # or the next is a double click
     rows, two = compared(page), [plane.cells[0], plane.cells[3]]
-    assert [rows[name] for name in ("beta_y", "beta_z", "runs")] == [["0.5", "2"]] * 2 + [[c.runs[0] for c in two]]
+    assert rows["beta_y"] == rows["beta_z"] == ["0.5", "2"] and rows["runs"] == [c.runs[0] for c in two]
     for name in ("psnr", "kl_z", "ll"):
         assert rows[plane.title(name)] == [f"{c.median[name]:.4g} ± {c.median[name + '_se']:.2g}" for c in two]
     for kind in ("samples", "reconstructions"):
@@ -215,10 +216,10 @@ def test_texts_of_files_stay_texts(opened):
 def test_cells_and_the_rates_they_were_asked_for_are_where_the_axes_say():
     """Over rates of which most are small: a scale linear up to 1 nat, and logarithmic from there."""
     bit, rates = np.log(2), [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 20.0, 200.0]
-    plane = plane_of([{"beta_y": 1.0, "beta_z": 1 + r, "kl_z": bit * r, "kl_y": 5.0} for r in rates])
-    plane.unit = "bits"
-    plane.cells[6].settings.update(multi_rate="True", target_rate_z=f"{200 * bit}")
-    plot = rate_plane(plane, Pictures({}, {}, None, {"samples": {2: "data:x"}, "reconstructions": {}}))
+    rows = [{"beta_y": 1.0, "beta_z": 1 + r, "kl_z": bit * r, "kl_y": 5.0} for r in rates]
+    searched = {"multi_rate": "True", "target_rate_z": f"{200 * bit}"}
+    plane = plane_of(rows, *[{}] * 6, searched, {}, unit="bits")
+    plot = rate_plane(plane, Pictures({}, {"samples": {2: "data:x"}, "reconstructions": {}}))
     ticks = {float(text): at for at, text in plot.xaxis.major_label_overrides.items()}
     cells = plot.select_one({"name": "cells"}).data
     x, on = cells["x"], [0, 4, 5, 6, 7]
@@ -230,10 +231,3 @@ def test_cells_and_the_rates_they_were_asked_for_are_where_the_axes_say():
     (cross,) = [r.data_source.data for r in plot.renderers if getattr(r.glyph, "marker", None) == "x"]
     assert [*cross["x"], *cross["y"]] == pytest.approx([ticks[200], cells["y"][6]])  # of y not asked for, so its own
     assert plot.select_one({"name": "rings"}).data_source.data["x"] == pytest.approx(x[:1])  # where betas are equal
-
-
-def test_figures_of_an_earlier_call_go_and_other_files_stay(tmp_path):
-    for name in ("tasks.csv", "tasks.png", "samples_HVAE.csv", "mine.csv", "report.html"):
-        (tmp_path / name).write_text('<figure id="tasks"><figure id="samples_HVAE">')
-    remove_stale(tmp_path, ["pdf"], {"tasks": None})
-    assert {path.name for path in tmp_path.iterdir()} == {"tasks.csv", "mine.csv", "report.html"}

@@ -10,21 +10,17 @@ from utils.plane.cells import Plane
 from utils.plane.metrics import metric
 
 RATES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R", "kl_z_given_rate": "R(z) at equal R"}  # R = R(z) + R(y|z)
-DRIVERS = {
-    "metric": "metric",
-    "n": "cells",
-    "seeds": "seeds",
-    **{k: v for name, label in RATES.items() for k, v in ((name, f"with {label}"), (f"{name}_se", f"+- of {label}"))},
-}
+DRIVERS = {"metric": "metric", "n": "cells", "seeds": "seeds"}  # columns of drivers.csv and their headings
+for _name, _label in RATES.items():
+    DRIVERS |= {_name: f"with {_label}", f"{_name}_se": f"+- of {_label}"}
 LEAST_CELLS = 4  # of fewer, ranks say nothing
 
 
 def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | int]]:
     """Spearman's rank correlations of metrics with rates over each grid's cells; 1 if always better at more rate.
 
-    "R(z) at equal R" is the partial rank correlation with R(z) given R: 1 if of equal rates more in z is always better.
-    If all cells of a grid share several seeds, the mean of those of each seed with its standard error; else of the
-    cells' medians, without. Left out: metrics that fewer than LEAST_CELLS cells have, or that are equal in all.
+    "R(z) at equal R" is the partial rank correlation with R(z) given R. If all cells of a grid share several seeds, the
+    mean over these, with its standard error; else of the cells' medians. Metrics equal in all cells are left out.
     """
     rows = []
     for grid in plane.grids.values():
@@ -34,12 +30,12 @@ def drivers(plane: Plane, names: Sequence[str]) -> list[dict[str, str | float | 
         if len(seeds) < 2:
             repeats = [[cell.median for cell in grid.cells]]
         for name in names:
-            found = np.array([_correlations(name, cells) for cells in repeats])  # (seeds, rates)
-            if np.isnan(found).all():
+            correlations = np.array([_correlations(name, cells) for cells in repeats])  # (seeds, rates)
+            if np.isnan(correlations).all():
                 continue
-            there = min(sum(math.isfinite(cell.get(name, math.nan)) for cell in cells) for cells in repeats)
-            row = {"metric": name, **settings, "n": there, "seeds": len(grid.seeds)}
-            for rate, values in zip(RATES, found.T, strict=True):
+            n = min(sum(math.isfinite(cell.get(name, math.nan)) for cell in cells) for cells in repeats)
+            row = {"metric": name, **settings, "n": n, "seeds": len(grid.seeds)}
+            for rate, values in zip(RATES, correlations.T, strict=True):
                 if np.isnan(values).any():  # of a rate that is the same in all cells
                     continue
                 row[rate] = float(values.mean())
@@ -53,12 +49,13 @@ def _correlations(name: str, cells: Sequence[dict[str, float]]) -> list[float]:
     from scipy.stats import rankdata
 
     values = np.array([metric(name).better * cell.get(name, math.nan) for cell in cells])
-    there = np.isfinite(values)
-    if there.sum() < LEAST_CELLS or np.ptp(values[there]) == 0:
+    known = np.isfinite(values)
+    if known.sum() < LEAST_CELLS or np.ptp(values[known]) == 0:
         return [math.nan] * len(RATES)
     rates = np.array([[cell[rate] for cell in cells] for rate in ("kl_z", "kl_y", "rate")])
     with np.errstate(invalid="ignore"):  # of a rate that is the same in all cells
-        found = np.corrcoef(rankdata([*rates[:, there], values[there]], axis=1))
-    (*_, of_z), (*_, of_y), (z_and_r, _, _, of_r), _ = found
-    left = (1 - of_r**2) * (1 - z_and_r**2)  # of both variances, once R is known
-    return [of_z, of_y, of_r, (of_z - of_r * z_and_r) / math.sqrt(left) if left > 1e-9 else math.nan]
+        (*_, of_z), (*_, of_y), (z_and_r, *_, of_r), _ = np.corrcoef(
+            rankdata([*rates[:, known], values[known]], axis=1)
+        )
+    variance = (1 - of_r**2) * (1 - z_and_r**2)  # of both, once R is known
+    return [of_z, of_y, of_r, (of_z - of_r * z_and_r) / math.sqrt(variance) if variance > 1e-9 else math.nan]

@@ -1,107 +1,69 @@
 """Cells of a multi-rate model against cells trained on their own at the same betas."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
+from utils.config import fields_of
 from utils.evaluation.probes import standard_error
-from utils.plane.cells import ASKED, BETAS, SAME_CELL, Cell, Plane
-from utils.plane.paired import terms_of
+from utils.plane.cells import BETAS, Cell, Plane
+from utils.plane.gains import terms_of
 
-OF_TRAINING = ("num_epochs", "batch_size", "learning_rate", "optimizer", "warmup_epochs", "no_warmup")
-OF_TRAINING += ("lr_schedule", "multi_rate")
-MODEL = [n for n in SAME_CELL if n not in (*OF_TRAINING, *BETAS, *ASKED.values(), "init_from")]
-EXCESS = {
-    "num_epochs": "epochs, multi-rate",
-    "own_epochs": "epochs, own",
-    "optimizer": "optimizer, multi-rate",
-    "own_optimizer": "own",
-    "beta_y": "beta_y",
-    "beta_z": "beta_z",
-    "loss": "loss, multi-rate",
-    "own_loss": "own",
-    "excess": "excess",
-    "se": "+-",
-    **{f"{whose}{n}": f"{label}, {who}" for n, label in (("kl_y", "R(y|z)"), ("kl_z", "R(z)"), ("psnr", "PSNR"))
-       for whose, who in (("", "multi-rate"), ("own_", "own"))},
-    "n": "seeds",
-    "own_n": "seeds, own",
-}  # fmt: skip
+EXCESS = {"num_epochs": "epochs, multi-rate", "own_epochs": "epochs, own"}  # columns of excess.csv and their headings
+EXCESS |= {"optimizer": "optimizer, multi-rate", "own_optimizer": "own", "beta_y": "beta_y", "beta_z": "beta_z"}
+EXCESS |= {"loss": "loss, multi-rate", "own_loss": "own", "excess": "excess", "se": "+-"}
+for _name, _label in (("kl_y", "R(y|z)"), ("kl_z", "R(z)"), ("psnr", "PSNR")):
+    EXCESS |= {_name: f"{_label}, multi-rate", f"own_{_name}": f"{_label}, own"}
+EXCESS |= {"n": "seeds", "own_n": "seeds, own"}
 
 
-class Pair(NamedTuple):
-    """A cell of a multi-rate model, and one that was trained on its own at the same betas."""
+def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
+    """The rows of excess.csv: every unfolded cell with every own cell of the same model, data and betas.
 
-    unfolded: Cell
-    own: Cell
-    of_images: float = math.nan  # standard error of the difference over the test images, which they share
-
-    @property
-    def excess(self) -> float:
-        """Nats by which the loss of the unfolded cell is larger; means over seeds, test images."""
-        return float(_losses(self.unfolded).mean() - _losses(self.own).mean())
-
-    @property
-    def se(self) -> float:
-        """Its standard error, over the test images and over the seeds of either if it has several; NaN if unknown."""
-        errors = [standard_error(_losses(cell)) for cell in self[:2]] + [self.of_images]
-        errors = [se for se in errors if math.isfinite(se)]
-        return math.hypot(*errors) if errors else math.nan
-
-    @property
-    def trainings(self) -> tuple[str, str]:
-        """Epochs and optimiser of the two, such as "16 epochs, adam"."""
-        return tuple(f"{cell.settings.get('num_epochs') or '?'} epochs, {_optimizer(cell)}" for cell in self[:2])
+    `excess` is by how many nats the loss of the unfolded cell is larger, `se` its standard error over seeds and images.
+    """
+    own, given = {}, np.isnan(plane.targets).all(1)
+    for cell in plane.where(given & ~plane.unfolded).cells:
+        own.setdefault(_model(cell), []).append(cell)
+    unfolded = plane.where(given & plane.unfolded).cells
+    return [_row(plane, (cell, other)) for cell in unfolded for other in own.get(_model(cell), ())]
 
 
-def _optimizer(cell: Cell) -> str:
-    return cell.settings.get("optimizer") or "adam"  # as all cells were trained whose tables do not say
+def _model(cell: Cell) -> tuple:
+    settings = [cell.settings.get(name) for name in fields_of("model", "data")]
+    return (*settings, *(float(f"{cell.median[name]:.6g}") for name in BETAS))
 
 
-def _losses(cell: Cell) -> np.ndarray:
-    return np.array([row.get("loss", math.nan) for row in cell.repeats])
+def _row(plane: Plane, pair: tuple[Cell, Cell]) -> dict[str, str | float]:
+    losses = [np.array([row.get("loss", math.nan) for row in cell.repeats]) for cell in pair]
+    errors = [standard_error(of_seeds) for of_seeds in losses]
+    a, b = terms_of(Plane([*pair], folder=plane.folder), ["loss"])["loss"]
+    if a is not None and b is not None and a.shape[1] == b.shape[1]:
+        errors.append(standard_error(a.mean(0) - b.mean(0)))  # over the test images, which they share
+    errors = [se for se in errors if math.isfinite(se)]
+    row = {"excess": float(losses[0].mean() - losses[1].mean()), "se": math.hypot(*errors) if errors else math.nan}
+    for whose, epochs, cell, loss in zip(("", "own_"), ("num_epochs", "own_epochs"), pair, losses, strict=True):
+        row[epochs] = cell.settings.get("num_epochs") or ""
+        row[f"{whose}optimizer"] = cell.settings.get("optimizer") or "adam"  # of tables that do not say
+        row |= {whose + name: cell.median.get(name) for name in ("kl_y", "kl_z", "psnr")}
+        row |= {f"{whose}loss": float(loss.mean()), f"{whose}n": len(cell.runs)}
+    row |= {name: pair[0].median[name] for name in BETAS}
+    return {name: row[name] for name in EXCESS}
 
 
-def pairs(plane: Plane) -> list[Pair]:
-    """Every unfolded cell with every own cell of the same model and betas, however long either was trained."""
-    known, fixed = {}, np.isnan(plane.asked).all(1)
-    for cell in plane.where(fixed & ~plane.unfolded).cells:
-        known.setdefault(_key(cell), []).append(cell)
-    unfolded = plane.where(fixed & plane.unfolded).cells
-    return [Pair(cell, own, _of_images(plane, cell, own)) for cell in unfolded for own in known.get(_key(cell), ())]
+def by_trainings(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The rows by what multi-rate model and own cells were trained with, such as ("16 epochs, muon", ...)."""
+    groups = {}
+    for row in rows:
+        shared = f"{row['num_epochs'] or '?'} epochs, {row['optimizer']}"
+        groups.setdefault((shared, f"{row['own_epochs'] or '?'} epochs, {row['own_optimizer']}"), []).append(row)
+    return groups
 
 
-def _of_images(plane: Plane, *cells: Cell) -> float:
-    """The standard error over test images of the difference of two cells' losses, means over seeds; NaN if unknown."""
-    a, b = terms_of(Plane(cells, folder=plane.folder), ["loss"])["loss"]
-    return math.nan if a is None or b is None or a.shape[1] != b.shape[1] else standard_error(a.mean(0) - b.mean(0))
-
-
-def _key(cell: Cell) -> tuple:
-    return (*(cell.settings.get(n) for n in MODEL), *(float(f"{cell.median[n]:.6g}") for n in BETAS))
-
-
-def excess_rows(found: list[Pair]) -> list[dict[str, str | float]]:
-    """The rows of excess.csv."""
-    rows = []
-    for pair in found:
-        row = {n: pair.unfolded.median[n] for n in BETAS} | {"excess": pair.excess, "se": pair.se}
-        for whose, epochs, cell in (("", "num_epochs", pair.unfolded), ("own_", "own_epochs", pair.own)):
-            row |= {epochs: cell.settings.get("num_epochs") or "", f"{whose}optimizer": _optimizer(cell)}
-            row |= {whose + n: cell.median.get(n) for n in ("kl_y", "kl_z", "psnr")}
-            row |= {f"{whose}loss": float(_losses(cell).mean()), f"{whose}n": len(cell.runs)}
-        rows.append({name: row[name] for name in EXCESS})
-    return rows
-
-
-def print_excess(found: list[Pair]) -> None:
+def print_excess(rows: list[dict]) -> None:
     """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead."""
-    by_trainings = {}
-    for pair in found:
-        if math.isfinite(pair.excess):
-            by_trainings.setdefault(pair.trainings, []).append(pair.excess)
-    for (shared, own), excess in by_trainings.items():
+    for (shared, own), of_both in by_trainings([row for row in rows if math.isfinite(row["excess"])]).items():
+        excess = [row["excess"] for row in of_both]
         print(
             f"\nmulti-rate cells ({shared}) against their own trainings ({own}): loss {np.mean(excess):+.2f} nats on "
             f"average, {min(excess):+.2f} to {max(excess):+.2f}; lower in {sum(e < 0 for e in excess)} of "

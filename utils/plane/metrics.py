@@ -35,7 +35,7 @@ def value_of(name: str, means: np.ndarray) -> np.ndarray:
     return DECIBEL * np.log(means.clip(1e-30)) if is_squared(name) else means
 
 
-def mean_of(name: str, value: np.ndarray) -> np.ndarray:
+def mean_term(name: str, value: np.ndarray) -> np.ndarray:
     """The mean term behind a metric's value."""
     return np.exp(value / DECIBEL) if is_squared(name) else value
 
@@ -56,18 +56,17 @@ INFORMATION = [  # on the label, against R(z)
 
 def first_of(names: list[str], choices: list[tuple[str, ...]]) -> list[str]:
     """Of each choice, the first metric that is among the names."""
-    found = [next((name for name in choice if name in names), None) for choice in choices]
-    return [name for name in found if name is not None]
+    return [next(name for name in choice if name in names) for choice in choices if set(choice) & set(names)]
 
 
-def wanted(names: list[str], asked: list[str] | None) -> list[str]:
-    """Of a batch's metrics those to draw: asked for, all that have a better way, or one for each task.
+def wanted(names: list[str], requested: list[str] | None) -> list[str]:
+    """Of a batch's metrics those to draw: those requested, all that have a better way, or one for each task.
 
     Raises UserError for one that the batch has not.
     """
-    if asked == ["all"]:
+    if requested == ["all"]:
         return [name for name in names if name in METRICS and metric(name).better]
-    for name in asked or []:
+    for name in requested or []:
         if name not in names:
             raise UserError(f"--metrics: no run has {name!r}{nearest(name, names)}")
-    return list(dict.fromkeys(asked)) if asked else first_of(names, FOUR)
+    return list(dict.fromkeys(requested)) if requested else first_of(names, FOUR)

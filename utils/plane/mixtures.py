@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from utils.plane.cells import Plane
-from utils.plane.metrics import mean_of, metric, score_of, value_of
+from utils.plane.metrics import mean_term, metric, score_of, value_of
 
 
 def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndarray:
@@ -30,8 +30,7 @@ def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndar
 def mixture(name: str, rate: np.ndarray, score: np.ndarray, most: float) -> dict[int, float]:
     """The best mixture of models with a rate of at most `most`, as weights by index; NaN scores are left out.
 
-    That is one model or, of metrics that mix, two, with shares of the images such that the rate is `most`; if all have
-    larger rates, it is the model whose rate is least. `score` (N,) is what `score_of` gives.
+    If all have larger rates, it is the model whose rate is least. `score` (N,) is what `score_of` gives.
     """
     corners = frontier(rate, score, metric(name).mixes)
     within = np.searchsorted(rate[corners], most, "right")
@@ -42,21 +41,19 @@ def mixture(name: str, rate: np.ndarray, score: np.ndarray, most: float) -> dict
     return {a: share, b: 1 - share}
 
 
-def reach(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
+def mixed_values(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
     """The best value within given rates that mixtures of points (N,) have; PSNR is mixed as squared errors."""
-    means = mean_of(name, value)
+    means = mean_term(name, value)
     corners = frontier(rate, score_of(name, means))
     return value_of(name, np.interp(at, rate[corners], means[corners]))
 
 
-def hull(plane: Plane, name: str, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def hull(plane: Plane, name: str, among: np.ndarray | bool = True) -> list[dict[str, float]]:
     """What mixtures of the cells in a mask (N,) reach at best, along their rates; empty for metrics that do not mix."""
-    rate, value = plane.values("rate"), plane.values(name)
-    among = among & np.isfinite(value)
-    if not among.any() or not metric(name).mixes or not metric(name).better:
-        return np.empty(0), np.empty(0)
-    rate, value = rate[among], value[among]
-    at = np.unique(
-        [*np.linspace(rate.min(), rate.max(), 300), *rate]
-    )  # straight neither in decibels nor over log rates
-    return at, reach(name, rate, value, at)
+    cells = among & np.isfinite(plane.values(name))
+    if not cells.any() or not metric(name).mixes or not metric(name).better:
+        return []
+    rate, value = plane.values("rate")[cells], plane.values(name)[cells]
+    at = np.unique([*np.linspace(rate.min(), rate.max(), 300), *rate])  # PSNR is not straight between two cells
+    values = mixed_values(name, rate, value, at)
+    return [{"rate": x, name: v} for x, v in zip(at.tolist(), values.tolist(), strict=True)]

@@ -2,22 +2,28 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
-from html import escape
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import jinja2
+import torch
+
+from datasets.loading import Data
+from utils.config import Config
 from utils.distributed import progress
-from utils.files import to_csv, write_atomic, write_text
-from utils.plane.advice import ADVICE, EXPLAINED, TASKS, commands, headings_of
+from utils.files import to_csv, write_text
+from utils.plane import figures
+from utils.plane.advice import EXPLAINED, OF_TASKS, advice, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
-from utils.plane.compare import COMPARED, comparisons, groups
+from utils.plane.drawing import Drawing, headings, styled, table, write_drawing
 from utils.plane.drivers import DRIVERS, drivers
-from utils.plane.excess import EXCESS
-from utils.plane.metrics import ACCURACIES, metric
-from utils.plane.slopes import SLOPES
-from utils.plane.tables import to_html, to_markdown
+from utils.plane.excess import EXCESS, excess_rows, print_excess
+from utils.plane.explorer import explorer
+from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
+from utils.plane.sheets import OVERVIEW, Pictures, overview, pictures_of, sheets, test_images, to_uri
+from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
+from utils.plane.tables import texts_of, to_markdown
 
 CAPTIONS = {
     "rate_plane": "Each metric over the rate plane, the rate of z (horizontal) and of y given z (vertical). Dots are "
@@ -31,9 +37,9 @@ CAPTIONS = {
     "is only known between two ends is a bar.",
     "rate_z": "Information on the label against R(z). z carries at most R(z) nats on the label, and at most the "
     "label's entropy; the line shows this bound. It holds for samples of z, not for probes on its posterior mean.",
-    "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed, and yellow is best.",
     "tasks": "The metrics of the tasks against each other. Colours tell a cell's betas: beta_y from dark to light, "
     "beta_z from blue to yellow.",
+    "heat_maps": "Rates and metrics over the grid of betas; the best cell is framed, and yellow is best.",
     "slopes": "Slopes of the distortion relative to the betas, -dD/dR / beta, estimated from neighbouring cells: 1 at "
     "an optimum. Cells far from 1 are under-trained; grey cells have no estimate, or D does not fall with the rate.",
     "excess": "The loss of cells of a multi-rate model less that of cells trained on their own at the same betas: "
@@ -42,115 +48,124 @@ CAPTIONS = {
     "samples": "Samples of each cell, generated from the same noise.",
     "reconstructions": "Reconstructions of the same test images by each cell.",
 }
+OF_LABEL = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *ACCURACIES["qz_mu"])
 TO_TRAIN = {"metrics": "best for", "command": "command"}
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style>{head}</head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
 
 
-def page(title: str, settings: dict, notes: list, tables: dict, images: dict, explorer=("", "")) -> str:
-    """A self-contained HTML page; tables are HTML by heading, images PNGs by name, explorer HTML for head and body."""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    first, *others = [f"<h2>{escape(heading)}</h2>{table}" for heading, table in tables.items()]
-    values = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in settings.items())
-    body = [explorer[1], f"<h2>Notes</h2><ul>{items}</ul>" if notes else "", first, "<h2>Figures</h2>"]
-    body += [figure_of(name, png) for name, png in images.items()] + others
-    body.append(f"<h2>Settings</h2><dl>{values}</dl>")
-    style = Path(__file__).with_name("page.css").read_text()
-    return PAGE.format(title=escape(title), style=style, head=explorer[0], body="\n".join(body))
+class Options(NamedTuple):
+    """What a report shows."""
+
+    formats: Sequence[str] = ("png", "pdf")  # of the figures
+    metrics: Sequence[str] | None = None  # to draw: columns, or all; None for one of each task
+    budget: Mapping[str, float] = {}  # limits of the rates for the advice, in the plane's unit
+    images: int = 4  # of each kind and cell
+    overview: bool = False  # whether to draw the rate plane at a glance
+    device: torch.device = torch.device("cpu")  # on which models compute
 
 
-def figure_of(name: str, png: bytes) -> str:
-    """A figure with its caption, as HTML; a click enlarges it."""
-    base = next(base for base in CAPTIONS if name.startswith(base))
-    caption = CAPTIONS[base] + escape(name.removeprefix(base).replace("_", " "))
-    picture = f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    enlarged = f'<details><summary title="enlarge">{picture}</summary></details>'
-    return f'<figure id="{name}">{enlarged}<figcaption>{caption}</figcaption></figure>'
+@styled
+def write_report(out: Path, plane: Plane, options: Options, load_data: Callable[[Config], Data]) -> None:
+    """Writes figures, tables and the page of a batch into a folder, and prints the advice and what else to know.
+
+    `load_data` gives the data set of a Config, for the images that models reconstruct.
+    """
+    names, advised = wanted(plane.names, options.metrics), advice(plane, options.budget)
+    if options.budget and not any(row["budget"] for row in advised):
+        plane.notes.append("no evaluated cell is within the budget")
+    x = test_images(plane, load_data, max(options.images, 2 * OVERVIEW))
+    pictures = pictures_of(plane, options.device, options.images, x)
+    estimates, excess = slopes(plane), excess_rows(plane)
+    drawings = draw(plane, names, options, estimates, excess)
+    if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), options.device, x)):
+        drawings["overview"] = glance
+    images = write_figures(out, options.formats, plane, drawings | sheets(plane, pictures))
+    rows = slope_rows(estimates)
+    tables = write_tables(out, plane, names, advised, rows, excess)
+    write_text(out / "report.html", page(plane, names, tables, images, pictures))
+    for note in plane.notes:
+        print(f"note: {note}")
+    print(to_markdown(advised, headings_of(plane)) + EXPLAINED)
+    for row in commands(advised):
+        print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
+    print_far_off(rows)
+    print_excess(excess)
+    print(f"\nOpen {out / 'report.html'}")
 
 
-def settings(plane: Plane) -> dict[str, str]:
-    """Each setting of the batch's cells, with all of its values."""
-    values = {name: {cell.settings.get(name) or "" for cell in plane.cells} for name in SETTINGS}
-    in_order = partial(sorted, key=lambda text: (math.isnan(number(text)), number(text), text))
-    return {name: ", ".join(in_order(texts)) for name, texts in values.items() if texts != {""}}
-
-
-def write_tables(out: Path, plane: Plane, advice: list, slopes: list, excess: list, names: list) -> dict[str, str]:
-    """Writes the tables: advice, slopes, excess loss, metrics `names`; returns those of the page, HTML by heading."""
-    from utils.plane.drawing import headings, table
-
-    of_tasks = chain(*TASKS.values(), ACCURACIES["z"], ACCURACIES["y"])
-    of_tasks = [name for name in of_tasks if name in plane.names]
-    differing = {name: name for name in plane.differing}
-    correlations = drivers(plane, of_tasks)
-    cells = [row for row in table(plane, [*of_tasks, *names]) if row["what"] != "seed"]
-    write_text(out / "advice.csv", to_csv(advice, ADVICE | differing | {"command": None}))
-    write_text(out / "advice.md", to_markdown(advice, headings_of(plane)))
-    write_text(out / "slopes.csv", to_csv(slopes, SLOPES))
-    write_text(out / "drivers.csv", to_csv(correlations, DRIVERS | differing))
+def draw(plane: Plane, names: list[str], options: Options, estimates: list[Slope], excess: list) -> dict[str, Drawing]:
+    """All figures of metrics for which the batch has data, by name."""
+    drawings = {}
+    if names:
+        drawings["rate_plane"] = figures.rate_planes(plane, names)
+        drawings["total_rate"] = figures.total_rates(plane, names)
+    requested = [name for name in names if plain(name) in OF_LABEL]
+    if information := requested if options.metrics else first_of(plane.names, INFORMATION):
+        if plane.labels is None:
+            plane.notes.append("no latents.npz in any run: the bounds implied by R(z) are not drawn")
+        drawings["rate_z"] = figures.against_rate_z(plane, information)
+    drawings["tasks"] = figures.tasks(plane, first_of(plane.names, FOUR[:3]))
+    for kind, grid in plane.grids.items():
+        drawings[f"heat_maps_{kind}" if kind else "heat_maps"] = figures.heat_maps(grid, names)
+        of_grid = [s for s in estimates if s.cell in grid.cells]
+        if any(math.isfinite(ratio) for s in of_grid for ratio in (s.ratio_y, s.ratio_z)):
+            drawings[f"slopes_{kind}" if kind else "slopes"] = figures.slope_maps(grid, of_grid)
     if excess:
-        write_text(out / "excess.csv", to_csv(excess, EXCESS))
-    tables = {
-        "Advice": (advice, headings_of(plane)),
-        "Commands that train these points on their own": (commands(advice), TO_TRAIN),
-        "Rank correlations with the rates": (correlations, DRIVERS | differing),
-        "Cells": (cells, headings(cells, plane)),
-        "Slopes": (slopes, SLOPES),
-        "Multi-rate cells and their own trainings": (excess, EXCESS),
-    }
-    of_page = {heading: to_html(rows, of) for heading, (rows, of) in tables.items() if rows}
-    if advice:
-        of_page["Advice"] += f'<p class="about">{EXPLAINED}</p>'
-    return of_page
+        drawings["excess"] = figures.excess_maps(plane, excess)
+    if not any(name.startswith("slopes") for name in drawings):
+        plane.notes.append("no slopes of D: they need cells with neighbours along both axes of the grid")
+    return drawings
 
 
-def remove_stale(out: Path, formats: Sequence[str], drawn: Mapping) -> None:
-    """Removes the files of figures that an earlier call's page shows and this call does not write."""
-    path, written = out / "report.html", {f"{name}.{form}" for name in drawn for form in (*formats, "csv")}
-    earlier = path.read_text(errors="replace") if path.is_file() else ""
-    for file in out.glob("*.*"):
-        is_figure = file.suffix in (".png", ".pdf", ".csv") and f'<figure id="{file.stem}"' in earlier
-        if is_figure and file.name not in written:
-            file.unlink()
-
-
-def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawn: Mapping) -> dict[str, bytes]:
-    """Writes figures with their data; returns the PNGs by name."""
-    from utils.plane.drawing import headings, rendered
-
-    out.mkdir(parents=True, exist_ok=True)
+def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawings: Mapping[str, Drawing]) -> dict[str, bytes]:
+    """Writes figures with their data, and removes those that an earlier call wrote; returns the PNGs by name."""
     images = {}
-    for name, (figure, rows) in progress(drawn.items(), unit="figure"):
-        files = rendered(figure, ("png", *formats))
-        images[name] = files["png"]
-        for form in formats:
-            write_atomic(out / f"{name}.{form}", files[form])
-        write_text(out / f"{name}.csv", titled_csv(rows, headings(rows, plane)))
+    for name, drawing in progress(drawings.items(), unit="figure"):
+        images[name] = write_drawing(out, name, formats, drawing, headings(drawing.rows, plane))
+    files, record = [f"{name}.{form}" for name in images for form in (*formats, "csv")], out / "figures.txt"
+    for name in record.read_text().splitlines() if record.is_file() else ():
+        if name not in files:
+            (out / Path(name).name).unlink(missing_ok=True)
+    write_text(record, "".join(f"{name}\n" for name in files))
     return images
 
 
-def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane], names: Sequence[str]) -> str:
-    """Writes the figure and the tables that compare batches; returns what to print: the table and notes."""
-    from utils.plane.figures import batches
+def write_tables(out: Path, plane: Plane, names: list[str], advised: list, estimates: list, excess: list) -> dict:
+    """Writes the tables: advice, slopes, excess loss, correlations; returns those of the page, by heading."""
+    differing = {name: name for name in plane.differing}
+    of_tasks = [name for name in (*OF_TASKS, *ACCURACIES["z"], *ACCURACIES["y"]) if name in plane.names]
+    cells = [row for row in table(plane, [*of_tasks, *names]) if row["what"] != "seed"]
+    write_text(out / "advice.csv", to_csv(advised, [*headings_of(plane), "command"]))
+    write_text(out / "advice.md", to_markdown(advised, headings_of(plane)))
+    of_page = {}
+    for heading, rows, titles, file in (
+        ("Advice", advised, headings_of(plane), ""),
+        ("Commands that train these points on their own", commands(advised), TO_TRAIN, ""),
+        ("Rank correlations with the rates", drivers(plane, of_tasks), DRIVERS | differing, "drivers.csv"),
+        ("Cells", cells, headings(cells, plane), ""),
+        ("Slopes", estimates, SLOPES, "slopes.csv"),
+        ("Multi-rate cells and their own trainings", excess, EXCESS, "excess.csv" if excess else ""),
+    ):
+        if file:
+            write_text(out / file, to_csv(rows, titles))
+        of_page[heading] = texts_of(rows, titles)
+    return of_page
 
-    found = groups(planes, names)
-    rows, (first, *others) = comparisons(found), planes
-    name = f"compare_{'_'.join(others)}"
-    about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
-    write_figures(out, formats, planes[first], {name: batches(found, about)})
-    write_text(out / f"{name}_table.csv", to_csv(rows, COMPARED))
-    told = to_markdown(rows, COMPARED)
-    write_text(out / f"{name}_table.md", told)
-    apart = [f"{metric(g.name).label} of {g.of or 'other settings'}" for g in found if len(g.planes) < len(planes)]
-    notes = [f"not in every batch, so not compared with all: {text}" for text in apart]
-    notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
-    return told + "".join(f"note: {note}\n" for note in dict.fromkeys(notes))
 
-
-def titled_csv(rows: Sequence[Mapping], titles: Mapping[str, str]) -> str:
-    """Rows as CSV under headings that carry the units."""
-    return to_csv([{titles[k]: v for k, v in row.items()} for row in rows], titles.values())
+def page(plane: Plane, names: list[str], tables: dict, images: Mapping[str, bytes], pictures: Pictures) -> str:
+    """The page as HTML; `tables` are texts by heading, `images` PNGs by name."""
+    shown = {}
+    for name, png in images.items():
+        base = next(base for base in CAPTIONS if name.startswith(base))
+        caption = CAPTIONS[base] + name.removeprefix(base).replace("_", " ")
+        shown[name] = caption, f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    settings = {}
+    for name in SETTINGS:
+        texts = sorted(plane.settings(name, ""), key=lambda text: (math.isnan(number(text)), number(text), text))
+        if texts != [""]:
+            settings[name] = ", ".join(texts)
+    template = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent))
+    return template.get_template("page.html").render(
+        explorer(plane, names, pictures), title=f"Batch {plane.folder.name}", notes=plane.notes, tables=tables,
+        explained=EXPLAINED, figures=shown, settings=settings, kinds=pictures.kinds,
+        originals="" if pictures.originals is None else to_uri(pictures.originals),
+    )  # fmt: skip
