@@ -14,7 +14,7 @@ from models.stack import TERMS
 from utils.cli import batch_folder
 from utils.config import fields_of
 from utils.distributed import progress
-from utils.errors import UserError, held_back, nearest
+from utils.errors import UserError, signals_postponed, nearest
 from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.metrics import columns_of
 from utils.evaluation.results import read_metrics
@@ -95,7 +95,7 @@ def worker_processes(n: int) -> Iterator[Callable[..., Future]]:
 
     def submit(*job) -> Future:
         nonlocal executor
-        with held_back(*UNHEEDED):
+        with signals_postponed(*UNHEEDED):
             executor = get_reusable_executor(n, env=ONE_THREAD)  # a new one, if a worker was killed
             return executor.submit(*job)
 

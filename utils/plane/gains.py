@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.evaluation.per_image import per_image
+from utils.evaluation.results import per_image
 from utils.plane.cells import BETAS, Plane
 from utils.plane.metrics import metric, score_of, value_of
 from utils.plane.mixtures import mixture
