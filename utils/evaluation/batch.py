@@ -14,7 +14,7 @@ from models.stack import TERMS
 from utils.cli import batch_folder
 from utils.config import fields_of
 from utils.distributed import progress
-from utils.errors import UserError, signals_postponed, nearest
+from utils.errors import UserError, nearest, signals_postponed
 from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.metrics import columns_of
 from utils.evaluation.results import read_metrics
