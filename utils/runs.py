@@ -64,14 +64,14 @@ class Run:
     def result(self) -> dict:
         """What training.json holds; empty while there is none."""
         path = self.path / "training.json"
-        known = read_json(path) if path.exists() else {}
-        if not isinstance(known.get("train", {}), dict) or not isinstance(known.get("status", ""), str):
+        result = read_json(path) if path.exists() else {}
+        if not isinstance(result.get("train", {}), dict) or not isinstance(result.get("status", ""), str):
             raise UserError(f"{path}: damaged; remove it, the run counts as finished without it")
-        return known
+        return result
 
     def check(self, overwrite: bool) -> None:
         """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
-        if not overwrite and (self.path / "config.json").exists():
+        if not overwrite and self.status != "new":
             theirs = Config.from_json(self.path / "config.json")
             if theirs.data_digest not in (None, self.config.data_digest):
                 raise UserError(
@@ -80,11 +80,10 @@ class Run:
                 )
             free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
             free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
-            different = [name for name in self.config.differs_in(theirs) if name not in free]
+            different = [f"--{n} {getattr(theirs, n)}" for n in self.config.differs_in(theirs) if n not in free]
             if different:
-                settings = ", ".join(f"--{name} {getattr(theirs, name)}" for name in different)
                 raise UserError(
-                    f"{self.path}: exists with another configuration ({settings}); "
+                    f"{self.path}: exists with another configuration ({', '.join(different)}); "
                     "choose another --run_name or --run_batch_name, or --overwrite it"
                 )
         elif not overwrite and self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):
@@ -99,8 +98,7 @@ class Run:
         unfinished.mkdir(parents=True)
         try:
             write_text(unfinished / "config.json", self.config.to_json())
-            with contextlib.suppress(FileExistsError):
-                unfinished.rename(self.path)  # only over nothing or an empty folder
+            unfinished.rename(self.path)  # only over nothing or an empty folder
         except UserError as e:
             raise UserError(str(e).replace(unfinished.name, self.path.name)) from e
         except OSError as e:
@@ -113,22 +111,20 @@ class Run:
         """Holds the folder for this process; see utils/locks.py."""
         return locked(self.path, patience)
 
-    def of_data(self, digest: str | None) -> "Run":
-        """The run, to be trained on the images of that digest."""
-        return Run(self.path, dataclasses.replace(self.config, data_digest=digest))
+    def with_settings(self, **settings) -> "Run":
+        """The run with some settings changed."""
+        return Run(self.path, dataclasses.replace(self.config, **settings))
 
-    def with_betas(self, beta_y: float, beta_z: float) -> "Run":
-        """The run with the betas that were found for its rates, which it keeps."""
-        run = Run(self.path, dataclasses.replace(self.config, beta_y=beta_y, beta_z=beta_z))
-        write_text(self.path / "config.json", run.config.to_json())
-        return run
+    def write_config(self) -> None:
+        """Writes the configuration anew."""
+        write_text(self.path / "config.json", self.config.to_json())
 
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""
         for file in self.path.iterdir():
             if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
-        write_text(self.path / "config.json", self.config.to_json())
+        self.write_config()
 
     def save_state(self, state: dict) -> None:
         """Writes a checkpoint, and keeps the previous one."""
@@ -144,28 +140,27 @@ class Run:
         Raises UserError if there are checkpoints and all are damaged.
         """
         problems = []
-        for name in CHECKPOINTS:
-            if (self.path / name).exists():
-                try:
-                    state = self._read_state(name)
-                    if problems:  # otherwise the next save would keep it as the previous one
-                        (self.path / "resume.pth").unlink()
-                    return state, problems
-                except UserError as e:
-                    problems.append(str(e))
+        for path in self.checkpoints:
+            try:
+                state = self.read_state(path)
+                if problems:  # otherwise the next save would keep it as the previous one
+                    (self.path / "resume.pth").unlink()
+                return state, problems
+            except UserError as e:
+                problems.append(str(e))
         if problems:
             raise UserError(f"{'; '.join(problems)}; no undamaged checkpoint is left; --overwrite starts from scratch")
         return None, problems
 
-    def peek(self) -> dict | None:
-        """The newest checkpoint, None if there is none. Raises UserError if it is damaged."""
-        there = [name for name in CHECKPOINTS if (self.path / name).exists()]
-        return self._read_state(there[0]) if there else None
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The files of its checkpoints, the newest first."""
+        return [self.path / name for name in CHECKPOINTS if (self.path / name).exists()]
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
         """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""
         try:
-            state = self._read_state("resume.prev.pth")
+            state = self.read_state(self.path / "resume.prev.pth")
         except UserError:
             return None
         if (state["epoch"], state["step"]) != position:
@@ -173,31 +168,20 @@ class Run:
         os.replace(self.path / "resume.prev.pth", self.path / "resume.pth")
         return state
 
-    def _read_state(self, name: str) -> dict:
-        """A checkpoint. Raises UserError if it is damaged, or of another model."""
-        return self._checked(self.path / name, load_tensors(self.path / name))
+    def read_state(self, path: Path) -> dict:
+        """The checkpoint in a file of its folder. Raises UserError if it is damaged, or of another model.
 
-    def final_state(self) -> dict:
-        """The checkpoint at the end of a finished training. Raises UserError if it is damaged."""
-        path = self.path / "adam.pth"
-        ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
-        return self._checked(path, {**load_tensors(path), **ended, "weights": load_tensors(self.path / "vae.pth")})
-
-    def _checked(self, path: Path, state: dict) -> dict:
+        That of a finished training, adam.pth, is completed by the weights.
+        """
+        state = load_tensors(path)
+        if path.name == "adam.pth":
+            ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
+            state = {**state, **ended, "weights": load_tensors(self.path / "vae.pth")}
         with torch.device("meta"):
-            expected = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
-        fits = all(_kinds(state.get(key)) == expected for key in ("weights", "exp_avg", "exp_avg_sq"))
-        fits &= all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
-        fits &= isinstance(state.get("seconds"), int | float) and math.isfinite(state["seconds"])
-        fits &= type(state.get("threads", 1)) is int and 1 <= state.get("threads", 1) <= 1024
-        fits &= type(state.get("spread", 0.0)) is float and 0 <= state.get("spread", 0.0) <= 1
-        if "betas" in state:  # of a cell whose betas are steered
-            fits &= all(getattr(state.get(k), "shape", None) == (2,) for k in ("betas", "log_rates"))
-        if fits and state["step"]:
-            history = state.get("history")
-            fits = isinstance(history, torch.Tensor) and history.ndim == 2 and state["step"] < len(history)
-            fits &= isinstance(state.get("noise"), torch.Tensor) and history.shape[1:] == (len(TERMS),)
-        if not fits:
+            shapes = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
+        if not all(_shapes(state.get(key)) == shapes for key in ("weights", "exp_avg", "exp_avg_sq")) or not _fits(
+            state
+        ):
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
@@ -230,11 +214,25 @@ def is_cell(path: Path) -> bool:
         return path.name != "figures"
 
 
-def _kinds(tensors) -> dict | None:
-    """Shape and dtype of each tensor, by name; None if `tensors` is not a dictionary of tensors."""
+def _shapes(tensors) -> dict | None:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         return None
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
+
+
+def _fits(state: dict) -> bool:
+    """Whether a checkpoint's numbers, and its history within an epoch, can be what a training saved."""
+    whole = all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
+    threads, spread, seconds = state.get("threads", 1), state.get("spread", 0.0), state.get("seconds")
+    whole &= type(threads) is int and 1 <= threads <= 1024 and type(spread) is float and 0 <= spread <= 1
+    whole &= isinstance(seconds, int | float) and math.isfinite(seconds)
+    if "betas" in state:  # of a cell whose betas are steered
+        whole &= all(getattr(state.get(key), "shape", None) == (2,) for key in ("betas", "log_rates"))
+    if not whole or not state["step"]:
+        return whole
+    history = state.get("history")
+    whole = isinstance(history, torch.Tensor) and history.ndim == 2 and history.shape[1] == len(TERMS)
+    return whole and state["step"] < len(history) and isinstance(state.get("noise"), torch.Tensor)
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:
@@ -242,17 +240,14 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     path = run.path / "vae.pth"
     if not path.exists():
         raise UserError(f"{path}: not there; the run is unfinished")
-    state = unwrapped(load_tensors(path))
-    model = build_model(run.config)
+    state, model = unwrapped(load_tensors(path)), build_model(run.config)
     try:
         if not all(t.is_floating_point() for t in state.values()):
             raise ValueError("not all of them are floating-point tensors")
         model.load_state_dict(translate(state, model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
-        said = " ".join(str(e).split())[:200]
-        raise UserError(
-            f"{path}: the weights do not fit {run.path}/config.json, or are of another version of the code ({said})"
-        ) from e
+        why = f"or are of another version of the code ({' '.join(str(e).split())[:200]})"
+        raise UserError(f"{path}: the weights do not fit {run.path}/config.json, {why}") from e
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"{path}: holds weights that are not finite")
     return model.to(device).eval()

@@ -100,7 +100,7 @@ def test_failed_and_damaged_cells_and_checkpoints_within_an_epoch(trained, passe
     (path / "resume.pth").write_bytes(b"no")
     out = passes(train.main, *TINY, "--dry_run")
     assert f"damaged: {path}/resume.pth" in out and (path / "resume.pth").exists()
-    monkeypatch.setattr(Run, "peek", lambda run: {"epoch": 1, "step": 3, "history": [0] * 4, "seconds": 7.0})
+    monkeypatch.setattr(Run, "read_state", lambda *_: {"epoch": 1, "step": 3, "history": [0] * 4, "seconds": 7.0})
     assert standing(Run.open(path)) == ("unfinished at epoch 1 of 2", 1.75, 7.0)
 
 

@@ -87,7 +87,7 @@ def begin(run: Run, source: Run) -> None:
     if run.config.init_from is None:
         if source.config.data_digest != run.config.data_digest:
             raise UserError(f"--init_from: {source.path} was trained on other images than {run.config.dataset} has")
-        state = source.final_state()
+        state = source.read_state(source.path / "adam.pth")
     else:
         moments = {k: {name: torch.zeros_like(p) for name, p in weights.items()} for k in MOMENTS}
         state = {**moments, "adam_steps": 0, "epoch": 0, "step": 0, "seconds": 0.0}

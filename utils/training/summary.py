@@ -79,7 +79,9 @@ def standing(run: Run) -> tuple[str, float, float]:
             return status, total, run.result.get("seconds", 0.0)
         if status == "failed":
             return f"failed at step {run.result['step']} of epoch {run.result['epoch']}", 0, 0
-        epochs, seconds, state = 0.0, 0.0, run.peek() if status == "unfinished" else None
+        epochs, seconds, state = 0.0, 0.0, None
+        if status == "unfinished" and run.checkpoints:
+            state = run.read_state(run.checkpoints[0])
         if state:
             epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ())))
             seconds = state["seconds"]

@@ -307,7 +307,9 @@ class Training:
                 **figures(model, data, self.config.batch_size, train=train[m], test=test[m]),
             }
             if run.config.has_target:
-                run = run.with_betas(*(float(f"{b:.6g}") for b in self.betas.values[m].tolist()))
+                beta_y, beta_z = (float(f"{b:.6g}") for b in self.betas.values[m].tolist())
+                run = run.with_settings(beta_y=beta_y, beta_z=beta_z)
+                run.write_config()
             if self.points:
                 result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
             optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads")}
