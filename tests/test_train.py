@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
 
 import train
 from tests.conftest import TINY
@@ -60,7 +61,7 @@ def test_one_command_equals_the_bash_loop(trained):
         assert {p.name for p in paths} == set(loop)
         for path in paths:
             for name, p in load_tensors(path / "vae.pth").items():
-                torch.testing.assert_close(p, loop[path.name][name], rtol=tolerance, atol=tolerance)
+                assert_close(p, loop[path.name][name], rtol=tolerance, atol=tolerance)
 
 
 def test_a_finished_run_that_is_damaged_is_named_and_overwritten_if_asked(trained, script):

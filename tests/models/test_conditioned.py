@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.functional import interpolate
+from torch.testing import assert_close
 
 from models.build import build_model
 from models.conditioned import Conditioned
@@ -58,7 +59,7 @@ def test_at_fixed_betas_it_is_the_ordinary_model(kind):
             plain.load_state_dict(model.weights_at(log_betas))
             both = zip(model(x, noise._replace(log_betas=log_betas.expand(3, 2))), plain(x, noise), strict=True)
         for ours, expected in both:
-            torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+            assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
 @every_kind
@@ -71,10 +72,10 @@ def test_each_image_has_betas_of_its_own(kind):
         functional_call(model.model, model.weights_at(LOG_BETAS[i]), (x[i : i + 1], own[i])).loss().sum()
         for i in range(3)
     ]
-    torch.testing.assert_close(together, sum(each), rtol=1e-12, atol=1e-12)
+    assert_close(together, sum(each), rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(loss, [*model.parameters()]) for loss in (together, sum(each))]
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_without_training_the_betas_change_nothing():
@@ -126,8 +127,8 @@ def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
 
     weights = torch.tensor([0.75, 0.25]).double().repeat_interleave(64)[:, None] * weigh(grid)
     mean = (weights * scales).sum(0) / weights.sum()
-    torch.testing.assert_close(mean, torch.ones_like(mean), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close((weights * shifts).sum(0), torch.zeros_like(mean), rtol=1e-5, atol=1e-5)
+    assert_close(mean, torch.ones_like(mean), rtol=1e-6, atol=1e-6)
+    assert_close((weights * shifts).sum(0), torch.zeros_like(mean), rtol=1e-5, atol=1e-5)
     log_betas = model.noise(4000, generator("cpu", 0)).log_betas.double()
     drawn = model.scales_and_shifts(log_betas)
     many, weights = torch.cat([scale for scale, _ in drawn.values()], -1) - 1, weigh(log_betas)
@@ -152,7 +153,7 @@ def test_images_weigh_by_their_betas_once_all_are_in_use_and_what_is_reported_do
     sums = training.update(x, noise, one, one)
     assert sums[0, TERMS.index("loss")].item() == pytest.approx(loss.sum().item(), rel=1e-12)
     for old, new, gradient in zip(before, parameters.values(), gradients, strict=True):
-        torch.testing.assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
+        assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.25, 1.0])
@@ -168,5 +169,5 @@ def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range_and_15_per
     assert around == pytest.approx(0.75 + 0.25 * spread**2, abs=0.02)
     share = torch.tensor([spread, spread, spread, 1.0]).repeat_interleave(1000)[:, None]
     uniform = start + share * (2.6 * torch.rand(4000, 2, generator=generator("cpu", 1)) - 1.3 - start)
-    torch.testing.assert_close(log_betas.mean(0), uniform.mean(0), rtol=0, atol=0.06)
-    torch.testing.assert_close(log_betas.std(0), uniform.std(0), rtol=0.06, atol=0)
+    assert_close(log_betas.mean(0), uniform.mean(0), rtol=0, atol=0.06)
+    assert_close(log_betas.std(0), uniform.std(0), rtol=0.06, atol=0)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from numpy.testing import assert_allclose
 from scipy.stats import logistic
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
+from torch.testing import assert_close
 
 from models.latents import Gaussian, RelaxedOneHot, precision_weighted
 from models.likelihoods import MixtureOfLogistics
@@ -16,13 +18,18 @@ from models.tables import LIKELIHOODS
 LEVELS = torch.arange(256, dtype=torch.float64) / 255
 
 
+def pixels(name, outputs, sigma=0.1):
+    """The distribution of images of one channel that a decoder's outputs mean."""
+    return LIKELIHOODS[name](1, sigma)(outputs)
+
+
 def test_gaussian_with_sigma_071_on_cifar10_images():
     x, mean = torch.rand(4, 3, 32, 32).double(), torch.rand(4, 3, 32, 32).double()
-    ll = LIKELIHOODS["GaussianFixedSigma"](3, 0.71)(mean).log_prob(x)
+    ll = pixels("GaussianFixedSigma", mean, 0.71).log_prob(x)
     mse = ((x - mean) ** 2).flatten(1).mean(1)
-    torch.testing.assert_close(ll, -1770.85 - 3047.01 * mse, atol=0.02, rtol=0)
+    assert_close(ll, -1770.85 - 3047.01 * mse, atol=0.02, rtol=0)
     expected = scipy.stats.norm(mean, 0.71).logpdf(x).sum((1, 2, 3))
-    np.testing.assert_allclose(ll, expected, rtol=1e-10)
+    assert_allclose(ll, expected, rtol=1e-10)
 
 
 def test_learned_sigma_is_softly_limited():
@@ -32,16 +39,15 @@ def test_learned_sigma_is_softly_limited():
         likelihood.log_sigma.data.fill_(log_sigma)
         sigma = math.exp(-6 + np.logaddexp(0, log_sigma + 6))
         expected = scipy.stats.norm(0.3, sigma).logpdf(x).sum((1, 2, 3))
-        np.testing.assert_allclose(likelihood(torch.full_like(x, 0.3)).log_prob(x).detach(), expected, rtol=1e-9)
+        assert_allclose(likelihood(torch.full_like(x, 0.3)).log_prob(x).detach(), expected, rtol=1e-9)
 
 
 def test_bernoulli_of_grey_values():
     logits, x = torch.randn(3, 1, 4, 4).double(), torch.rand(3, 1, 4, 4).double()
     p = torch.sigmoid(logits)
     expected = (x * p.log() + (1 - x) * (1 - p).log()).flatten(1).sum(1)
-    distribution = LIKELIHOODS["Bernoulli"](1, 0.1)(logits)
-    torch.testing.assert_close(distribution.log_prob(x), expected)
-    torch.testing.assert_close(distribution.mean, p)
+    assert_close(pixels("Bernoulli", logits).log_prob(x), expected)
+    assert_close(pixels("Bernoulli", logits).mean, p)
 
 
 def mol(channels, k=4, scale=0.0, spread=1.0):
@@ -84,7 +90,7 @@ def test_mol_probabilities_are_those_of_a_plain_sum_of_cdfs(scale):
         weights, means, scales, _ = by_component(grey)
         expected = (weights * mass(np.arange(256)[:, None], np.arange(256)[:, None], means[0], scales[0])).sum(1)
         ours = grey.log_prob(LEVELS.reshape(256, 1, 1, 1)).exp()
-        np.testing.assert_allclose(ours, expected, rtol=1e-8, atol=1e-15)
+        assert_allclose(ours, expected, rtol=1e-8, atol=1e-15)
         assert ours.sum().item() == pytest.approx(1, abs=1e-6)
     for red, green in ((0, 255), (120, 90), (255, 0), (3, 4)):
         mixture, r, g = mol(3, k=2, scale=scale), 2 * red / 255 - 1, 2 * green / 255 - 1
@@ -96,7 +102,7 @@ def test_mol_probabilities_are_those_of_a_plain_sum_of_cdfs(scale):
         expected = (expected * mass(blue, blue, means[2] + c[1] * r + c[2] * g, scales[2])).sum(1)
         x = torch.stack([LEVELS[red].expand(256), LEVELS[green].expand(256), LEVELS], 1)
         ours = repeat(mixture, 256).log_prob(x.reshape(256, 3, 1, 1)).exp()
-        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-300)
+        assert_allclose(ours, expected, rtol=1e-6, atol=1e-300)
         assert ours.max() > 1e-10
 
 
@@ -133,12 +139,12 @@ def test_mol_colours_are_sampled_from_their_conditionals():
 def test_mol_mean_matches_the_samples_mean(scale, spread):
     mixture = mol(3, k=3, scale=scale, spread=spread)
     samples = repeat(mixture, 100_000).sample(torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mixture.mean.flatten(), samples.mean(0).flatten(), atol=8e-3, rtol=0)
+    assert_close(mixture.mean.flatten(), samples.mean(0).flatten(), atol=8e-3, rtol=0)
 
 
 def test_mol_reads_the_output_channels_in_the_documented_order():
     m = LIKELIHOODS["MoL"](3, 0.1)(torch.arange(100.0).reshape(1, 100, 1, 1))
-    torch.testing.assert_close(m.log_weights.flatten(), torch.log_softmax(torch.arange(10.0), 0))
+    assert_close(m.log_weights.flatten(), torch.log_softmax(torch.arange(10.0), 0))
     assert m.means[0, :, 0, 0, 0].tolist() == [10, 40, 70]
     assert m.log_scales[0, :, 0, 0, 0].tolist() == [20, 50, 80]
     assert LIKELIHOODS["MoL"](1, 0.1).outputs == 30
@@ -154,27 +160,27 @@ def test_mol_gradient():
 def test_the_continuous_bernoulli_equals_torchs_and_integrates_to_one():
     logits = torch.tensor([-30.0, -4.0, -0.2, -0.0999, 0.0, 1e-4, 0.0999, 0.1001, 2.0, 25.0]).double()
     x = torch.linspace(0, 1, 10).double()
-    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(logits[:, None, None, None])
+    ours = pixels("ContinuousBernoulli", logits[:, None])
     expected = torch.distributions.ContinuousBernoulli(logits=logits, lims=(0.4999999, 0.5000001))
-    torch.testing.assert_close(pixels.log_prob(x[:, None, None, None]), expected.log_prob(x), rtol=1e-6, atol=1e-6)
+    assert_close(ours.log_prob(x[:, None]), expected.log_prob(x), rtol=1e-6, atol=1e-6)
     grid = torch.linspace(0, 1, 20_001).double()
-    for a, mean in zip(logits, pixels.mean.flatten(), strict=True):
-        density = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(a.expand(len(grid), 1)).log_prob(grid[:, None]).exp()
+    for a, mean in zip(logits, ours.mean.flatten(), strict=True):
+        density = pixels("ContinuousBernoulli", a.expand(len(grid), 1)).log_prob(grid[:, None]).exp()
         assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-5)
         assert torch.trapezoid(density * grid, grid).item() == pytest.approx(mean.item(), abs=1e-5)
 
 
 def test_the_continuous_bernoulli_near_the_uniform_is_a_series_and_has_finite_gradients():
     a = torch.tensor([-0.0999, 0.01, 0.0999]).double()
-    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(a[:, None])
+    near = pixels("ContinuousBernoulli", a[:, None])
     log_norm = torch.log(torch.sinh(a / 2) / (a / 2))
-    torch.testing.assert_close(pixels.log_prob(torch.full((3, 1), 0.5).double()), -log_norm, rtol=0, atol=1e-11)
-    torch.testing.assert_close(pixels.mean[:, 0], 0.5 + 0.5 / torch.tanh(a / 2) - 1 / a, rtol=0, atol=1e-9)
+    assert_close(near.log_prob(torch.full((3, 1), 0.5).double()), -log_norm, rtol=0, atol=1e-11)
+    assert_close(near.mean[:, 0], 0.5 + 0.5 / torch.tanh(a / 2) - 1 / a, rtol=0, atol=1e-9)
     logits = torch.tensor([-100.0, -0.1, 0.0, 1e-8, 0.1, 100.0], requires_grad=True)
-    pixels = LIKELIHOODS["ContinuousBernoulli"](1, 0.1)(logits[:, None])
+    ours = pixels("ContinuousBernoulli", logits[:, None])
     x = torch.tensor([0.0, 0.3, 0.5, 0.5, 0.7, 1.0])[:, None]
-    (gradient,) = torch.autograd.grad(pixels.log_prob(x).sum(), logits)
-    torch.testing.assert_close(gradient, (x - pixels.mean)[:, 0].detach(), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(ours.log_prob(x).sum(), logits)
+    assert_close(gradient, (x - ours.mean)[:, 0].detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_floor_is_what_the_best_decoder_reaches():
@@ -182,7 +188,7 @@ def test_the_floor_is_what_the_best_decoder_reaches():
     x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name, best in (("Bernoulli", torch.logit(x)), ("GaussianFixedSigma", x)):
         likelihood = LIKELIHOODS[name](1, 0.3)
-        torch.testing.assert_close(-likelihood(best).log_prob(x), likelihood.floor(x))
+        assert_close(-likelihood(best).log_prob(x), likelihood.floor(x))
         for shift in (-0.01, 0.01):
             assert (-likelihood(best + shift).log_prob(x) > likelihood.floor(x)).all()
     assert torch.equal(LIKELIHOODS["Bernoulli"](1, 0.1).floor((x > 0.5).double()), torch.zeros(3).double())
@@ -202,21 +208,21 @@ def as_torch(q):
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 4, 4)])
 def test_gaussian_equals_torch_distributions(shape):
     q, p = gaussian(*shape), gaussian(*shape, seed=1)
-    torch.testing.assert_close(q.kl(p), kl_divergence(as_torch(q), as_torch(p)))
+    assert_close(q.kl(p), kl_divergence(as_torch(q), as_torch(p)))
     standard = Gaussian(torch.zeros(shape).double(), torch.ones(shape).double())
-    torch.testing.assert_close(q.rate(), kl_divergence(as_torch(q), as_torch(standard)))
-    torch.testing.assert_close(q.log_prob(p.mean), as_torch(q).log_prob(p.mean))
-    torch.testing.assert_close(Gaussian.prior_log_prob(p.mean), as_torch(standard).log_prob(p.mean))
+    assert_close(q.rate(), kl_divergence(as_torch(q), as_torch(standard)))
+    assert_close(q.log_prob(p.mean), as_torch(q).log_prob(p.mean))
+    assert_close(Gaussian.prior_log_prob(p.mean), as_torch(standard).log_prob(p.mean))
     assert (q.kl(p) > 0).all() and (q.kl(q) == 0).all()
-    torch.testing.assert_close(q.kl_of_units(p), kl_divergence(Normal(*q), Normal(*p)))
-    torch.testing.assert_close(q.rate_of_units(), kl_divergence(Normal(*q), Normal(*standard)))
+    assert_close(q.kl_of_units(p), kl_divergence(Normal(*q), Normal(*p)))
+    assert_close(q.rate_of_units(), kl_divergence(Normal(*q), Normal(*standard)))
 
 
 def test_gaussian_samples_have_its_moments():
     q = gaussian(1, 3)
     samples = q.sample(Gaussian.noise((100_000, 3), torch.Generator().manual_seed(0)).double())
-    torch.testing.assert_close(samples.mean(0), q.mean[0], atol=0.02, rtol=0)
-    torch.testing.assert_close(samples.std(0), q.std[0], atol=0.02, rtol=0)
+    assert_close(samples.mean(0), q.mean[0], atol=0.02, rtol=0)
+    assert_close(samples.std(0), q.std[0], atol=0.02, rtol=0)
 
 
 def test_rates_of_extreme_outputs_are_finite():
@@ -228,20 +234,20 @@ def test_rates_of_extreme_outputs_are_finite():
 def test_ladder_posterior_adds_precisions():
     a, b = gaussian(4, 3), gaussian(4, 3, seed=1)
     q = precision_weighted(a, b)
-    torch.testing.assert_close(q.std**-2, a.std**-2 + b.std**-2)
-    torch.testing.assert_close(q.mean * q.std**-2, a.mean * a.std**-2 + b.mean * b.std**-2)
+    assert_close(q.std**-2, a.std**-2 + b.std**-2)
+    assert_close(q.mean * q.std**-2, a.mean * a.std**-2 + b.mean * b.std**-2)
     flat = precision_weighted(Gaussian(a.mean, torch.full_like(a.std, 1e8)), b)
-    torch.testing.assert_close(flat, b)
+    assert_close(flat, b)
 
 
 def test_gumbel_rate_is_the_kl_to_the_uniform():
     logits = torch.randn(6, 10, dtype=torch.float64)
     uniform = Categorical(logits=torch.zeros(6, 10, dtype=torch.float64))
-    torch.testing.assert_close(RelaxedOneHot(logits).rate(), kl_divergence(Categorical(logits=logits), uniform))
+    assert_close(RelaxedOneHot(logits).rate(), kl_divergence(Categorical(logits=logits), uniform))
     assert RelaxedOneHot(torch.zeros(1, 7)).rate().abs() < 1e-6
     one_hot = RelaxedOneHot(torch.tensor([[200.0, 0, 0, 0]])).rate()
-    torch.testing.assert_close(one_hot, torch.tensor([math.log(4)]))
-    torch.testing.assert_close(RelaxedOneHot(logits).rate_of_units().sum(1), RelaxedOneHot(logits).rate())
+    assert_close(one_hot, torch.tensor([math.log(4)]))
+    assert_close(RelaxedOneHot(logits).rate_of_units().sum(1), RelaxedOneHot(logits).rate())
 
 
 def test_gumbel_temperature_schedule():
@@ -256,11 +262,11 @@ def test_gumbel_samples_follow_the_categories():
     q = RelaxedOneHot(logits.expand(100_000, 3))
     hard = q.sample(noise)
     assert set(hard.unique().tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(hard.mean(0), torch.softmax(logits[0], 0), atol=0.006, rtol=0)
+    assert_close(hard.mean(0), torch.softmax(logits[0], 0), atol=0.006, rtol=0)
     soft = q.sample(noise, torch.tensor(0.5))
-    torch.testing.assert_close(soft, torch.softmax((logits + noise) / 0.5, 1))
+    assert_close(soft, torch.softmax((logits + noise) / 0.5, 1))
     prior = RelaxedOneHot.from_prior(noise)
-    torch.testing.assert_close(prior.mean(0), torch.full((3,), 1 / 3), atol=0.006, rtol=0)
+    assert_close(prior.mean(0), torch.full((3,), 1 / 3), atol=0.006, rtol=0)
 
 
 def test_hard_samples_pass_gradients_straight_through():

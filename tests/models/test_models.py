@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from numpy.testing import assert_allclose
 from torch.func import functional_call
+from torch.testing import assert_close
 
 from datasets.batches import Resident
 from datasets.loading import Data
@@ -62,7 +64,7 @@ def test_runs_of_the_papers_code_give_its_outputs(name, draws):
     ours |= {"ll": model.p_x(q_y.mean).log_prob(x), "kl_z": q_z.rate(), "kl_y": q_y.kl(p_y)}
     for key, value in ours.items():
         scale = np.abs(golden[key]).max()
-        np.testing.assert_allclose(value, golden[key], rtol=1e-4, atol=1e-4 * scale, err_msg=key)
+        assert_allclose(value, golden[key], rtol=1e-4, atol=1e-4 * scale, err_msg=key)
     noise, means = generator(CPU, 0), []
     for _ in range(draws):
         terms = model(x, model.noise(len(x), noise))
@@ -198,10 +200,10 @@ def test_alone_a_model_has_the_terms_and_gradients_that_it_has_in_a_stack(case):
         model.zero_grad()
         alone = model(x, noise).loss(*betas[m])
         alone.mean().backward()
-        torch.testing.assert_close(loss[m], alone, rtol=1e-12, atol=1e-9)
+        assert_close(loss[m], alone, rtol=1e-12, atol=1e-9)
         for name, p in model.named_parameters():
             atol = 1e-12 * max(1.0, p.grad.abs().max().item())
-            torch.testing.assert_close(stack.parameters[name].grad[m], p.grad, rtol=1e-9, atol=atol)
+            assert_close(stack.parameters[name].grad[m], p.grad, rtol=1e-9, atol=atol)
 
 
 def test_samples_and_reconstructions_are_images_and_repeat(case):
@@ -265,8 +267,8 @@ def test_old_configs_of_the_paper_lack_keys():
 def test_loss_is_the_negative_elbo_at_betas_one_and_weighted_otherwise():
     ll, kl_y, kl_z = torch.randn(3, 5).double()
     terms = Terms(ll, kl_y, kl_z)
-    torch.testing.assert_close(terms.loss(), -(ll - kl_y - kl_z), rtol=0, atol=0)
-    torch.testing.assert_close(terms.loss(0.5, 2.0), -ll + 0.5 * kl_y + 2 * kl_z)
+    assert_close(terms.loss(), -(ll - kl_y - kl_z), rtol=0, atol=0)
+    assert_close(terms.loss(0.5, 2.0), -ll + 0.5 * kl_y + 2 * kl_z)
 
 
 def test_noise_is_drawn_anew_for_z_for_y_and_for_each_pass():
@@ -311,9 +313,9 @@ def test_after_ten_steps_a_cell_among_others_is_the_same_cell_alone():
     assert together.shape == (10, 3, 4)
     for m, betas in enumerate([(0.1, 10.0), (1.0, 1.0), (10.0, 0.1)]):
         alone, one = three(10, [betas])
-        torch.testing.assert_close(together[:, m], alone[:, 0], rtol=1e-11, atol=1e-9)
+        assert_close(together[:, m], alone[:, 0], rtol=1e-11, atol=1e-9)
         for name, p in one.cell(0).items():
-            torch.testing.assert_close(stack.cell(m)[name], p, rtol=1e-6, atol=1e-8)
+            assert_close(stack.cell(m)[name], p, rtol=1e-6, atol=1e-8)
 
 
 def test_one_models_nan_leaves_its_neighbours_bitwise_alone():
@@ -333,5 +335,5 @@ def test_evaluation_gives_means_over_images_not_over_batches():
     whole = stack.evaluate(split, 10, generator("cpu", 0), ones, ones)
     # kl_z does not depend on the noise, so batches of 9 and 1 must give the same mean
     ragged = stack.evaluate(split, 9, generator("cpu", 0), ones, ones)
-    torch.testing.assert_close(whole[:, 3], ragged[:, 3], rtol=1e-6, atol=0)
-    torch.testing.assert_close(whole[:, 0], -whole[:, 1] + whole[:, 2] + whole[:, 3], rtol=1e-6, atol=1e-4)
+    assert_close(whole[:, 3], ragged[:, 3], rtol=1e-6, atol=0)
+    assert_close(whole[:, 0], -whole[:, 1] + whole[:, 2] + whole[:, 3], rtol=1e-6, atol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import train
 from models.build import build_model
@@ -46,7 +47,7 @@ def test_the_captured_step_is_the_plain_one(gpu, compile, settings, capsys):
     config = Config(dataset="CIFAR10", batch_size=64, conv_channels=32, z_dims=32, **settings)
     fast, training = ten_steps(gpu, config, compile=compile)
     assert training.fast != training.update and "note" not in capsys.readouterr().out
-    torch.testing.assert_close(fast, ten_steps(gpu, config, compile="off")[0], rtol=1e-4, atol=1e-2)
+    assert_close(fast, ten_steps(gpu, config, compile="off")[0], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
@@ -54,7 +55,7 @@ def test_lower_precisions_stay_close(gpu, precision):
     exact = ten_steps(gpu, Config(dataset="CIFAR10", batch_size=64), compile="off")[0]
     use_precision(precision)
     config = Config(dataset="CIFAR10", batch_size=64, precision=precision)
-    torch.testing.assert_close(ten_steps(gpu, config)[0], exact, rtol=0.02, atol=0.5)
+    assert_close(ten_steps(gpu, config)[0], exact, rtol=0.02, atol=0.5)
 
 
 def test_stacked_convolutions_are_of_the_precision_too(gpu):

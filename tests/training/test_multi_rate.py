@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_beta_grid
@@ -137,7 +138,7 @@ def test_rates_that_are_asked_for_are_found_on_the_conditioned_model(passes, rat
     out = passes(train.main, *MULTI_RATE, *targets)
     (run,) = [run for run in cells_of()[0].values() if run.config.target_rate_z]
     assert run.config.target_rate_y == pytest.approx(asked[0], abs=1e-5)
-    np.testing.assert_allclose(rates(run.config.beta_y, run.config.beta_z), asked, rtol=0.03, atol=1e-3)
+    assert_allclose(rates(run.config.beta_y, run.config.beta_z), asked, rtol=0.03, atol=1e-3)
     line = next(line for line in out.splitlines() if re.match(rf" +{float(bits[0]):.4g} ", line))
     shown = [run.result[split]["kl_y"] / math.log(2) for split in ("train", "test")]
     assert [float(w) for w in line.split()[1:3]] == pytest.approx(shown, abs=1e-3) and "(bits per image)" in out
@@ -214,4 +215,4 @@ def test_steering_starts_at_the_betas_of_a_multi_rate_model(script, rates, monke
     monkeypatch.setattr(Training, "update", update)
     targets = ["--target_rate_y", f"{asked[0]:.6f}", "--target_rate_z", f"{asked[1]:.6f}", "--warmup_epochs", "0"]
     assert script(train.main, *LONGER, *targets)[0] == 130
-    np.testing.assert_allclose(rates(*starts[0]), asked, rtol=0.03, atol=1e-3)
+    assert_allclose(rates(*starts[0]), asked, rtol=0.03, atol=1e-3)

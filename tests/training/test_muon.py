@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.testing import assert_close
 
 from tests.conftest import training_of
 from utils.config import Config
@@ -21,7 +22,7 @@ def test_singular_values_follow_the_polynomial_and_singular_vectors_stay():
         s = s / (s**2).sum(-1, keepdim=True).sqrt()
         for _ in range(ITERATIONS):
             s = a * s + b * s**3 + c * s**5
-        torch.testing.assert_close(orthogonalised(matrices), u @ torch.diag_embed(s) @ v, rtol=1e-10, atol=1e-10)
+        assert_close(orthogonalised(matrices), u @ torch.diag_embed(s) @ v, rtol=1e-10, atol=1e-10)
         assert ((s > 0.6) & (s < 1.3)).all()
     assert (orthogonalised(torch.zeros(2, 3, 4)) == 0).all()
 
@@ -58,7 +59,7 @@ def test_weights_take_the_steps_of_pytorchs_muon_and_vectors_those_of_adam():
     for p, q, start in zip(of_muon[:2], theirs, before, strict=False):
         moved = (q - start[0]).norm().item()
         assert moved > 0.01 and (p[0] - q).norm() < 0.02 * moved  # PyTorch's products are in bfloat16
-    torch.testing.assert_close(of_muon[2], of_adam[2])
+    assert_close(of_muon[2], of_adam[2])
     assert all(map(torch.equal, of_muon_off, of_adam))
 
 
@@ -94,7 +95,7 @@ def test_stacked_models_do_not_mix():
 
     both, first, second = trained(0.1, 10.0), trained(0.1), trained(10.0)
     for name, p in both.items():
-        torch.testing.assert_close(p, torch.cat([first[name], second[name]]), rtol=1e-4, atol=1e-5)
+        assert_close(p, torch.cat([first[name], second[name]]), rtol=1e-4, atol=1e-5)
 
 
 def test_runs_that_do_not_say_were_trained_by_adam():

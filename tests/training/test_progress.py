@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -147,7 +148,7 @@ def test_pictures_are_the_models_own(tiny, multi_rate):
         model, cpu = load_model(run, torch.device("cpu")), torch.device("cpu")
         images = next(iter(load_data(run.config, "data", cpu).test.batches(16)))[0]
         originals, reconstructions = tiles(run.path / "reconstructions.png", 2).reshape(2, 16, 28, 28)
-        np.testing.assert_allclose(originals, images[:, 0], atol=1 / 255)
-        np.testing.assert_allclose(reconstructions, model.reconstruct(images)[:, 0], atol=1.5 / 255)
+        assert_allclose(originals, images[:, 0], atol=1 / 255)
+        assert_allclose(reconstructions, model.reconstruct(images)[:, 0], atol=1.5 / 255)
         samples = model.sample(64, generator=generator("cpu", run.config.seed, "samples"))[:, 0]
-        np.testing.assert_allclose(tiles(run.path / "samples.png", 4), samples, atol=1.5 / 255)
+        assert_allclose(tiles(run.path / "samples.png", 4), samples, atol=1.5 / 255)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import train
 from tests.conftest import TINY
@@ -92,7 +93,7 @@ def test_seven_cells_three_at_once_are_three_two_and_two(passes, sizes):
     assert len(paths) == 7
     for path in paths:
         alone = load_tensors(Path("alone/singles", path.name, "vae.pth"))
-        torch.testing.assert_close(load_tensors(path / "vae.pth"), alone, rtol=1e-4, atol=1e-4)
+        assert_close(load_tensors(path / "vae.pth"), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_is_captured_on_a_gpu_unless_asked_otherwise():

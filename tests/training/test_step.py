@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from models.build import build_model
 from models.hvae import Terms
@@ -14,7 +15,7 @@ from utils.config import Config
 from utils.errors import is_out_of_memory
 from utils.seeds import generator
 from utils.training import capture, schedule
-from utils.training.capture import Differs, check_same
+from utils.training.capture import check_same
 from utils.training.schedule import fastest
 from utils.training.training import Setup
 
@@ -68,7 +69,7 @@ def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, 
     capturing(replaying)
     history, training = ten_steps(compile=compile)
     assert training.fast != training.update and training.state(0)["adam_steps"] == 10
-    torch.testing.assert_close(history, expected, rtol=1e-5, atol=1e-3)
+    assert_close(history, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_a_compiled_step_gives_the_plain_gradients():
@@ -80,7 +81,7 @@ def test_a_compiled_step_gives_the_plain_gradients():
         stack = Stack(build_model(TINY).double(), 2)
         loss = how(stack.terms)(images(0, dtype=torch.float64), noise).loss(torch.tensor([[0.5], [2.0]]))
         results.append([loss, *torch.autograd.grad(loss.mean(1).sum(), [*stack.parameters.values()])])
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("m", [1, 2])
@@ -93,7 +94,7 @@ def test_large_images_are_computed_in_channels_last_memory(m):
     expected = model(x, noise)
     model.trunk[0].register_forward_hook(lambda _, given, out: layouts.append(given[0].stride(1)))
     for terms, right in zip(stack.terms(x, noise), expected, strict=True):
-        torch.testing.assert_close(terms, right.expand(m, 2), rtol=1e-10, atol=1e-10)
+        assert_close(terms, right.expand(m, 2), rtol=1e-10, atol=1e-10)
     assert layouts == [1]
 
 
@@ -107,8 +108,8 @@ def test_a_captured_step_is_captured_anew_for_muon(capturing):
     capturing(replaying)
     captured, training = ten_steps(config, muon_after=4)
     assert training.fast != training.update
-    torch.testing.assert_close(captured, plain, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(plain[:4], adams[:4], rtol=1e-5, atol=1e-3)
+    assert_close(captured, plain, rtol=1e-4, atol=1e-2)
+    assert_close(plain[:4], adams[:4], rtol=1e-5, atol=1e-3)
     assert (plain[5:] - adams[5:]).abs().max() > 0.1
 
 
@@ -195,7 +196,7 @@ def test_what_counts_as_the_same(low, least, monkeypatch):
     def differs(index, factor):
         try:
             check_same([t * factor if i == index else t for i, t in enumerate(right)], right, low)
-        except Differs:
+        except ValueError:
             return True
         return False
 
@@ -260,7 +261,7 @@ def test_bf16_ends_with_the_trunks(settings):
     exact = stack.terms(x, noise)
     assert not torch.equal(low.ll, exact.ll)  # it is in use
     for a, b in zip(low, exact, strict=True):
-        torch.testing.assert_close(a.mean(), b.mean(), rtol=0.02, atol=0.02)
+        assert_close(a.mean(), b.mean(), rtol=0.02, atol=0.02)
 
 
 def test_bf16_trains_to_the_rates_of_fp32():
@@ -272,4 +273,4 @@ def test_bf16_trains_to_the_rates_of_fp32():
         training.begin_epoch(60)
         sums = [training.step(x, 32) for _ in range(60)]
         figures.append(sums[-1][0] / 32)
-    torch.testing.assert_close(figures[1], figures[0], rtol=0.05, atol=0.05)
+    assert_close(figures[1], figures[0], rtol=0.05, atol=0.05)

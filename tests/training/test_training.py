@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.testing import assert_close
 
 import train
 from tests.conftest import CELL, TINY, all_weights, in_training, training_of, weights
@@ -278,7 +279,7 @@ def test_two_and_three_epochs_are_five(passes, trained, flags):
     assert continued.config == five.config and continued.path.name == five.path.name
     assert weights(continued.path) == weights(five.path)
     moments = [load_tensors(run.path / "adam.pth") for run in (continued, five)]
-    torch.testing.assert_close(*moments, rtol=0, atol=0)
+    assert_close(*moments, rtol=0, atol=0)
     assert continued.result["test"] == five.result["test"] and "already complete" in passes(train.main, *more)
 
 
@@ -303,7 +304,7 @@ def test_fine_tuning_starts_from_the_weights(passes, trained):
     run = Run.open(next(Path("runs/singles").glob(f"*Beta_y_3.0*-init_{digest[:8]}")))
     assert run.config.init_from == digest
     before, after = (load_tensors(path / "vae.pth") for path in (source, run.path))
-    torch.testing.assert_close(after, before)
+    assert_close(after, before)
 
 
 def test_starts_that_cannot_be(refused, trained):

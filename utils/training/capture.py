@@ -1,6 +1,5 @@
 """The update of a training, captured as a CUDA graph and, if asked for, compiled."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -14,14 +13,10 @@ WARM_UP = 3  # updates before a capture, in which buffers are allocated and cuDN
 Update = Callable[[Tensor, Noise, Tensor, Tensor], Tensor]  # of x, noise, beta_y, beta_z: sums (M, 4)
 
 
-class Differs(Exception):
-    """The results of two implementations of an update differ."""
-
-
 def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
-    """The update of a training, compiled and captured for inputs of these shapes; it is not made.
+    """The update of a training, compiled and captured for inputs of these shapes, without making it.
 
-    With a note, the update as it is written where that fails or changes what it does: sums, gradients, or weights.
+    With a note, the update as it is written where that fails or changes its sums, its gradients or the weights.
     """
     if not (capture or compile):
         return training.update
@@ -86,15 +81,9 @@ def flat(inputs: tuple) -> list[Tensor]:
     return [x, *(t for t in noise if t is not None), *betas]
 
 
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for warm-up and capture; only one, since cuBLAS keeps a workspace for each stream."""
-    return torch.cuda.Stream(device)
-
-
 def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """Captures a step as a CUDA graph. Returns a function that replays it, and the tensor that holds its result."""
-    here, side, graph = torch.cuda.current_stream(device), side_stream(device), torch.cuda.CUDAGraph()
+    here, side, graph = torch.cuda.current_stream(device), torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     side.wait_stream(here)
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
@@ -110,7 +99,7 @@ def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
 
 
 def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None:
-    """Raises Differs unless `results`, each (M, ...), agree with the `expected` ones in relative norm.
+    """Raises ValueError unless `results`, each (M, ...), agree with the `expected` ones in relative norm.
 
     The tolerance is tight for the first and for all others together, loose for each alone: in bfloat16 (`low`),
     rounding alone changes a layer's gradient by 5 to 10 %. Models with a non-finite value are ignored.
@@ -126,4 +115,4 @@ def check_same(results: list[Tensor], expected: list[Tensor], low: bool) -> None
     errors, limits = [*errors, math.hypot(*errors[1:])], [*limits, together * math.hypot(*sizes[1:])]
     for error, limit in zip(errors, limits, strict=True):
         if not error <= limit + 1e-6:
-            raise Differs(f"its result differs by {error:.3g} (tolerance {limit:.3g})")
+            raise ValueError(f"its result differs by {error:.3g} (tolerance {limit:.3g})")

@@ -25,12 +25,13 @@ from utils.training.training import Setup, Training
 STACKED = 8  # the cells that `fastest` stacks; by a model of a GPU's speed, more gain nothing (untested)
 Cell = tuple[Run, dict | None]  # a run, and its checkpoint if it has one
 Problem = tuple[Run, UserError]  # a run, and why it is not trained
+NO_MEMORY = "--batch_size: out of GPU memory; try a smaller batch size or a smaller --cells_at_once"
 
 
 def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -> list[Problem]:
-    """Trains the runs, those of a seed together, new ones in `starts` (by path) from the weights of others.
+    """Trains the runs, new ones in `starts` (by path) from the weights of others; returns those that cannot be opened.
 
-    Returns each run that could not be opened with the reason. Raises Interrupted after a signal.
+    Raises Interrupted after a signal.
     """
     problems, size = [], setup.cells_at_once or (1 if setup.data_parallel or setup.device.type == "cpu" else None)
     torch.backends.cudnn.benchmark = True
@@ -52,7 +53,7 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
 
 
 def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> int:
-    """Trains cells, those at one position in the data together; in halves if they do not fit into the GPU's memory.
+    """Trains cells, those at one position in the data together, in halves if the GPU's memory is too small.
 
     Returns how many fit. Raises UserError if a single one does not.
     """
@@ -63,7 +64,7 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
             continue
         free(setup.device)  # here, where the exception does not hold it any more
         if len(together) == 1 or setup.data_parallel:
-            raise UserError("--batch_size: out of GPU memory; try a smaller batch size or a smaller --cells_at_once")
+            raise UserError(NO_MEMORY)
         print(f"{len(together)} cells at once do not fit into the GPU's memory; halving", flush=True)
         most = math.ceil(len(together) / 2)
         for half in (together[:most], together[most:]):
@@ -73,7 +74,6 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
 
 
 def _train(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> bool:
-    """Trains cells at one position; returns False if they do not fit into the memory."""
     runs, states = zip(*cells, strict=True)
     usual = torch.get_num_threads()
     try:
@@ -157,17 +157,13 @@ def check_setup(setup: Setup, config: Config) -> None:
 
 def check_batches(data, batch_size: int) -> None:
     """Raises UserError if a batch has fewer images than there are data-parallel processes."""
-    for n in (len(data.train), len(data.test)):
-        smallest = min(n, n % batch_size or batch_size)
-        if smallest < place()[1]:
-            raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {place()[1]} processes")
+    smallest = min(min(n, n % batch_size or batch_size) for n in (len(data.train), len(data.test)))
+    if smallest < place()[1]:
+        raise UserError(f"--batch_size: leaves a last batch of {smallest} images for {place()[1]} processes")
 
 
 def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
-    """The runs that are still to be trained; prints a line for each of the others.
-
-    Raises UserError if a folder cannot be written or holds another configuration, or if weights are damaged.
-    """
+    """The runs that are still to be trained; prints a line for each other. Raises UserError for what cannot be."""
     for run in runs:
         run.check(overwrite)
     todo = [r for r in runs if overwrite or r.status not in ("finished", "failed")]
@@ -181,10 +177,9 @@ def unfinished(runs: list[Run], overwrite: bool) -> list[Run]:
 def open_cells(
     runs: list[Run], setup: Setup, locks: contextlib.ExitStack, starts: Mapping[Path, Run]
 ) -> tuple[list[Cell], list[Problem]]:
-    """Locks the runs that are still to be trained, until `locks` is closed; of data-parallel processes the first does.
+    """Locks the runs that are still to be trained, until `locks` is closed; returns these, and what is wrong.
 
-    A new run in `starts` begins with the weights of another one. Returns each run with its checkpoint (None for a new
-    run), and each run that cannot be opened with the reason.
+    A new run in `starts` begins with the weights of another one.
     """
     cells, problems = [], []
     for run in runs if setup.writes else ():
@@ -235,7 +230,7 @@ def align(cells: list[Cell]) -> list[Cell]:
     """
     last = min((position(state) for _, state in cells), default=(0, 0))
 
-    def back(run, state):
+    def back(run: Run, state: dict | None) -> dict | None:
         if position(state) == last:
             return state
         if last == (0, 0):  # killed during the first save; cells past the first epoch keep their progress
@@ -246,13 +241,10 @@ def align(cells: list[Cell]) -> list[Cell]:
 
 
 def report(problems: list[Problem], runs: list[Run], single: bool, overwrite: bool) -> int:
-    """Prints the problems of this process and those of its `runs` that failed; returns the exit status.
-
-    A `single` run, of no grid, that is held leaves nothing to do, which its user should notice.
-    """
+    """Prints the problems of this process and those of its `runs` that failed; returns the exit status."""
     # another process may have finished it since, unless it was finished before, and was to be trained again
     errors = [e for run, e in problems if overwrite or run.status != "finished"]
-    if not single:
+    if not single:  # of which the user should notice that nothing was done
         for e in errors:
             if isinstance(e, Held):
                 note_held(e)
