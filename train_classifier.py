@@ -64,18 +64,12 @@ def make(training, folder: Path, load, device, overwrite: bool) -> None:
     for name, value in settings.items():
         print(f"  {name:20s} {value}")
     file, weights, checkpoint = (folder / name for name in ("config.json", "classifier.pth", "resume.pth"))
-
-    def is_complete() -> bool:
-        if overwrite or not weights.exists():
-            return False
-        load_classifier(folder, training.config, device)
-        print(f"already complete: {folder}, test accuracy {read_json(file).get('test_accuracy')}")
-        return True
-
     stored = read_json(file) if file.exists() and not overwrite else settings
     for name in (name for name, value in settings.items() if stored.get(name) != value):
         raise UserError(f"{folder}: trained with another --{name} ({stored.get(name)}); --overwrite retrains it")
-    if is_complete():
+    if weights.exists() and not overwrite:
+        load_classifier(folder, training.config, device)  # it may be damaged
+        print(f"already complete: {folder}, test accuracy {stored.get('test_accuracy')}")
         return
     check_writable(folder)
     data = load()
@@ -83,8 +77,6 @@ def make(training, folder: Path, load, device, overwrite: bool) -> None:
         raise UserError(f"--dataset: {training.config.dataset} has no classes that a classifier could learn")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        if is_complete():  # by now, by another process
-            return
         for path in (weights, checkpoint) if overwrite else ():
             path.unlink(missing_ok=True)
         settings |= {"n_classes": data.n_classes, "data": data.digest}

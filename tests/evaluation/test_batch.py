@@ -117,24 +117,19 @@ def test_workers_have_jobs_of_the_next_run_before_a_run_is_complete():
     assert done == [0, 5, 3, 1]
 
 
-def test_an_interruption_ends_workers_at_once_and_leaves_no_hook_behind():
-    hook, begin = threading.excepthook, time.monotonic()
+def test_workers_that_are_killed_or_interrupted():
+    """One that is killed costs the runs whose jobs it had; Ctrl-C ends all, and leaves no hook behind."""
+    problems, hook, begin = {}, threading.excepthook, time.monotonic()
     with pytest.raises(KeyboardInterrupt), worker_processes(1) as submit:
+        for job in ((int, "x"), (os._exit, 1)):
+            with failures_in(problems, Path(job[0].__name__)):
+                submit(*job).result()
+        assert submit(len, "next").result() == 4
         submit(time.sleep, 100)
         raise KeyboardInterrupt
     assert threading.excepthook is hook and time.monotonic() - begin < 50
-
-
-def test_a_killed_worker_costs_the_runs_whose_jobs_it_had():
-    problems = {}
-    with worker_processes(1) as submit:
-        with failures_in(problems, Path("failed")):
-            submit(int, "x").result()
-        with failures_in(problems, Path("killed")):
-            submit(os._exit, 1).result()
-        assert submit(len, "next").result() == 4
-    assert "failed: ValueError: " in problems[Path("failed")]
-    assert "killed: a worker process was killed" in problems[Path("killed")]
+    assert "int: ValueError: " in problems[Path("int")]
+    assert "_exit: a worker process was killed" in problems[Path("_exit")]
 
 
 def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
@@ -161,20 +156,20 @@ def test_odd_values(script):
 def test_classifiers_that_cannot_be_used(batch, script):
     good, other = Path("runs/classifiers/Digits"), Path("other")
     shutil.copytree(good, other)
-    settings, state = read_json(good / "config.json"), torch.load(good / "classifier.pth", weights_only=True)
     step1 = [script, eval_beta_grid.main, *STEP1, "--classifier_path"]
     assert "bogus.pth: no trained classifier" in refusal(*step1, good / "bogus.pth")
+    state = torch.load(good / "classifier.pth", weights_only=True)
     torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
     assert "not finite" in refusal(*step1, other)
-    (other / "config.json").write_text(json.dumps(settings | {"dataset": "SVHN"}))
+    settings = read_json(good / "config.json") | {"dataset": "SVHN"}
+    (other / "config.json").write_text(json.dumps(settings))
     assert "labels SVHN, not Digits" in refusal(*step1, other)
-    training = [script, train_classifier.main, "--device", "cpu"]
+    training = [script, train_classifier.main, "--device", "cpu", "--num_epochs", "1"]
     (good / "classifier.pth").write_bytes(b"PK")
-    assert "classifier.pth: damaged" in refusal(*training, "--num_epochs", "1")
+    assert "classifier.pth: damaged" in refusal(*training)
     (good / "classifier.pth").unlink()
-    for state in ({}, {"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}):
-        torch.save(state, good / "resume.pth")
-        assert "resume.pth: damaged; --overwrite" in refusal(*training, "--num_epochs", "1")
+    torch.save({"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}, good / "resume.pth")
+    assert "resume.pth: damaged; --overwrite" in refusal(*training)
     err = refusal(*training, "--overwrite", "--learning_rate", "1e30")
     assert "--learning_rate: the loss is not finite in epoch 1" in err
     assert not (good / "classifier.pth").exists()

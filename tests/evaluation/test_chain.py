@@ -27,7 +27,7 @@ from tests.scripts import done, refusal
 from utils.evaluation.batch import gather
 from utils.evaluation.rates import active_units, units
 from utils.evaluation.results import per_image
-from utils.files import digest_of, read_json
+from utils.files import digest_of, read_arrays, read_json
 from utils.runs import Run, load_model
 
 CPU = torch.device("cpu")
@@ -36,7 +36,17 @@ data_digest beta_max_y beta_max_z target_rate_y target_rate_z init_from source b
 fid fid_se fid_floor fid_features fid_samples kid kid_se mi_q mi_p is_mean_se run_name image_size image_channels
 """
 ACCURACIES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
-H = math.log(10)
+H, INF = math.log(10), math.inf
+RANGES = {
+    **dict.fromkeys(("kl_y", "kl_z", "fid_classifier"), (0, INF)),
+    **dict.fromkeys(("recons_acc", "clsfr_ece"), (0, 1)),
+    **dict.fromkeys(("active_z", "active_z_rate"), (0, 6)),
+    "active_y_rate": (0, 64),
+    "recons_pred_entropy": (0, H),
+    "is_mean": (1, 10),
+    "psnr": (5, INF),
+    "fid_classifier_samples": (200, 200),
+}
 
 
 def numbers(row: dict) -> dict[str, float]:
@@ -44,60 +54,65 @@ def numbers(row: dict) -> dict[str, float]:
 
 
 def test_the_relations_between_the_figures_of_the_four_steps(evaluated):
-    assert len(rows()) == 4
-    for row in rows():
+    table = rows()
+    assert len(table) == 4
+    for row in table:
         paper = {column for column in row if "_paper" in column}
         assert {k for k, v in row.items() if v == ""} == {*EMPTY.split()} | paper
         v = numbers(row)
-        assert v["loss"] == pytest.approx(-v["ll"] + v["beta_y"] * v["kl_y"] + v["beta_z"] * v["kl_z"], rel=1e-6)
-        assert v["D"] == -v["ll"] and v["kl_y"] >= 0 and v["kl_z"] >= 0
+        rates = v["beta_y"] * v["kl_y"] + v["beta_z"] * v["kl_z"]
+        assert v["loss"] == pytest.approx(rates - v["ll"], rel=1e-6)
+        assert v["D"] == -v["ll"] and v["probe_images"] == 500
         for mi in ("mi_q_mc", "mi_q_mc_y"):
             assert -3 * v[mi + "_se"] - 1e-9 <= v[mi] <= H + 3 * v[mi + "_se"] + 0.01
         assert v["mi_q_mc"] <= v["kl_z"] + 4 * v["mi_q_mc_se"] + 0.1
-        for latent, rate in (("z", v["kl_z"]), ("y", v["kl_z"] + v["kl_y"])):
-            assert 0 <= v[f"mi_{latent}_low"] <= v[f"mi_{latent}_high"] + 3 * v[f"mi_{latent}_low_se"]
-            assert v[f"mi_{latent}_high"] <= min(H, rate) + 1e-9
+        for k, rate in (("z", v["kl_z"]), ("y", v["kl_z"] + v["kl_y"])):
+            low, se, high = (v[f"mi_{k}_{end}"] for end in ("low", "low_se", "high"))
+            assert 0 <= low <= high + 3 * se and high <= min(H, rate) + 1e-9
         for name in ACCURACIES:  # samples keep to the bound
             assert v[f"{name}_sample"] <= v["acc_bound"] + 3 * v[f"{name}_sample_se"]
-        assert v["probe_images"] == 500
-        assert 1 <= v["is_mean"] <= 10 and v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
-        assert 0 <= v["recons_acc"] <= 1 and 0 <= v["recons_pred_entropy"] <= H and 0 <= v["clsfr_ece"] <= 1
-        assert v["psnr"] > 5 and v["fid_classifier"] >= 0 and 0 <= v["active_z"] <= 6
-        assert 0 <= v["active_z_rate"] <= 6 and 0 <= v["active_y_rate"] <= 64
+        assert v["is_mean"] == pytest.approx(v["is_div"] * v["is_sharp"], rel=0.05)
+        for name, (least, most) in RANGES.items():
+            assert least <= v[name] <= most, name
         assert (v["active_y_rate"] > 0) == (v["kl_y"] > 0.1)
-        assert row["fid_classifier_features"].startswith("Digits classifier") and v["fid_classifier_samples"] == 200
-    cell = {(float(r["beta_y"]), float(r["beta_z"])): r for r in rows()}
-    assert float(cell[0.1, 0.1]["kl_y"]) > float(cell[5.0, 0.1]["kl_y"])  # each beta moves its own rate
-    assert float(cell[0.1, 0.1]["kl_z"]) > float(cell[0.1, 5.0]["kl_z"])
+        assert row["fid_classifier_features"].startswith("Digits classifier")
+    cell = {(float(r["beta_y"]), float(r["beta_z"])): numbers(r) for r in table}
+    assert cell[0.1, 0.1]["kl_y"] > cell[5.0, 0.1]["kl_y"]  # each beta moves its own rate
+    assert cell[0.1, 0.1]["kl_z"] > cell[0.1, 5.0]["kl_z"]
 
 
 def test_figures_and_their_errors_are_those_of_the_terms_of_each_image(evaluated):
-    config = Run.open(runs()[0]).config
-    pixels = next(load_data(config, "data", CPU).test.batches(360))[0].flatten(1).double().numpy()
-    floor = scipy.special.entr(pixels).sum(1) + scipy.special.entr(1 - pixels).sum(1)
-    of_probes = {f"{name}{t}" for name in (*ACCURACIES, "lr_nll") for t in ("", "_y", "_sample", "_sample_y")}
+    data = load_data(Run.open(runs()[0]).config, "data", CPU)
+    pixels = next(data.test.batches(360))[0].flatten(1).double().numpy()
+    floor = (scipy.special.entr(pixels) + scipy.special.entr(1 - pixels)).sum(1)
+    tails = ("", "_y", "_sample", "_sample_y")
+    names = {name + tail for name in (*ACCURACIES, "lr_nll") for tail in tails}
+    names |= {"ll", "kl_y", "kl_z", "mse", "recons_acc", "mi_z_low", "mi_y_low"}
     for row in rows():
         path, v = Path("runs/b", row["run"]), numbers(row)
         terms = per_image(path)
-        assert set(terms) == {"ll", "kl_y", "kl_z", "mse", "recons_acc", "mi_z_low", "mi_y_low"} | of_probes
+        assert set(terms) == names
+        assert {(t.shape, t.dtype) for t in terms.values()} == {((360,), np.dtype("float32"))}
+        terms = {name: values.astype(float) for name, values in terms.items()}
+        mse = terms.pop("mse")
         for name, values in terms.items():
-            assert values.shape == (360,) and values.dtype == np.float32
-            if name != "mse":
-                mean = values.mean(dtype=float)
-                assert v[name] == pytest.approx(max(0, mean) if "low" in name else mean, rel=1e-5, abs=1e-6)
-                assert scipy.stats.sem(values.astype(float)) == pytest.approx(v[f"{name}_se"], rel=1e-5, abs=1e-9)
-        assert -10 * math.log10(terms["mse"].mean(dtype=float)) == pytest.approx(v["psnr"], abs=1e-4)
-        halves = [-10 * math.log10(terms["mse"][i::2].mean(dtype=float)) for i in (0, 1)]
+            mean = max(0, values.mean()) if "low" in name else values.mean()
+            assert v[name] == pytest.approx(mean, rel=1e-5, abs=1e-6)
+            assert v[f"{name}_se"] == pytest.approx(scipy.stats.sem(values), rel=1e-5, abs=1e-9)
+        assert v["psnr"] == pytest.approx(-10 * math.log10(mse.mean()), abs=1e-4)
+        halves = [-10 * math.log10(mse[i::2].mean()) for i in (0, 1)]
         assert abs(halves[0] - halves[1]) < 8 * v["psnr_se"]
-        losses = -terms["ll"] + v["beta_y"] * terms["kl_y"] + v["beta_z"] * terms["kl_z"]
-        assert scipy.stats.sem(losses) == pytest.approx(v["loss_se"], rel=1e-4)
-        assert v["D_floor"] == pytest.approx(253.2, abs=0.05) and v["D_above_floor"] == v["D"] - v["D_floor"] > 0
-        assert v["D_above_floor_se"] == pytest.approx(scipy.stats.sem(-terms["ll"] - floor), rel=1e-4)
-        with np.load(path / "latents.npz") as latents:
-            assert latents["qz_mu"].shape == (360, 6) and latents["qy_std"].shape == (360, 4, 4, 4)
-            assert all(latents[k].dtype == np.float32 for k in ("qz_mu", "qz_std", "qy_mu", "qy_std"))
-        with np.load(path / "pca.npz") as pca:
-            assert pca["projections"].shape == (360, 3)
+        losses = v["beta_y"] * terms["kl_y"] + v["beta_z"] * terms["kl_z"] - terms["ll"]
+        assert v["loss_se"] == pytest.approx(scipy.stats.sem(losses), rel=1e-4)
+        assert v["D_floor"] == pytest.approx(253.2, abs=0.05)
+        assert v["D_above_floor"] == v["D"] - v["D_floor"] > 0
+        above = scipy.stats.sem(-terms["ll"] - floor)
+        assert v["D_above_floor_se"] == pytest.approx(above, rel=1e-4)
+        latents, pca = (read_arrays(path / f"{name}.npz") for name in ("latents", "pca"))
+        assert latents["qz_mu"].shape == (360, 6)
+        assert latents["qy_std"].shape == (360, 4, 4, 4)
+        assert {a.dtype for k, a in latents.items() if k[0] == "q"} == {np.dtype("float32")}
+        assert pca["projections"].shape == (360, 3)
 
 
 def test_nothing_is_done_twice_and_all_of_it_at_once_is_the_same(evaluated, script, monkeypatch):
@@ -130,7 +145,8 @@ def test_a_changed_setting_makes_only_its_step_stale(evaluated, script):
 def test_each_step_tells_when_the_one_before_is_missing(batch, script):
     err = refusal(script, eval_beta_single.main, "--run_path", runs()[0], "--device", "cpu")
     assert "run eval_beta_grid.py --exclude_mi first" in err
-    status, _, err = script(eval_beta_grid.main, *FAST, "--get_mi_cal_acc")
+    flags = ["--get_mi_cal_acc", "--probe_protocol", "paper"]
+    status, _, err = script(eval_beta_grid.main, *FAST, *flags)
     assert status == 1 and err.count("run eval_beta_grid.py --exclude_mi first") == 4
     shutil.rmtree("runs/classifiers")
     assert "train_classifier.py" in refusal(script, eval_beta_grid.main, *STEP1)
@@ -144,9 +160,9 @@ def test_runs_of_the_papers_code_evaluate_unchanged(script):
     done(script, eval_beta_grid.main, *FAST, "--exclude_fid", "--data_dir", "data")
     by_name = {row["run"]: row for row in rows()}
     gauss = by_name["hvae_fixed_cifar_gauss"]
-    with np.load("runs/b/hvae_fixed_cifar_gauss/latents.npz") as latents:
-        assert latents["qz_mu"].shape == (20, 8)
-    # scored with the sigma it was trained with: ll = -1770.85 - 3047.01 MSE, and the MSE of a [0, 1] image is below 1
+    latents = read_arrays(Path("runs/b/hvae_fixed_cifar_gauss/latents.npz"))
+    assert latents["qz_mu"].shape == (20, 8)
+    # with the sigma it was trained with, ll = -1770.85 - 3047.01 MSE, whose MSE is below 1
     assert -1770.85 - 3047.01 < float(gauss["ll"]) < -1770.85
     assert by_name["hvae_fixed_cifar_mol"]["bpd"] != "" and gauss["bpd"] == ""
     assert all(row["mi_q_mc"] != "" and row["mi_q_mc_y"] != "" for row in rows())
@@ -267,30 +283,34 @@ def test_the_latents_of_both_splits(batch, script):
     assert "steps: latents_train, latents_test" in done(script, eval_beta_grid.main, *flags)
     run = Run.open(runs()[0])
     model, file = load_model(run, CPU), run.path / "latents_train.npz"
-    data, made = load_data(run.config, "data", CPU), digest_of(file)
+    data, written = load_data(run.config, "data", CPU), digest_of(file)
     for name in ("train", "test"):
-        split = getattr(data, name)
-        with np.load(run.path / f"latents_{name}.npz") as arrays:
-            a = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        assert set(a) == {"index", "label", *(f"{v}_{k}" for v in "zy" for k in ("mean", "std", "sample"))}
-        assert a["index"].tolist() == list(range(len(split))) and torch.equal(a["label"], split.labels)
+        split, arrays = getattr(data, name), read_arrays(run.path / f"latents_{name}.npz")
+        a = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        values = {f"{v}_{k}" for v in "zy" for k in ("mean", "std", "sample")}
+        assert set(a) == {"index", "label"} | values
+        assert a["index"].tolist() == list(range(len(split)))
+        assert torch.equal(a["label"], split.labels)
         x = split.images / 255
         with torch.no_grad():
             q_z = model.q_z(x)
             q_y, joint = model.q_y(q_z.mean, x), model.q_y(a["z_sample"], x)
-        for latent, q in (("z", q_z), ("y", q_y)):
-            torch.testing.assert_close(a[f"{latent}_mean"], q.mean, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(a[f"{latent}_std"], q.std, rtol=1e-4, atol=1e-5)
-        residuals = [((a[f"{v}_sample"] - q.mean) / q.std).flatten(1).double() for v, q in (("z", q_z), ("y", joint))]
-        for residual in residuals:
-            tolerance = 5 / residual.numel() ** 0.5
-            assert abs(residual.mean()) < tolerance and abs(residual.std() - 1) < tolerance
-        z, y = ((r - r.mean(0)) / r.std(0) for r in residuals)  # drawn apart: no unit of y shares its noise with z
-        assert (z.T @ y / len(x)).abs().max() < 6 / len(x) ** 0.5
+        for v, q in (("z", q_z), ("y", q_y)):
+            for ours, expected in ((a[f"{v}_mean"], q.mean), (a[f"{v}_std"], q.std)):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        samples = (a["z_sample"], q_z), (a["y_sample"], joint)
+        noise = [((s - q.mean) / q.std).flatten(1).double() for s, q in samples]
+        for values in noise:
+            tolerance = 5 / values.numel() ** 0.5
+            assert abs(values.mean()) < tolerance and abs(values.std() - 1) < tolerance
+        z, y = ((values - values.mean(0)) / values.std(0) for values in noise)
+        assert (z.T @ y / len(x)).abs().max() < 6 / len(x) ** 0.5  # drawn apart
     changed = file.stat().st_mtime_ns
-    assert script(eval_beta_grid.main, *flags)[0] == 0 and file.stat().st_mtime_ns == changed
+    done(script, eval_beta_grid.main, *flags)
+    assert file.stat().st_mtime_ns == changed
     file.write_bytes(b"cut")
-    assert script(eval_beta_grid.main, *flags)[0] == 0 and digest_of(file) == made
+    done(script, eval_beta_grid.main, *flags)
+    assert digest_of(file) == written
 
 
 def test_latents_that_do_not_fit_and_other_splits_are_refused(batch, script, monkeypatch):

@@ -15,7 +15,7 @@ from utils.evaluation.evaluation import BATCH
 from utils.evaluation.metrics import TAILS, TAILS_PAPER
 from utils.evaluation.probes import PROBES, Scores, fit_stored
 from utils.evaluation.run import EvaluatedRun, on_all_images
-from utils.files import npz, write_atomic
+from utils.files import npz
 
 
 @torch.no_grad()
@@ -24,26 +24,23 @@ def probe_latents(run: EvaluatedRun) -> dict[str, np.ndarray]:
     data, most = run.evaluation.data(run.config), run.evaluation.probe_images
     model, g = run.model, run.generator("probes")
 
-    def of_batch(x: Tensor, label: Tensor | None) -> dict[str, Tensor]:
+    def of_batch(x: Tensor, label: Tensor) -> dict[str, Tensor]:
         q_z, noise = model.q_z(x), model.noise(len(x), g)
         z = q_z.sample(noise.z)
-        values = {"z": z, "y": model.q_y(z, x).sample(noise.y)}
-        if label is None:
-            return values
-        means = {"qz_mu": q_z.mean, "qy_mu": model.q_y(q_z.mode, x).mean, "labels": label}
-        return {f"{name}_train": value for name, value in (values | means).items()}
+        samples = {"z": z, "y": model.q_y(z, x).sample(noise.y)}
+        means = {"qz_mu": q_z.mean, "qy_mu": model.q_y(q_z.mode, x).mean}
+        return {**samples, **means, "labels": label}
 
-    arrays = {name: run.latents[name] for name in ("qz_mu", "qy_mu", "labels")}
-    arrays |= on_all_images(of_batch(x, None) for x, _ in data.test.batches(BATCH))
+    test = on_all_images(of_batch(*batch) for batch in data.test.batches(BATCH))
     batches = itertools.islice(data.train.batches(BATCH, (0, 0)), math.ceil(most / BATCH))
-    of_training = on_all_images(of_batch(*batch) for batch in batches)
-    return arrays | {name: values[:most] for name, values in of_training.items()}
+    train = on_all_images(of_batch(*batch) for batch in batches)
+    return test | {f"{name}_train": values[:most] for name, values in train.items()}
 
 
 def fits(run: EvaluatedRun, file: Path, paper: bool) -> list[tuple]:
     """The fits of all probes, by the paper's protocol or this project's, to latents that are written to a file."""
     arrays, tails = (run.latents, TAILS_PAPER) if paper else (probe_latents(run), TAILS)
-    write_atomic(file, npz(arrays))
+    np.savez(file, **arrays)
     keys = [key for key in tails if arrays[key].size]
     return [(fit_stored, name, file, key, tails[key]) for key in keys for name in PROBES]
 

@@ -12,7 +12,7 @@ class Metric(NamedTuple):
 
     `better`: whether higher (+1) or lower (-1) values are (0: neither). `mixes`: whether a mixture of two models, each
     used for a share of the images, has the mean of their values. PSNR has not; it is the squared error that has.
-    `endings` name further columns. A metric `of_latents` has a column for each latent that its step tests.
+    `endings` name further columns.
     """
 
     name: str
@@ -22,7 +22,6 @@ class Metric(NamedTuple):
     better: int = 0
     mixes: bool = False
     endings: tuple[str, ...] = ()
-    of_latents: bool = False
 
 
 SE = ("_se",)
@@ -67,15 +66,15 @@ _TABLE = (
     Metric("mi_y_high", "mi_y", "I(y; label), at most", "nats", 1, endings=SE),
     Metric("mi_z_low", "probes", "I(z; label), at least", "nats", 1, True, SE),
     Metric("mi_y_low", "probes", "I(y; label), at least", "nats", 1, True, SE),
-    Metric("lr_acc_mean", BOTH, "logistic regression on z", "", 1, True, SE, True),
-    Metric("svm_rbf_acc", BOTH, "SVM (rbf) on z", "", 1, True, SE, True),
-    Metric("svm_linear_acc", BOTH, "SVM (linear) on z", "", 1, True, SE, True),
-    Metric("kNN_acc", BOTH, "5-NN on z", "", 1, True, SE, True),
-    Metric("lr_nll", BOTH, "log loss on z", "nats", -1, True, SE, True),
-    Metric("lr_ece", BOTH, "calibration error on z", "", -1, of_latents=True),
-    Metric("lr_ece_null", BOTH, "calibration error on z if it were 0", of_latents=True),
-    Metric("lr_acc_std", "probes_paper", "spread of logistic regression on z over seeds", of_latents=True),
-    Metric("mi_lr_lb", "probes_paper", "H(label) - log loss on means of z", "nats", of_latents=True),
+    Metric("lr_acc_mean", BOTH, "logistic regression on z", "", 1, True, SE),
+    Metric("svm_rbf_acc", BOTH, "SVM (rbf) on z", "", 1, True, SE),
+    Metric("svm_linear_acc", BOTH, "SVM (linear) on z", "", 1, True, SE),
+    Metric("kNN_acc", BOTH, "5-NN on z", "", 1, True, SE),
+    Metric("lr_nll", BOTH, "log loss on z", "nats", -1, True, SE),
+    Metric("lr_ece", BOTH, "calibration error on z", "", -1),
+    Metric("lr_ece_null", BOTH, "calibration error on z if it were 0"),
+    Metric("lr_acc_std", "probes_paper", "spread of logistic regression on z over seeds"),
+    Metric("mi_lr_lb", "probes_paper", "H(label) - log loss on means of z", "nats"),
     Metric("probe_images", "probes", "training images of the probes"),
     Metric("recons_acc", "recons", "accuracy on reconstructions", "", 1, True, SE),
     Metric("recons_pred_entropy", "recons", "entropy of the prediction", "nats", 0, True, SE),
@@ -99,11 +98,13 @@ DERIVED = {  # the labels of derived columns, by their endings
 
 def columns_of(step: str) -> list[str]:
     """The columns that a step fills, in the order of eval_results.csv."""
-    columns, of_step = [], [m for m in _TABLE if step in m.steps.split()]
-    tails = TAILS_PAPER if step == "probes_paper" else TAILS
-    for (of_latents, *_), kind in groupby(of_step, lambda m: (m.of_latents, m.endings, m.steps)):
-        names = [(m.name, end) for m in kind for end in ("", *m.endings)]
-        columns += [name + tail + end for tail in (tails.values() if of_latents else [""]) for name, end in names]
+    columns = []
+    tails = (TAILS_PAPER if step == "probes_paper" else TAILS).values()
+    for (steps, _), kind in groupby(_TABLE, lambda m: (m.steps, m.endings)):
+        if step in steps.split():
+            names = [(m.name, end) for m in kind for end in ("", *m.endings)]
+            of_latents = tails if "probes_paper" in steps else [""]
+            columns += [name + tail + end for tail in of_latents for name, end in names]
     return columns
 
 
