@@ -16,8 +16,6 @@ from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
 from utils.errors import run_script
 from utils.files import check_writable
 from utils.machine import prepare
-from utils.plane.cells import UNITS, read_plane
-from utils.plane.metrics import wanted
 
 
 def parse_args(argv=None):
@@ -42,7 +40,10 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument("--overview", action="store_true", help="also draw the rate plane at a glance, as for a README")
     parser.add_argument(
-        "--rate_unit", choices=UNITS, default="nats", help="unit of rates and information, everywhere (default: nats)"
+        "--rate_unit",
+        choices=("nats", "bits"),
+        default="nats",
+        help="unit of rates and information, everywhere (default: nats)",
     )
     group = parser.add_argument_group("rate budget of the advice, per image, in that unit")
     group.add_argument("--max_rate", type=positive, metavar="RATE", help="upper limit on R(z) + R(y|z)")
@@ -68,6 +69,9 @@ def main(argv=None) -> int:
         traverse(cells, folder, args.format, args.images)
         return 0
     folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
+    from utils.plane.cells import read_plane
+    from utils.plane.metrics import wanted
+
     planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}
     plane = planes[args.run_batch_name[0]]
     out, names = args.out or plane.folder / "figures", wanted(plane.names, args.metrics)

@@ -132,13 +132,8 @@ def _by_class(top: str, images: list[str], is_root: bool) -> dict[str, list[str]
     if not images:
         raise UserError(f"{top}: no images there that can be read")
     for path in sorted(images, key=os.path.split):
-        *names, _ = path[len(start) :].split(os.sep)
-        if split := next((name for name in names[:2] if name.lower() in TRAIN + TEST), None):
-            raise UserError(
-                f"{top}: the name of a split, {split}, in place of a class (in {os.path.dirname(path)}): "
-                "give the folder that holds train/ and val/, which hold the class folders"
-            )
-        classes.setdefault("".join(names[:1]), []).append(path)
+        name, _, below = path.removeprefix(start).partition(os.sep)
+        classes.setdefault(name if below else "", []).append(path)
     inner = os.path.commonpath([os.path.dirname(path) for path in images])
     if len(classes) == 1 and inner != top and inner not in map(os.path.dirname, images):
         how = f"give --dataset {inner}" if is_root else f"move them up, into {top}"

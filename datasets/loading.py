@@ -126,7 +126,7 @@ def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: t
 def _resident(name: str, splits: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[Resident]:
     """Images and labels moved to the device. Raises UserError if they do not fit into a GPU's free memory."""
     if device.type == "cuda":
-        size = sum(t.numel() * t.element_size() for split in splits for t in split)
+        size = sum(tensor.nbytes for split in splits for tensor in split)
         _check_memory(name, size, torch.cuda.mem_get_info(device)[0], "the GPU has free")
     return [Resident(*split, device) for split in splits]
 

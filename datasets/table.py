@@ -9,6 +9,7 @@ from . import folders, readers
 
 GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
 LEARNED = "GaussianLearnedSigma"
+MNIST_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _usual_recipe(shape: tuple[int, int, int]) -> Recipe:
     channels, size, _ = shape
     if channels == 1 and size <= 32:
         return Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=14, decay=0.7)
-    return Recipe("resnet18", "sgd", 0.01, 64, num_epochs=30, decay=None, crop=size // 8 * (size < LARGE[1]))
+    return Recipe("resnet18", "sgd", 0.01, 64, num_epochs=30, decay=None, crop=0 if size == LARGE[1] else size // 8)
 
 
 def _torchvision(name: str, *parts: dict) -> Callable:
@@ -62,12 +63,11 @@ def _torchvision(name: str, *parts: dict) -> Callable:
     return fetch
 
 
-def _mnist(family: str, n_classes: int = 10, files: str | None = None, fetch=None, **where) -> DataSet:
-    """A data set in MNIST's format; `where` is for the reader, or of the row."""
-    row = {k: where.pop(k) for k in ("recipe", "elsewhere") if k in where}
-    files = f"{family}/raw/{files or '{train,t10k}-{images-idx3,labels-idx1}-ubyte'} (or .gz)"
+def _mnist(family: str, n_classes=10, files=MNIST_FILES, fetch=None, elsewhere=None, **how) -> DataSet:
+    """A data set in MNIST's format; `how` is for its reader."""
+    reader, files = partial(readers.idx, family=family, **how), f"{family}/raw/{files} (or .gz)"
     fetch = fetch or _torchvision(family)
-    return DataSet(GREY, "Bernoulli", partial(readers.idx, family=family, **where), files, n_classes, fetch, **row)
+    return DataSet(GREY, "Bernoulli", reader, files, n_classes, fetch, elsewhere=elsewhere)
 
 
 def _emnist(split: str, n_classes: int, first_label: int = 0) -> DataSet:

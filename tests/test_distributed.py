@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 import eval_beta_grid
 import train
@@ -14,6 +16,7 @@ from tests.scripts import done, refusal
 from utils.distributed import share
 from utils.errors import UserError
 from utils.files import load_tensors
+from utils.machine import prepare
 from utils.training.schedule import check_batches
 
 GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
@@ -87,6 +90,20 @@ def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     with pytest.raises(UserError, match="--batch_size: leaves a last batch of 1 images for 2 processes"):
         check_batches(Data(range(1437), range(360), 10), 718)
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
+    """That of its number there, as torchrun or else srun tells it; GPUs that are none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    monkeypatch.setattr(torch, "empty", Mock())
+    of_srun, of_torchrun = {"SLURM_LOCALID": "3"}, {"LOCAL_RANK": "5", "SLURM_LOCALID": "0"}
+    for variables, index in (({}, 0), (of_srun, 3), (of_torchrun, 1)):
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            assert prepare(None, 1) == prepare("cuda", 1) == torch.device("cuda", index)
 
 
 def test_the_tasks_of_an_array_share_by_their_variables(script, monkeypatch):

@@ -23,9 +23,7 @@ def place() -> tuple[int, int]:
     """This process's rank, and how many there are. Raises UserError for variables that make no sense."""
     texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (texts[0].isdecimal() and texts[1].isdecimal() and int(texts[0]) < int(texts[1])):
-        raise UserError(
-            f"RANK and WORLD_SIZE: must be whole numbers, 0 <= RANK < WORLD_SIZE, got {' and '.join(texts)}"
-        )
+        raise UserError(f"RANK and WORLD_SIZE: need whole numbers, 0 <= RANK < WORLD_SIZE, got {' and '.join(texts)}")
     return int(texts[0]), int(texts[1])
 
 

@@ -26,11 +26,7 @@ SPINS = "5000"
 
 
 class Terminated(KeyboardInterrupt):
-    """One of the signals came that end a process."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.signal = number
+    """One of the signals came that end a process: its number."""
 
 
 def _terminate(number, _):
@@ -167,7 +163,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         if not _Output.reader_gone:
             print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
-        sys.exit(128 + (e.signal if isinstance(e, Terminated) else signal.SIGINT))
+        sys.exit(128 + (e.args[0] if isinstance(e, Terminated) else signal.SIGINT))
     except OSError as e:
         message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"
     print("error: " + " ".join(message.split()), file=sys.stderr)

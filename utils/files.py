@@ -11,6 +11,7 @@ import os
 import pickle
 import secrets
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -36,15 +37,10 @@ def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
 @functools.cache
 def _try_to_write(folder: Path) -> None:
     """Writes a file into a folder and removes it: permissions alone do not tell. Raises OSError."""
-    probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(probe, "xb") as file:
-            file.write(b"0")
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
+        file.write(b"0")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, data: bytes) -> None:

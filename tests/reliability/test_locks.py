@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,20 +172,6 @@ def test_of_many_takers_one_is_in_at_a_time(trial):
     results = [ended(taker) for taker in takers]
     assert all(status == 0 for status, _, _ in results), results
     assert sum(out.count("in") for _, out, _ in results) > 20
-
-
-@times(20, few=1)
-def test_of_eight_that_find_a_dead_lock_one_wins(trial, no_flock):
-    os.utime(lock_file(1, ELSEWHERE), (0, 0))
-    start = threading.Barrier(8)
-
-    def take(_):
-        start.wait()
-        return locks._take(Path())
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sorted(pool.map(take, range(8))) == [0] * 7 + [2]
-    assert lock_files() == [".lock.2"]
 
 
 def test_256_locks_take_a_file_each(with_flock):
