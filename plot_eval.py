@@ -89,8 +89,7 @@ def main(argv=None) -> int:
 
     limits = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: most for name, most in limits.items() if most is not None}
-    options = Options(args.format, args.metrics, budget, args.images, args.overview, device)
-    write_report(out, plane, options, data_of)
+    write_report(out, plane, Options(args.format, args.metrics, budget, args.images, args.overview), device, data_of)
     return 0
 
 

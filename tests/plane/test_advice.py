@@ -1,6 +1,7 @@
 """Advice on surfaces where the best is known."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,6 @@ from utils.plane.cells import Cell, Plane, read_plane
 from utils.plane.tables import to_markdown
 
 
-def by_metric(rows):
-    return {row["metric"]: row for row in rows}
-
-
 def within(plane, **budget):
     """The advice on the cells within a budget."""
     return [row for row in advice(plane, budget) if row["budget"]]
@@ -24,15 +21,13 @@ def within(plane, **budget):
 def test_advice_on_a_known_surface():
     """PSNR grows with R(y|z), the accuracy from z peaks at R(z) = 6, the distance falls with the total rate."""
     rows = []
-    for by in AXIS:
-        for bz in AXIS:
-            kl_y, kl_z = 10 - 4 * math.log10(by), 6 - 5 * math.log10(bz)
-            rows.append({"beta_y": by, "beta_z": bz, "kl_y": kl_y, "kl_z": kl_z, "psnr": 20 + kl_y})
-            rows[-1] |= {"lr_acc_mean": 0.9 - 0.1 * abs(kl_z - 6) + 0.01 * kl_y, "fid": 100 - kl_y - kl_z}
+    for by, bz in product(AXIS, AXIS):
+        kl_y, kl_z = 10 - 4 * math.log10(by), 6 - 5 * math.log10(bz)
+        rows.append({"beta_y": by, "beta_z": bz, "kl_y": kl_y, "kl_z": kl_z, "psnr": 20 + kl_y})
+        rows[-1] |= {"lr_acc_mean": 0.9 - 0.1 * abs(kl_z - 6) + 0.01 * kl_y, "fid": 100 - kl_y - kl_z}
     plane = plane_of(rows)
-    rows = by_metric(advice(plane))
-    psnr, acc, fid = rows["psnr"], rows["lr_acc_mean"], rows["fid"]
-    assert len(rows) == 3
+    psnr, acc, fid = advice(plane)
+    assert [row["metric"] for row in (psnr, acc, fid)] == ["psnr", "lr_acc_mean", "fid"]
     assert (psnr["beta_y"], psnr["beta_z"], psnr["value"]) == (0.1, 10, 34)  # the lowest total rate of the five
     ordinary = [(16 - 9 * t, 10 ** (-0.1 * (30 - 4 * t))) for t in np.log10(AXIS)]  # rates and squared errors
     pairs = [(a, b, (rb - 15) / (rb - ra)) for ra, a in ordinary for rb, b in ordinary if ra <= 15 < rb]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.plane.gains import gain
+from utils.plane.gains import gain, verdict
 from utils.plane.metrics import value_of
 from utils.plane.mixtures import mixture
 
@@ -33,9 +33,9 @@ def information(rng, n=360, seeds=1, better=0.0, cells=CELLS):
 
 def gain_of(name, terms, ordinary, rates=None, among=None, seeds=None):
     """The gain of all cells, unless said otherwise, over the ordinary ones, with rates of 0, 1, 2, ..."""
-    rates, among = np.arange(len(terms)) if rates is None else rates, np.ones(len(terms)) if among is None else among
-    seeds = [tuple(range(len(of_cell))) for of_cell in terms] if seeds is None else seeds
-    return gain(name, terms, seeds, np.array(among, bool), np.array(ordinary, bool), np.array(rates, float))
+    among, ordinary = np.array(among or [1] * len(terms), bool), np.array(ordinary, bool)
+    seeds = seeds or [tuple(range(len(of_cell))) for of_cell in terms]
+    return gain(name, terms, seeds, among, ordinary, np.array(rates or range(len(terms)), float))
 
 
 def simulated(name, make, times, **how):
@@ -44,23 +44,18 @@ def simulated(name, make, times, **how):
     return [gain_of(name, terms, np.eye(round(len(terms) ** 0.5)).ravel()) for terms in grids]
 
 
-EQUAL = [
-    ("recons_acc", accuracies, {}),
-    ("psnr", errors, {"seeds": 4, "spread": 0.2, "n": 100}),
-    ("recons_acc", accuracies, {"n": 72}),
-    ("recons_acc", accuracies, {"cells": 441}),
-    ("mi_z_low", information, {}),
-    ("psnr", errors, {}),
-    ("psnr", errors, {"seeds": 2, "spread": 0.2, "n": 100}),
-]
+EQUAL = [("recons_acc", accuracies, {}), ("psnr", errors, {"seeds": 4, "spread": 0.2, "n": 100})]
+EQUAL += [("recons_acc", accuracies, how) for how in ({"n": 72}, {"cells": 441})]
+EQUAL += [("psnr", errors, how) for how in ({}, {"seeds": 2, "spread": 0.2, "n": 100})]
+EQUAL += [("mi_z_low", information, {})]
 
 
 @pytest.mark.parametrize("cases, times", [(2, 60), pytest.param(7, 200, marks=pytest.mark.slow)])
 def test_of_equal_cells_95_percent_of_simulations_say_no_difference(cases, times):
     for name, make, how in EQUAL[:cases]:
         gains = simulated(name, make, times, **how)
-        assert sum(not g.verdict.startswith("no difference") for g in gains) <= times / 20
-        mean, spread = np.mean([g.gain for g in gains]), np.std([g.gain for g in gains])
+        assert sum(not g["told"].startswith("no difference") for g in gains) <= times / 20
+        mean, spread = np.mean([g["gain"] for g in gains]), np.std([g["gain"] for g in gains])
         assert abs(mean) < 3 * spread / times**0.5
         if name == "recons_acc":  # what choosing and reporting on the same images claims
             means = [make(np.random.default_rng(s), **how).mean((1, 2)) for s in range(times)]
@@ -76,25 +71,27 @@ def test_a_true_gain_is_found_as_large_as_it_is(times):
         ("psnr", errors, {"seeds": 4, "spread": 0.02, "better": 0.2}),
     ):
         gains = simulated(name, make, times, **how)
-        assert sum(g.verdict.startswith("yes") for g in gains) >= 0.95 * times and all(g.chosen == (1,) for g in gains)
+        assert all(g["chosen"] == [1] for g in gains)
+        assert sum(g["told"].startswith("yes") for g in gains) >= 0.95 * times
         large = make(np.random.default_rng(1), **{**how, "n": 50_000, "cells": 9}).mean((1, 2))
         true = float(10 * np.log10(large[2] / large[1]) if name == "psnr" else large[1] - large[2])
-        assert sum(g.low < true < g.high for g in gains) >= 0.85 * times
-        assert np.mean([g.gain for g in gains]) == pytest.approx(true, abs=0.3 * true)
+        assert sum(g["low"] < true < g["high"] for g in gains) >= 0.85 * times
+        assert np.mean([g["gain"] for g in gains]) == pytest.approx(true, abs=0.3 * true)
 
 
 def test_the_value_is_the_mean_of_the_two_halves_and_less_is_better_where_it_is():
     terms = [np.full((1, 40), v) for v in (5.0, 3.0, 4.0)]
-    between = gain_of("nelbo", terms, [1, 0, 1])
-    assert between == (3, 0, 4.5, 1, 1.5, 1.5, 1.5, (1,), 1)  # the ordinary cells have rates of 0 and 2, that chosen 1
-    assert between.verdict == "yes (one seed)"
+    numbers = {"value": 3, "se": 0, "gain": 1.5, "low": 1.5, "high": 1.5, "chosen": [1]}
+    numbers |= {"diagonal_value": 4.5, "diagonal_rate": 1}  # of ordinary cells with rates of 0 and 2
+    assert gain_of("nelbo", terms, [1, 0, 1]) == numbers | {"told": "yes (one seed)"}
     psnr = gain_of("psnr", [v / 100 for v in terms], [1, 0, 1])
-    assert psnr.value == pytest.approx(-10 * np.log10(0.03)) and psnr.gain == pytest.approx(10 * np.log10(4.5 / 3))
+    expected = -10 * np.log10(0.03), 10 * np.log10(4.5 / 3)
+    assert (psnr["value"], psnr["gain"]) == pytest.approx(expected)
     same = gain_of("nelbo", terms, [1, 1, 1])
-    assert same.gain == 0 and same.verdict.startswith("no difference") and same.rate == 1
-    assert same._replace(gain=-0.2, low=-0.3, high=-0.1, seeds=3).verdict == "no, worse"
-    twice = gain_of("nelbo", [np.repeat(v, 2, 0) for v in terms], [1, 0, 0], seeds=[("2", "2")] * 3)
-    assert twice[:5] == (3, 0, 5, 0, 2) and twice.seeds == 1  # a seed that a cell has twice counts once
+    assert (same["gain"], same["diagonal_rate"]) == (0, 1) and same["told"].startswith("no diff")
+    assert verdict(-0.3, -0.1, 3, "yes", "no, worse") == "no, worse"
+    twice = gain_of("nelbo", [np.repeat(v, 2, 0) for v in terms], [1, 0, 0], seeds=["22"] * 3)
+    assert (twice["gain"], twice["told"]) == (2, "yes (one seed)")  # a seed twice counts once
 
 
 def test_choices_are_reported_on_other_images_and_seeds_slowly():
@@ -117,31 +114,33 @@ def test_choices_are_reported_on_other_images_and_seeds_slowly():
         shuffled, seeds = [*shuffled, of_cell[order]], [*seeds, tuple(order)]
     shuffled[5], seeds[5] = np.concatenate([shuffled[5], shuffled[5][:1]]), (*seeds[5], "d")
     shuffled[9] = None
-    result = gain_of("psnr", shuffled, ordinary, among=among, seeds=seeds)
-    assert (result.value, result.other) == pytest.approx((np.mean(values), np.mean(others))) and result.seeds == 3
-    assert result.gain == pytest.approx(np.mean(values) - np.mean(others))
+    result = gain_of("psnr", shuffled, ordinary, among=among.tolist(), seeds=seeds)
+    expected = np.mean(values), np.mean(others)
+    assert (result["value"], result["diagonal_value"]) == pytest.approx(expected)
+    assert "one seed" not in result["told"]
+    assert result["gain"] == pytest.approx(np.mean(values) - np.mean(others))
 
 
 def test_what_cannot_be_compared_is_not():
     whole = np.ones((1, 30))
-    part = np.where(np.arange(30) < 5, whole, np.nan)
-    for terms, among in (
-        ([whole, None], [1, 1]),
-        ([whole, np.ones((1, 31))], [1, 1]),
-        ([whole[:, :19]] * 2, [1, 1]),
-        ([whole] * 2, [0, 0]),
-        ([None, whole], [0, 1]),
-        ([whole, part], [1, 1]),
+    part, few = np.where(np.arange(30) < 5, whole, np.nan), whole[:, :19]
+    for terms, ordinary, among in (
+        ([whole, None], [1, 0], None),
+        ([whole, np.ones((1, 31))], [1, 0], None),
+        ([whole, part], [1, 0], None),
+        ([few, few], [1, 0], None),
+        ([None, whole], [1, 0], [0, 1]),
+        ([whole, whole], [0, 0], None),
+        ([whole, whole], [1, 0], [0, 0]),
     ):
-        assert gain_of("psnr", terms, [1, 0], among=among, seeds=["2"] * 2) is None
-    assert gain_of("psnr", [whole] * 2, [0, 0]) is None
-    assert gain_of("psnr", [whole] * 2, [1, 0], among=[0, 1]).rate == 0
-    assert gain_of("psnr", [whole, None], [1, 0], among=[1, 0], seeds=["2"] * 2) is not None
+        assert gain_of("psnr", terms, ordinary, among=among, seeds="22") == {}
+    assert gain_of("psnr", [whole] * 2, [1, 0], among=[0, 1])["diagonal_rate"] == 0
+    assert gain_of("psnr", [whole, None], [1, 0], among=[1, 0], seeds="22") != {}
 
 
 def test_ordinary_cells_beyond_a_budget_count_mixed():
-    """The chosen has R of 20, and 18 dB; ordinary ones 15 dB at 10 and 25 dB at 30, half of each 17.6."""
+    """The chosen has R of 20, and 18 dB; ordinary ones 15 dB at 10 and 25 dB at 30."""
     terms = [np.full((1, 40), 10 ** (-db / 10)) for db in (15, 18, 25)]
     result = gain_of("psnr", terms, [1, 0, 1], rates=[10, 20, 30], among=[1, 1, 0])
-    half = -10 * np.log10((10**-1.5 + 10**-2.5) / 2)
-    assert result.value == pytest.approx(18) and result.rate == 20 and result.other == pytest.approx(half)
+    numbers = result["value"], result["diagonal_rate"], result["diagonal_value"]
+    assert numbers == pytest.approx((18, 20, -10 * np.log10((10**-1.5 + 10**-2.5) / 2)))

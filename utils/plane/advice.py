@@ -72,11 +72,10 @@ def _compared(plane: Plane, name: str, terms: list, within: np.ndarray, few: np.
     """What the advice says of the best cell of those within a budget against a few ordinary ones, both masks (N,)."""
     unit, values, rates = plane.scale(name), plane.values(name), plane.values("rate")
     among, few = within & np.isfinite(values), few & np.isfinite(values)
-    row, seeds = {}, [cell.seeds for cell in plane.cells]
-    if tested := gain(name, terms, seeds, among, few, rates):
-        row = {n: unit * getattr(tested, n) for n in ("value", "se", "gain", "low", "high")}
-        row |= {"diagonal_value": unit * tested.other, "diagonal_rate": tested.rate, "told": tested.verdict}
-        rates_z = plane.values("kl_z")[[*tested.chosen]]
+    row = gain(name, terms, [cell.seeds for cell in plane.cells], among, few, rates)
+    if row:
+        row |= {n: unit * row[n] for n in ("value", "se", "gain", "low", "high", "diagonal_value")}
+        rates_z = plane.values("kl_z")[row["chosen"]]
         row["chosen_kl_z"] = " to ".join(
             dict.fromkeys(f"{float(f'{v:.3g}'):g}" for v in (rates_z.min(), rates_z.max()))
         )

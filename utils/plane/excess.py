@@ -1,6 +1,7 @@
 """Cells of a multi-rate model against cells trained on their own at the same betas."""
 
 import math
+from itertools import product
 
 import numpy as np
 
@@ -22,16 +23,14 @@ def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
 
     `excess` is by how many nats the loss of the unfolded cell is larger, `se` its standard error over seeds and images.
     """
-    own, given = {}, np.isnan(plane.targets).all(1)
-    for cell in plane.where(given & ~plane.unfolded).cells:
-        own.setdefault(_model(cell), []).append(cell)
-    unfolded = plane.where(given & plane.unfolded).cells
-    return [_row(plane, (cell, other)) for cell in unfolded for other in own.get(_model(cell), ())]
+    given = np.isnan(plane.targets).all(1)
+    unfolded, own = ([(_model(c), c) for c in plane.where(given & m).cells] for m in (plane.unfolded, ~plane.unfolded))
+    return [_row(plane, (a, b)) for (model, a), (of_other, b) in product(unfolded, own) if model == of_other]
 
 
-def _model(cell: Cell) -> tuple:
+def _model(cell: Cell) -> list:
     settings = [cell.settings.get(name) for name in fields_of("model", "data")]
-    return (*settings, *(float(f"{cell.median[name]:.6g}") for name in BETAS))
+    return settings + [f"{cell.median[name]:.6g}" for name in BETAS]
 
 
 def _row(plane: Plane, pair: tuple[Cell, Cell]) -> dict[str, str | float]:
@@ -41,13 +40,13 @@ def _row(plane: Plane, pair: tuple[Cell, Cell]) -> dict[str, str | float]:
     if a is not None and b is not None and a.shape[1] == b.shape[1]:
         errors.append(standard_error(a.mean(0) - b.mean(0)))  # over the test images, which they share
     errors = [se for se in errors if math.isfinite(se)]
-    row = {"excess": float(losses[0].mean() - losses[1].mean()), "se": math.hypot(*errors) if errors else math.nan}
+    row = {name: pair[0].median[name] for name in BETAS}
+    row |= {"excess": float(losses[0].mean() - losses[1].mean()), "se": math.hypot(*errors) if errors else math.nan}
     for whose, epochs, cell, loss in zip(("", "own_"), ("num_epochs", "own_epochs"), pair, losses, strict=True):
         row[epochs] = cell.settings.get("num_epochs") or ""
         row[f"{whose}optimizer"] = cell.settings.get("optimizer") or "adam"  # of tables that do not say
         row |= {whose + name: cell.median.get(name) for name in ("kl_y", "kl_z", "psnr")}
         row |= {f"{whose}loss": float(loss.mean()), f"{whose}n": len(cell.runs)}
-    row |= {name: pair[0].median[name] for name in BETAS}
     return {name: row[name] for name in EXCESS}
 
 

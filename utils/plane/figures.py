@@ -80,19 +80,10 @@ def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, 
     return ends[1]
 
 
-def draw_targets(ax: Axes, plane: Plane) -> None:
-    """Rates that were asked for, as crosses, each with a line to what was reached; R(z) along x, R(y|z) along y."""
-    rows = zip(plane.targets * UNITS[plane.unit], plane.values("kl_y"), plane.values("kl_z"), strict=True)
-    for (y, z), r_y, r_z in rows:
-        if math.isfinite(y) or math.isfinite(z):
-            at = z if math.isfinite(z) else r_z, y if math.isfinite(y) else r_y
-            ax.plot([at[0], r_z], [at[1], r_y], "-", c=RED, lw=0.7, zorder=3)
-            ax.plot(*at, "x", c=RED, ms=4, mew=0.9, ls="none", zorder=3, label="asked for")
-
-
 def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
-    """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
-    (figure, axes), (r_z, r_y) = panels(plane, len(names)), (plane.values(n) for n in ("kl_z", "kl_y"))
+    """Each metric over the rate plane, with R(z) along x and R(y|z) along y, and crosses where rates were asked for."""
+    (figure, axes), targets = panels(plane, len(names)), plane.targets * UNITS[plane.unit]
+    r_z, r_y = plane.values("kl_z"), plane.values("kl_y")
     for ax, name in zip(axes, names, strict=True):
         draw_seeds(ax, plane, "kl_z", "kl_y")
         values = plane.values(name)
@@ -100,7 +91,11 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
         ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5)
         look = {"cmap": COLOURS[metric(name).better], "norm": Normalize(np.nanmin(values), np.nanmax(values))}
         points = dots(ax, plane, "kl_z", "kl_y", values, lw=0, s=14, **look)
-        draw_targets(ax, plane)
+        for x, y, target_y, target_z in zip(r_z, r_y, *targets.T, strict=True):
+            if math.isfinite(target_y) or math.isfinite(target_z):
+                at = x if math.isnan(target_z) else target_z, y if math.isnan(target_y) else target_y
+                ax.plot([at[0], x], [at[1], y], "-", c=RED, lw=0.7, zorder=3)
+                ax.plot(*at, "x", c=RED, ms=4, mew=0.9, ls="none", zorder=3, label="asked for")
         mark(ax, plane, "kl_z", "kl_y", name)
         for *at, cell in zip(r_z, r_y, plane.cells, strict=True):
             count, of = cell.collapsed("kl_z", "kl_y"), len(cell.runs)

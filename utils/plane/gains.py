@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Sequence
 from itertools import compress
-from typing import NamedTuple
 
 import numpy as np
 
@@ -80,35 +79,17 @@ def verdict(low: float, high: float, seeds: int, better: str, worse: str) -> str
     return words if seeds > 1 else f"{words} (one seed)"
 
 
-class Gain(NamedTuple):
-    """What a choice among many cells gains over a few at no larger rate, on images that were not used to choose."""
-
-    value: float  # of the choice
-    se: float  # its standard error
-    other: float  # of the few
-    rate: float  # of the few
-    gain: float  # positive if the choice is better
-    low: float  # ends of the 95 % interval
-    high: float
-    chosen: tuple[int, ...]  # the cells that were chosen, each once
-    seeds: int = 1  # that were compared
-
-    @property
-    def verdict(self) -> str:
-        """What these images show of the gain."""
-        return verdict(self.low, self.high, self.seeds, "yes", "no, worse")
-
-
-def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], among, few, rates) -> Gain | None:
+def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], among, few, rates) -> dict:
     """The best of the cells in the mask `among` (N,) against the `mixture` of those in `few` (N,) at its rate.
 
-    None if untestable. Chosen on one half of the test images and reported on the other, both ways, and averaged (Cawley
-    & Talbot 2010), with the interval of a paired bootstrap over images. If all cells share several seeds, also chosen
-    on all but one and reported on that one, in turn. `terms` (see `terms_of`), `seeds` and `rates` are of each cell.
+    Columns of the advice, and the cells that were `chosen`; empty if untestable. Chosen on one half of the test images
+    and reported on the other, both ways, and averaged (Cawley & Talbot 2010), with the interval of a paired bootstrap
+    over images. If all cells share several seeds, also chosen on all but one and reported on that one, in turn.
+    `terms` (see `terms_of`), `seeds` and `rates` are of each cell.
     """
     tested = tested_images(list(compress(terms, among | few))) if among.any() and few.any() else None
     if tested is None:
-        return None
+        return {}
     terms, folds = _folds({i: (terms[i], seeds[i]) for i in np.flatnonzero(among | few).tolist()})
     halves = np.array_split(np.random.default_rng(0).permutation(tested), 2)
     pairs, compared, chosen = [], [], set()
@@ -129,8 +110,10 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     of_seeds = np.std(values[:, 0], ddof=1) / math.sqrt(len(folds)) if len(folds) > 1 else 0.0
     se, mean = math.hypot(np.std(values[:, 1:].mean(0)), of_seeds), gains.mean(0)
     below, above = widths(mean[0], mean[1:], gains[:, 0], ENDS)
-    numbers = values[:, 0].mean(), se, others[:, 0].mean(), np.mean(compared), mean[0] + 0.0
-    return Gain(*map(float, (*numbers, mean[0] - below, mean[0] + above)), tuple(sorted(chosen)), len(folds))
+    row = {"value": values[:, 0].mean(), "se": se, "diagonal_value": others[:, 0].mean()}
+    row |= {"diagonal_rate": np.mean(compared), "gain": mean[0] + 0.0, "low": mean[0] - below, "high": mean[0] + above}
+    told = verdict(row["low"], row["high"], len(folds), "yes", "no, worse")
+    return {column: float(number) for column, number in row.items()} | {"told": told, "chosen": sorted(chosen)}
 
 
 def _folds(cells: dict[int, tuple[np.ndarray, tuple]]) -> tuple[dict[int, np.ndarray], list[tuple]]:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import jinja2
 import torch
 
-from datasets.loading import Data
-from utils.config import Config
 from utils.distributed import progress
 from utils.files import to_csv, write_text
 from utils.plane import figures
@@ -21,7 +19,7 @@ from utils.plane.drivers import DRIVERS, drivers
 from utils.plane.excess import EXCESS, excess_rows, print_excess
 from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
-from utils.plane.sheets import OVERVIEW, Pictures, overview, pictures_of, sheets, test_images, to_uri
+from utils.plane.sheets import OVERVIEW, Pictures, first_images, overview, pictures_of, sheets, to_uri
 from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import texts_of, to_markdown
 
@@ -55,28 +53,27 @@ TO_TRAIN = {"metrics": "best for", "command": "command"}
 class Options(NamedTuple):
     """What a report shows."""
 
-    formats: Sequence[str] = ("png", "pdf")  # of the figures
-    metrics: Sequence[str] | None = None  # to draw: columns, or all; None for one of each task
-    budget: Mapping[str, float] = {}  # limits of the rates for the advice, in the plane's unit
-    images: int = 4  # of each kind and cell
-    overview: bool = False  # whether to draw the rate plane at a glance
-    device: torch.device = torch.device("cpu")  # on which models compute
+    formats: Sequence[str]  # of the figures
+    metrics: Sequence[str] | None  # to draw: columns, or all; None for one of each task
+    budget: Mapping[str, float]  # limits of the rates for the advice, in the plane's unit
+    images: int  # of each kind and cell
+    overview: bool  # whether to draw the rate plane at a glance
 
 
 @styled
-def write_report(out: Path, plane: Plane, options: Options, load_data: Callable[[Config], Data]) -> None:
+def write_report(out: Path, plane: Plane, options: Options, device: torch.device, load_data: Callable) -> None:
     """Writes figures, tables and the page of a batch into a folder, and prints the advice and what else to know.
 
-    `load_data` gives the data set of a Config, for the images that models reconstruct.
+    Models compute on `device`; `load_data` gives the data set of a Config, whose images they reconstruct.
     """
     names, advised = wanted(plane.names, options.metrics), advice(plane, options.budget)
     if options.budget and not any(row["budget"] for row in advised):
         plane.notes.append("no evaluated cell is within the budget")
-    x = test_images(plane, load_data, max(options.images, 2 * OVERVIEW))
-    pictures = pictures_of(plane, options.device, options.images, x)
+    x = first_images(plane, load_data, max(options.images, 2 * OVERVIEW))
+    pictures = pictures_of(plane, device, options.images, x)
     estimates, excess = slopes(plane), excess_rows(plane)
     drawings = draw(plane, names, options, estimates, excess)
-    if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), options.device, x)):
+    if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), device, x)):
         drawings["overview"] = glance
     images = write_figures(out, options.formats, plane, drawings | sheets(plane, pictures))
     rows = slope_rows(estimates)

@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from datasets.loading import Data
-from utils.config import Config
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.images import tiled, to_pil
@@ -43,8 +41,11 @@ class Pictures(NamedTuple):
         return [kind for kind, of_cells in self.of_page.items() if of_cells]
 
 
-def test_images(plane: Plane, load_data: Callable[[Config], Data], n: int) -> torch.Tensor | None:
-    """The first n test images (B, C, H, W) of the plane's first run; None, with a note, if they cannot be loaded."""
+def first_images(plane: Plane, load_data: Callable, n: int) -> torch.Tensor | None:
+    """The first n test images (B, C, H, W) of the plane's first run; None, with a note, if they cannot be loaded.
+
+    `load_data` gives the data set of a Config.
+    """
     paths = [plane.folder / cell.runs[0] for cell in plane.cells]
     path = next((path for path in paths if (path / "config.json").is_file()), paths[0])
     try:
