@@ -64,11 +64,11 @@ def main(argv=None) -> int:
     device = prepare(args.device, args.threads)
     from datasets.loading import load_data
     from utils.runs import Run
+    from utils.training.console import describe, show_status, summarise
     from utils.training.multi_rate import near, sources, unfold
     from utils.training.saving import Interrupted
     from utils.training.schedule import check_batches, check_setup, report, train_all, unfinished
     from utils.training.start import note_shorter, with_start
-    from utils.training.summary import describe, show_status, summarise
     from utils.training.training import Setup
 
     cells = with_start(grid_configs(args), args.init_from)

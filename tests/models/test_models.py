@@ -25,7 +25,7 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.runs import Run, load_model
 from utils.seeds import generator
-from utils.training.bar import GridBar
+from utils.training.console import GridBar
 from utils.training.saving import Interrupted
 from utils.training.training import Setup, Training
 

@@ -25,8 +25,7 @@ from utils.files import write_json
 from utils.images import tiled
 from utils.runs import Run, load_model
 from utils.seeds import generator
-from utils.training.bar import GridBar
-from utils.training.summary import standing
+from utils.training.console import GridBar, standing
 
 GRID = [*TINY, "--beta_y", "0.1", "1", "5", "--save_every", "1"]
 

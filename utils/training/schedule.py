@@ -17,7 +17,7 @@ from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
 from utils.locks import Held, note_held
 from utils.runs import Run
-from utils.training.bar import GridBar
+from utils.training.console import GridBar
 from utils.training.saving import Interrupted, Signals
 from utils.training.start import begin
 from utils.training.training import Setup, Training

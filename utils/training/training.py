@@ -21,9 +21,9 @@ from utils.errors import UserError
 from utils.runs import Run
 from utils.seeds import generator
 from utils.training import multi_rate
-from utils.training.bar import GridBar
 from utils.training.betas import Betas, rate_weights
 from utils.training.capture import prepared
+from utils.training.console import GridBar
 from utils.training.log import Log, figures
 from utils.training.optimizers import MOMENTS, build_optimizer, lr_factor, set_lr
 from utils.training.saving import Interrupted, Saver, Signals
