@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import ENDING_SIGNALS, UserError
+from utils.errors import ENDING_SIGNALS, UserError, one_line
 from utils.seeds import generator
 
 from .folders import centre_crop, decoders, open_image
@@ -94,11 +94,14 @@ class Streamed(Dataset):
         index, seed = key
         path, label = self.samples[index]
         image = open_image(path, channels=self.shape[0])
-        if seed is None:
-            return self.centre_crop(image), label
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.random_crop(image), label
+        try:
+            if seed is None:
+                return self.centre_crop(image), label
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.random_crop(image), label
+        except (MemoryError, OSError, RuntimeError, ValueError) as e:  # of one that is extremely thin
+            raise UserError(f"{path}: cannot be cropped ({one_line(e)})") from e
 
     def first(self, n: int) -> "Streamed":
         """As of `Resident`."""

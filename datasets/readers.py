@@ -26,6 +26,8 @@ ARRAYS = {  # what pickles of arrays call
     *(f"numpy._core.{name}" for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")),
     *("numpy.ndarray", "numpy.dtype", "_codecs.encode"),
 }
+# The first labels of training files that are called alike.
+FIRST_LABELS = {"MNIST": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "FashionMNIST": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
@@ -69,7 +71,7 @@ def read_idx(path: Path) -> ndarray:
         if zeros or kind not in IDX_TYPES or not 1 <= dims <= 3:
             raise ValueError("not an idx file")
         shape = struct.unpack_from(f">{dims}I", content, 4)
-        values = np.frombuffer(content, IDX_TYPES[kind], offset=4 + 4 * dims)
+        values = np.frombuffer(bytearray(content), IDX_TYPES[kind], offset=4 + 4 * dims)  # which may be written
         if len(values) != math.prod(shape):
             raise ValueError(f"holds {len(values):,} values, not the {math.prod(shape):,} that it promises")
     except (EOFError, OSError, struct.error, zlib.error, ValueError) as e:
@@ -95,6 +97,9 @@ def idx(
     names = [tuple(n + end for n in (s, s.replace("-idx", ".idx")) for end in ("", ".gz")) for s in stems]
     paths = locate([root / family / "raw", root / family, root / "raw", root / "gzip", root], names)
     arrays = [read_idx(path) for path in paths]
+    for other, first in FIRST_LABELS.items():
+        if parts[1] == "t10k" and other != family and arrays[1][:10].tolist() == first:
+            raise UserError(f"{paths[1]}: holds {other}, not {family}; put each into a folder of its name")
 
     def split(images: ndarray, y: ndarray) -> Split:
         images = images.swapaxes(1, 2) if transposed else images

@@ -13,6 +13,7 @@ which NFS, Lustre and many FUSE mounts refuse; one that is killed before it has 
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import socket
 import sys
@@ -108,7 +109,7 @@ def _flock(file: TextIO, kind: int) -> bool | None:
 def _owner(path: Path) -> str:
     """Which process a lock file is of."""
     try:
-        process = path.read_text(encoding="utf-8", errors="replace")
+        process = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
     except OSError:
         process = ""
     return process if process not in ("", FREE) else "another process"  # which may be done by now
@@ -116,6 +117,16 @@ def _owner(path: Path) -> str:
 
 def _me() -> str:
     return f"pid {os.getpid()} on host {socket.gethostname()}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Names this machine's process numbers, which machines and containers of one host name do not share."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
@@ -148,7 +159,7 @@ def _take(folder: Path) -> int:
     path = _path(folder, newest + 1)
     try:
         with open(path, "x", encoding="utf-8") as file:
-            file.write(_me())
+            file.write(f"{_me()}\n{_machine()}")
     except FileExistsError:  # another process was first
         return 0
     if _newest(folder) != newest + 1:  # we were slow, and others have been and gone
@@ -164,7 +175,8 @@ def _can_be_taken(folder: Path, number: int) -> bool:
     """Whether the process of that lock file is done, or dead: has not touched it for long, and does not now."""
     path = _path(folder, number)
     try:
-        if path.read_text(encoding="utf-8", errors="replace") == FREE:
+        process, _, machine = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        if process == FREE or machine and machine == _machine() and not _is_alive(process):
             return True
         last = path.stat().st_mtime_ns
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as new:
@@ -175,6 +187,16 @@ def _can_be_taken(folder: Path, number: int) -> bool:
         return path.stat().st_mtime_ns == last
     except FileNotFoundError:  # another process has taken it over
         return False
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process.split()[1]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, IndexError):  # another user's, or not to be read
+        return True
+    return True
 
 
 def _beat(path: Path, done: threading.Event) -> None:

@@ -10,10 +10,8 @@ events.out.*    TensorBoard
 
 import contextlib
 import dataclasses
-import errno
 import math
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,21 +89,16 @@ class Run:
         check_writable(self.path)
 
     def create(self) -> None:
-        """Makes the folder with its config.json, both at once, where it is not there yet."""
-        if self.path.is_dir() and any(self.path.iterdir()):
+        """Makes the folder and its config.json, where they are not there yet; both or none."""
+        if (self.path / "config.json").exists():
             return
-        unfinished = self.path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        unfinished.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            write_text(unfinished / "config.json", self.config.to_json())
-            unfinished.rename(self.path)  # only over nothing or an empty folder
-        except UserError as e:
-            raise UserError(str(e).replace(unfinished.name, self.path.name)) from e
-        except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process made it first
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            self.write_config()
+        except UserError:
+            with contextlib.suppress(OSError):  # another process has made it
+                self.path.rmdir()
+            raise
 
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
         """Holds the folder for this process; see utils/locks.py."""
@@ -198,7 +191,7 @@ class Run:
 def runs_in(batch: Path) -> tuple[list[Run], dict[Path, str]]:
     """The runs in a batch's folder, sorted by name, and what is wrong with the other folders there, by path."""
     runs, problems = [], {}
-    for path in sorted(p for p in batch.glob("[!.]*") if p.is_dir() and p.name != "figures"):
+    for path in sorted(p for p in batch.glob("[!.]*") if p.name != "figures" and any(p.glob("[!.]*"))):
         try:
             runs.append(Run.open(path))
         except UserError as e:

@@ -117,8 +117,11 @@ def test_an_idx_file_that_holds_more_or_less_than_it_promises_is_refused():
                 read_idx(Path("file"))
 
 
-def test_files_that_are_no_idx_files_are_named():
+def test_files_that_are_no_idx_files_or_of_another_set_are_named():
     write_mnist(Path("data"), below=".")
+    write_idx(Path("data", MNIST[1]), np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, *range(10)], np.uint8))
+    assert len(load("MNIST").train) == 20
+    refused("KMNIST", f"data/{MNIST[1]}: holds MNIST, not KMNIST")
     for content in (b"", b"\0\0", b"\0\0\x08\x03\0", b"<html>", b"\x1f\x8b", b"\0\0\x07\x01" + bytes(9)):
         Path("data", MNIST[2]).write_bytes(content)
         refused("MNIST", "the files under data are damaged", MNIST[2])

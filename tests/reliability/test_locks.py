@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from utils.runs import Run
 ONE = [*CELL, "--num_epochs", "1"]
 GRID = [*ONE, "--beta_y", "1", "2", "3"]
 ME = f"pid {os.getpid()} on host {socket.gethostname()}"
-ELSEWHERE = "pid 7 on host other"
+ELSEWHERE = "pid 7 on host other\nanother machine"
 NO_FLOCK = f"import fcntl, os\ndef flock(*_): raise OSError({errno.ENOLCK}, '')\nfcntl.flock = flock"
+DEAD = f"pid 999999999 on host {socket.gethostname()}\n{locks._machine()}"
 START = "import os, sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n{}\n"
 START += "from utils.locks import Held, check, locked\n"
 HOLDER = START + "with locked(Path(sys.argv[2])): print('held', flush=True); time.sleep(600)"
@@ -128,6 +130,17 @@ def test_a_lock_of_a_living_process_elsewhere_is_waited_for_whatever_our_clock_s
         assert lock_files() == [".lock.4"]
 
 
+def test_a_dead_process_of_this_machine_is_replaced_at_once(no_flock):
+    """On another machine or in another container, which may have this one's name, its number means nothing here."""
+    path = lock_file(3, f"{DEAD} of another boot")
+    with pytest.raises(Held), locked(Path()):
+        pass
+    path.write_text(DEAD)
+    lock_file(2, DEAD)  # killed before it had removed it
+    with locked(Path()):
+        assert lock_files() == [".lock.4"]
+
+
 @pytest.mark.parametrize("hours, text", [(-1, ELSEWHERE), (1, ELSEWHERE), (-1, "")])
 def test_a_lock_untouched_for_long_is_taken_over_whatever_the_clock_says(hours, text, no_flock):
     """In the past: nobody has touched it. In the future: the clock has been set back, and nobody has since.
@@ -167,11 +180,26 @@ def test_a_slow_taker_gives_way(no_flock, monkeypatch):
 
 @times(20, few=1)
 def test_of_many_takers_one_is_in_at_a_time(trial):
-    """Five processes take and leave one lock for four seconds."""
+    """Five processes take and leave one lock for four seconds; a dead one's file is there at first."""
+    lock_file(1, DEAD)
     takers = [python("-c", START.format(NO_FLOCK) + TAKER, ROOT) for _ in range(5)]
     results = [ended(taker) for taker in takers]
     assert all(status == 0 for status, _, _ in results), results
     assert sum(out.count("in") for _, out, _ in results) > 20
+
+
+@times(20, few=1)
+def test_of_eight_that_find_a_dead_lock_one_wins(trial, no_flock):
+    lock_file(1, DEAD)
+    start = threading.Barrier(8)
+
+    def take(_):
+        start.wait()
+        return locks._take(Path())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(take, range(8))) == [0] * 7 + [2]
+    assert lock_files() == [".lock.2"]
 
 
 def test_256_locks_take_a_file_each(with_flock):
@@ -194,7 +222,6 @@ def test_a_run_that_another_process_holds(trial, with_flock, script):
     status, _, err = script(train.main, *ONE)
     assert status == 1 and f"locked by pid {holder.pid} on host {socket.gethostname()}" in err
     kill(holder)
-    time.sleep(0 if with_flock else 0.6)  # for longer than STALE
     status, _, err = script(train.main, *ONE)
     assert status == 0 and run.status == "finished", err
 
