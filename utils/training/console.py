@@ -22,6 +22,7 @@ from utils.runs import Run, runs_in
 FORMAT = "{percentage:3.0f}%|{bar:16}| {desc} · {remaining} left"
 # The settings that do not change what an epoch takes.
 FREE = {"num_epochs", "warmup_epochs", "lr_schedule", "learning_rate", "optimizer", "init_from", "data_digest"}
+HEADINGS = {"beta_y": 10, "beta_z": 10, "loss": 10, "ll": 10, "R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
 
 
 def describe(configs: list[Config], device: torch.device) -> None:
@@ -39,10 +40,11 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
     if not runs:  # another process has them all
         return
     names, kinds, speeds, epochs_left = what_differs([run.config for run in runs]), Counter(), [], 0.0
+    width = max(map(len, names))
     print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
     for run, name in zip(runs, names, strict=True):
         line, epochs, seconds = standing(run)
-        print(f"  {name:{max(map(len, names))}s}  {line}")
+        print(f"  {name:{width}s}  {line}")
         kinds[line.split()[0]] += 1
         if epochs and seconds:
             speeds.append(seconds / epochs)
@@ -65,31 +67,28 @@ def speeds_of_others(run: Run) -> list[float]:
     """Seconds an epoch of the finished runs beside this one whose epochs are of the same work."""
     seconds = []
     for other in runs_in(run.path.parent)[0]:
-        try:
-            alike = FREE.issuperset(run.config.differs_in(other.config, "model", "training", "data"))
-            if alike and other.status == "finished":
-                seconds.append(other.result["seconds"] / other.config.num_epochs)
-        except (UserError, KeyError):  # a damaged one
-            continue
+        different = run.config.differs_in(other.config, "model", "training", "data")
+        if FREE.issuperset(different) and standing(other)[0] == "finished":
+            seconds.append(standing(other)[2] / other.config.num_epochs)
     return seconds
 
 
 def standing(run: Run) -> tuple[str, float, float]:
     """Where a run stands, in words; the epochs that it has been trained for, and the seconds that they took."""
     try:
-        status, total, holder = run.status, run.config.num_epochs, locks.holder(run.path)
-        if status == "finished":
-            return status, total, run.result.get("seconds", 0.0)
-        if status == "failed":
+        line, total, epochs, seconds = run.status, run.config.num_epochs, 0.0, 0.0
+        if line == "finished":
+            return line, total, run.result.get("seconds", 0.0)
+        if line == "failed":
             return f"failed at step {run.result['step']} of epoch {run.result['epoch']}", 0, 0
-        epochs, seconds, state = 0.0, 0.0, None
-        if status == "unfinished" and run.checkpoints:
-            state = run.read_state(run.checkpoints[0])
-        if state:
-            epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ())))
-            seconds = state["seconds"]
-        line = f"unfinished at epoch {math.floor(epochs)} of {total}" if status == "unfinished" else status
-        return (f"held by {holder}, {line}" if holder else line), epochs, seconds
+        if line == "unfinished":
+            if run.checkpoints:
+                state = run.read_state(run.checkpoints[0])
+                epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ())))
+                seconds = state["seconds"]
+            line = f"unfinished at epoch {math.floor(epochs)} of {total}"
+        holder = locks.holder(run.path)
+        return f"held by {holder}, {line}" if holder else line, epochs, seconds
     except UserError as e:
         return f"damaged: {e}", 0, 0
 
@@ -159,8 +158,7 @@ class GridBar:
 
 def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
-    headings = dict(beta_y=10, beta_z=10, loss=10, ll=10) | {"R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
-    print("\n" + " ".join(f"{text:>{width}}" for text, width in headings.items()))
+    print("\n" + " ".join(f"{text:>{width}}" for text, width in HEADINGS.items()))
     runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with betas that were steered
     for run in runs:
         print(f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} {outcome(run)}")
@@ -183,9 +181,9 @@ def outcome(run: Run) -> str:
     """A run's results on the test images, or what became of it."""
     result, status = run.result, run.status
     if status == "finished" and result:
-        t, psnr = result["test"], result["test"]["psnr"] or math.inf
+        t = result["test"]
         rates = f"{t['loss']:10.2f} {t['ll']:10.2f} {t['kl_y']:8.3f} {t['kl_z']:8.3f}"
-        return f"{rates} {psnr:6.2f} {result['seconds']:8.1f}"
+        return f"{rates} {t['psnr'] or math.inf:6.2f} {result['seconds']:8.1f}"
     if status == "failed":
         terms = ", ".join(f"{k} {v}" for k, v in result["terms"].items())
         return f"failed at epoch {result['epoch']}, step {result['step']}: {terms}"
@@ -198,9 +196,8 @@ def print_targets(runs: list[Run], unit: str) -> None:
     print(f"{'':10}" + f"{'asked':>10} {'train':>9} {'test':>9} " * 2 + f"{'beta_y':>10} {'beta_z':>10}")
     nats = math.log(2) if unit == "bits" else 1.0
     for run in runs:
-        config, result = run.config, run.result
+        config, result, line = run.config, run.result, " " * 10
         if config.has_target and result.get("status") == "finished":
-            line = " " * 10
             for layer in "yz":
                 target = getattr(config, f"target_rate_{layer}")
                 line += f"{'-' if target is None else format(target / nats, '.4g'):>10} "
