@@ -58,6 +58,22 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(script, passes, monkeypatch
     assert status == 1 and "failed before" in out and "--overwrite" in err
 
 
+def test_every_step_of_every_epoch_has_noise_of_its_own_and_every_epoch_its_order(passes, monkeypatch):
+    """The same for all cells of a grid."""
+    steps, update = [], Training.update
+
+    def noting(self, x, noise, *betas):
+        steps.append((self.epoch, *(t.sum().item() for t in (x, noise.z, noise.y))))
+        return update(self, x, noise, *betas)
+
+    monkeypatch.setattr(Training, "update", noting)
+    passes(train.main, *TINY, "--beta_y", "1", "2")
+    cell, other = steps[:6], steps[6:]
+    assert cell == other and [epoch for epoch, *_ in cell] == [0, 0, 0, 1, 1, 1]
+    for values in zip(*(rest for _, *rest in cell), strict=True):
+        assert len(set(values)) == 6
+
+
 def test_perfect_reconstructions_have_an_infinite_psnr(passes, monkeypatch):
     monkeypatch.setattr("models.hvae.HVAE.psnr", lambda self, batches: float("inf"))
     assert "   inf " in passes(train.main, *TINY)
