@@ -45,27 +45,22 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
     names = [name for name in OF_TASKS if name in plane.names]
     terms, rows = terms_of(plane, names), []
     for limits in [{}, budget] if budget else [{}]:
-        within = np.all([plane.values(n) <= most for n, most in limits.items()], axis=0) & np.ones(
-            len(plane.cells), bool
-        )
-        # ordinary cells of too large a total rate, mixed, may be within the budget
-        few = plane.diagonal & np.all([plane.values(n) <= most for n, most in limits.items() if n != "rate"], axis=0)
+        masks = {n: plane.values(n) <= most for n, most in limits.items()}
+        within = np.logical_and.reduce([np.ones(len(plane.cells), bool), *masks.values()])
+        masks.pop("rate", None)  # ordinary cells of too large a total rate, mixed, may be within the budget
+        few = np.logical_and.reduce([plane.diagonal, *masks.values()])
         text = ", ".join(f"{LIMITS[n]} <= {most:g} {plane.unit}" for n, most in limits.items())
-        for name in names:
+        for task, name in ((task, name) for task, of_task in TASKS.items() for name in of_task if name in names):
             best = plane.best(name, within)
-            if best is not None:
-                row = _cell_of(plane, best, name) | {"budget": text}
-                rows.append(row | _compared(plane, name, terms[name], within, few, best))
+            if best is None:
+                continue
+            cell, value = plane.cells[best], float(plane.values(name)[best])
+            row = {"task": task, "budget": text, "metric": name, "unit": plane.unit_of(name), "value": value}
+            row |= plane.shown(cell.median, (*BETAS, "kl_y", "kl_z", "rate"))
+            row |= {n: cell.settings.get(n) for n in plane.differing}
+            row["command"] = training(cell) if plane.unfolded[best] else ""
+            rows.append(row | _compared(plane, name, terms[name], within, few, best))
     return rows
-
-
-def _cell_of(plane: Plane, best: int, name: str) -> dict:
-    """What the advice says of the cell of that index, the best by a metric."""
-    cell, task = plane.cells[best], next(task for task, names in TASKS.items() if name in names)
-    row = {"task": task, "metric": name, "unit": plane.unit_of(name), "value": float(plane.values(name)[best])}
-    row |= plane.shown(cell.median, (*BETAS, "kl_y", "kl_z", "rate"))
-    row |= {n: cell.settings.get(n) for n in plane.differing}
-    return row | {"command": training(cell) if plane.unfolded[best] else ""}
 
 
 def _compared(plane: Plane, name: str, terms: list, within: np.ndarray, few: np.ndarray, best: int) -> dict:

@@ -98,11 +98,11 @@ def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
 def _resampled(name: str, pair: tuple[Plane, Plane]) -> list[tuple[np.ndarray, ...]]:
     """The metric of the cells of both batches, (N,) each, by each resample of the test images; none if untested."""
     terms = [terms_of(plane, [name])[name] for plane in pair]
-    tested = tested_images([t for of_batch in terms for t in of_batch])
-    if tested is None:
+    images = tested_images([t for of_batch in terms for t in of_batch])
+    if images is None:
         return []
-    counts = resamples(len(tested), 0)[1 : 1 + RESAMPLED].T
-    means = [[of_cell[:, tested] @ counts / len(tested) for of_cell in of_batch] for of_batch in terms]
+    counts = resamples(len(images), 0)[1 : 1 + RESAMPLED].T
+    means = [[of_cell[:, images] @ counts / len(images) for of_cell in of_batch] for of_batch in terms]
     values = [np.array([np.median(value_of(name, of_cell), axis=0) for of_cell in of_batch]) for of_batch in means]
     return list(zip(*(of_batch.T for of_batch in values), strict=True))
 

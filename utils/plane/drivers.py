@@ -49,13 +49,13 @@ def _correlations(name: str, cells: Sequence[dict[str, float]]) -> list[float]:
     from scipy.stats import rankdata
 
     values = np.array([metric(name).better * cell.get(name, math.nan) for cell in cells])
-    known = np.isfinite(values)
-    if known.sum() < LEAST_CELLS or np.ptp(values[known]) == 0:
+    finite = np.isfinite(values)
+    if finite.sum() < LEAST_CELLS or np.ptp(values[finite]) == 0:
         return [math.nan] * len(RATES)
     rates = np.array([[cell[rate] for cell in cells] for rate in ("kl_z", "kl_y", "rate")])
     with np.errstate(invalid="ignore"):  # of a rate that is the same in all cells
         (*_, of_z), (*_, of_y), (z_and_r, *_, of_r), _ = np.corrcoef(
-            rankdata([*rates[:, known], values[known]], axis=1)
+            rankdata([*rates[:, finite], values[finite]], axis=1)
         )
-    variance = (1 - of_r**2) * (1 - z_and_r**2)  # of both, once R is known
+    variance = (1 - of_r**2) * (1 - z_and_r**2)  # of both, once R is finite
     return [of_z, of_y, of_r, (of_z - of_r * z_and_r) / math.sqrt(variance) if variance > 1e-9 else math.nan]

@@ -50,17 +50,17 @@ def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) ->
 
     In batches of mixed settings, each has a marker. `colours` are RGB (N, 3), or numbers (N,); NaN is not drawn.
     """
-    known, points = np.isfinite(colours.reshape(len(colours), -1)).all(1), None
+    finite, points = np.isfinite(colours.reshape(len(colours), -1)).all(1), None
     markers = {False: cycle("o^DvP"), True: cycle("spXh8")}
     kinds = [(kind, mask, bool(plane.unfolded[mask][0])) for kind, mask in plane.kinds.items()]
     numbers = Counter(unfolded for _, _, unfolded in kinds)
     for kind, mask, unfolded in kinds:
-        shown, marker, label = known & mask, next(markers[unfolded]), textwrap.fill(kind, 40)
+        cells, marker, label = finite & mask, next(markers[unfolded]), textwrap.fill(kind, 40)
         if numbers[unfolded] == 1:
             label = "multi-rate model" if unfolded else None
-        if shown.any() or points is None:
-            at = plane.values(x)[shown], plane.values(y)[shown]
-            points = ax.scatter(*at, c=colours[shown], marker=marker, zorder=2, label=label, **look)
+        if cells.any() or points is None:
+            at = plane.values(x)[cells], plane.values(y)[cells]
+            points = ax.scatter(*at, c=colours[cells], marker=marker, zorder=2, label=label, **look)
     return points
 
 
@@ -73,8 +73,8 @@ def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, 
         return dots(ax, plane, x, name, np.where(np.isfinite(low), colours, math.nan), lw=0, s=12, **look)
     ax.set_title(plane.title(name).replace(", at least", ""))
     high = plane.values(BRACKETS[name])
-    known = np.isfinite(low) & np.isfinite(high)
-    at, low, high, colours = (v[known] for v in (plane.values(x), low, np.maximum(high, low), colours))
+    finite = np.isfinite(low) & np.isfinite(high)
+    at, low, high, colours = (v[finite] for v in (plane.values(x), low, np.maximum(high, low), colours))
     ax.vlines(at, low, high, lw=1.8, zorder=2, label="at least to at most", **look).set_array(colours)
     ends = [ax.scatter(at, v, c=colours, marker="_", s=14, lw=1, zorder=2, **look) for v in (low, high)]
     return ends[1]
@@ -210,14 +210,14 @@ def heat_map(ax: Axes, grid: Grid, values: Sequence[float], room: int = 7, name:
     """A heat map over the grid of betas, annotated with its values if a row has at most `room` of them."""
     image = grid.image(values)
     ax.set_facecolor("0.9")
-    shown = ax.imshow(image, origin="lower", aspect="auto", interpolation="nearest", **colours)
-    ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if isinstance(shown.norm, LogNorm) else {}
-    bar_of(ax.figure, shown, ax, name, **ratios)
+    colouring = ax.imshow(image, origin="lower", aspect="auto", interpolation="nearest", **colours)
+    ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if isinstance(colouring.norm, LogNorm) else {}
+    bar_of(ax.figure, colouring, ax, name, **ratios)
     grid.label(ax, room)
     if grid.shape[1] <= room and grid.shape[0] <= 11:
         for (i, j), v in np.ndenumerate(image):
             if math.isfinite(v):
-                r, g, b, _ = shown.cmap(shown.norm(v))
+                r, g, b, _ = colouring.cmap(colouring.norm(v))
                 colour = "w" if 0.3 * r + 0.59 * g + 0.11 * b < 0.5 else "k"
                 text = f"{v:.3g}"
                 if len(text) > 4:

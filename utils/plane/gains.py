@@ -49,8 +49,8 @@ def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
     """The images that all cells were tested on; None if a cell has no terms, or there are too few to compare by."""
     if any(t is None for t in terms) or len({t.shape[1] for t in terms}) > 1:
         return None
-    tested = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in terms], axis=0))
-    return tested if len(tested) >= LEAST_IMAGES else None
+    images = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in terms], axis=0))
+    return images if len(images) >= LEAST_IMAGES else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -87,20 +87,22 @@ def gain(name: str, terms: Sequence[np.ndarray | None], seeds: Sequence[tuple], 
     over images. If all cells share several seeds, also chosen on all but one and reported on that one, in turn.
     `terms` (see `terms_of`), `seeds` and `rates` are of each cell.
     """
-    tested = tested_images(list(compress(terms, among | few))) if among.any() and few.any() else None
-    if tested is None:
+    images = tested_images(list(compress(terms, among | few))) if among.any() and few.any() else None
+    if images is None:
         return {}
     terms, folds = _folds({i: (terms[i], seeds[i]) for i in np.flatnonzero(among | few).tolist()})
-    halves = np.array_split(np.random.default_rng(0).permutation(tested), 2)
+    halves = np.array_split(np.random.default_rng(0).permutation(images), 2)
     pairs, compared, chosen = [], [], set()
-    for half, (here, there) in enumerate((halves, halves[::-1])):
-        counts, of_seeds = resamples(len(there), half).T, {i: t[:, here].mean(1) for i, t in terms.items()}
+    for half, (choosing, reporting) in enumerate((halves, halves[::-1])):
+        counts = resamples(len(reporting), half).T
+        by_seed = {i: t[:, choosing].mean(1) for i, t in terms.items()}
         for others, one in folds:
             score = np.full(len(rates), math.nan)
-            score[list(terms)] = [score_of(name, np.median(means[others])) for means in of_seeds.values()]
+            score[list(terms)] = [score_of(name, np.median(means[others])) for means in by_seed.values()]
             best = max(np.flatnonzero(among).tolist(), key=lambda i: (score[i], -rates[i]))  # noqa: B023
             weights = mixture(name, rates, np.where(few, score, math.nan), rates[best])
-            means = {i: np.median((terms[i][:, there] @ counts / len(there))[one], axis=0) for i in {best, *weights}}
+            means = {i: terms[i][:, reporting] @ counts / len(reporting) for i in {best, *weights}}
+            means = {i: np.median(of_seeds[one], axis=0) for i, of_seeds in means.items()}
             mixed = sum(weight * means[i] for i, weight in weights.items())
             pairs.append([value_of(name, means[best]), value_of(name, mixed)])
             compared.append(sum(weight * rates[i] for i, weight in weights.items()))

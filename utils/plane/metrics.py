@@ -6,7 +6,7 @@ import numpy as np
 
 from utils.errors import UserError, nearest
 from utils.evaluation.metrics import METRICS as DECLARED
-from utils.evaluation.metrics import TAILS, metric, plain  # noqa: F401  (plain: for report.py)
+from utils.evaluation.metrics import TAILS, metric
 from utils.evaluation.probes import PROBES
 
 DECIBEL = -10 / math.log(10)

@@ -10,6 +10,7 @@ import jinja2
 import torch
 
 from utils.distributed import progress
+from utils.evaluation.metrics import plain
 from utils.files import to_csv, write_text
 from utils.plane import figures
 from utils.plane.advice import EXPLAINED, OF_TASKS, advice, commands, headings_of
@@ -18,7 +19,7 @@ from utils.plane.drawing import Drawing, headings, styled, table, write_drawing
 from utils.plane.drivers import DRIVERS, drivers
 from utils.plane.excess import EXCESS, excess_rows, print_excess
 from utils.plane.explorer import explorer
-from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, plain, wanted
+from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
 from utils.plane.sheets import OVERVIEW, Pictures, first_images, overview, pictures_of, sheets, to_uri
 from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import texts_of, to_markdown
@@ -150,11 +151,11 @@ def write_tables(out: Path, plane: Plane, names: list[str], advised: list, estim
 
 def page(plane: Plane, names: list[str], tables: dict, images: Mapping[str, bytes], pictures: Pictures) -> str:
     """The page as HTML; `tables` are texts by heading, `images` PNGs by name."""
-    shown = {}
+    with_captions = {}
     for name, png in images.items():
         base = next(base for base in CAPTIONS if name.startswith(base))
         caption = CAPTIONS[base] + name.removeprefix(base).replace("_", " ")
-        shown[name] = caption, f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        with_captions[name] = caption, f"data:image/png;base64,{base64.b64encode(png).decode()}"
     settings = {}
     for name in SETTINGS:
         texts = sorted(plane.settings(name, ""), key=lambda text: (math.isnan(number(text)), number(text), text))
@@ -163,6 +164,6 @@ def page(plane: Plane, names: list[str], tables: dict, images: Mapping[str, byte
     template = jinja2.Environment(autoescape=True, loader=jinja2.FileSystemLoader(Path(__file__).parent))
     return template.get_template("page.html").render(
         explorer(plane, names, pictures), title=f"Batch {plane.folder.name}", notes=plane.notes, tables=tables,
-        explained=EXPLAINED, figures=shown, settings=settings, kinds=pictures.kinds,
+        explained=EXPLAINED, figures=with_captions, settings=settings, kinds=pictures.kinds,
         originals="" if pictures.originals is None else to_uri(pictures.originals),
     )  # fmt: skip

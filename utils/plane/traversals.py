@@ -73,8 +73,8 @@ def side_by_side(
     for i, (ax, cell, name, picture) in enumerate(zip(axes, cells, names, pictures, strict=False)):
         high, wide = ((size - 2) / n for size, n in zip(picture.shape[1:], (len(rows[i]), len(columns)), strict=True))
         ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        shown = labels[i] if i % across == 0 or labels[i] != labels[i - 1] else []
-        ax.set_yticks([1 + high * (k + 0.5) for k in range(len(shown))], shown)
+        ticks = labels[i] if i % across == 0 or labels[i] != labels[i - 1] else []
+        ax.set_yticks([1 + high * (k + 0.5) for k in range(len(ticks))], ticks)
         ax.set_xticks([1 + wide * (k + 0.5) for k in range(len(columns))], columns)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
