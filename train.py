@@ -19,42 +19,29 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     add_config_flags(parser, grid=("beta_y", "beta_z", "seed"))
     group = parser.add_argument_group("grid and files")
-    group.add_argument(
-        "--cells_at_once",
-        type=whole_or_auto,
-        default="auto",
-        help="grid cells trained together as one stacked model (default: auto: 1 on a CPU; on a GPU 1 or 8, whichever "
-        "is faster in twenty steps)",
+    for name, text in (
+        ("cells_at_once", "grid cells trained together as one stacked model (auto: 1 on a CPU; on a GPU 1 or 8, "
+         "whichever is faster in twenty steps)"),
+        ("save_every", "epochs between checkpoints (auto: as often as 5 %% of the training time allows)"),
+    ):  # fmt: skip
+        group.add_argument(f"--{name}", type=whole_or_auto, default="auto", help=f"{text} (default: auto)")
+    compile = (
+        "auto: capture the training step as a CUDA graph on a GPU; on: run it through torch.compile as well; off: "
     )
-    group.add_argument(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="auto: capture the training step as a CUDA graph on a GPU; on: run it through torch.compile as well; off: "
-        "run it eagerly (default: auto)",
+    compile += "run it eagerly (default: auto)"
+    group.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help=compile)
+    init_from = (
+        "start from the weights of that run; a run of the same settings and fewer epochs is continued instead, as "
     )
-    group.add_argument(
-        "--save_every",
-        type=whole_or_auto,
-        default="auto",
-        help="epochs between checkpoints (default: auto: as often as 5 %% of the training time allows)",
-    )
-    group.add_argument(
-        "--data_parallel",
-        action="store_true",
-        help="under torchrun: split every batch over the processes, instead of distributing the cells",
-    )
-    group.add_argument(
-        "--init_from",
-        metavar="RUN",
-        help="start from the weights of that run; a run of the same settings and fewer epochs is continued instead, as "
-        "if it had never ended; of a batch, each cell continues its own",
-    )
-    group.add_argument("--overwrite", action="store_true", help="retrain all cells from scratch, even finished ones")
-    group.add_argument("--force", action="store_true", help="unfold a multi-rate model even if its z has collapsed")
-    group.add_argument(
-        "--dry_run", action="store_true", help="print settings, shapes and where each run stands, without training"
-    )
+    init_from += "if it had never ended; of a batch, each cell continues its own"
+    group.add_argument("--init_from", metavar="RUN", help=init_from)
+    for name, text in (
+        ("data_parallel", "under torchrun: split every batch over the processes, instead of distributing the cells"),
+        ("overwrite", "retrain all cells from scratch, even finished ones"),
+        ("force", "unfold a multi-rate model even if its z has collapsed"),
+        ("dry_run", "print settings, shapes and where each run stands, without training"),
+    ):
+        group.add_argument(f"--{name}", action="store_true", help=text)
     return parser.parse(argv)
 
 
@@ -75,8 +62,7 @@ def main(argv=None) -> int:
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
     config, single = next(iter(plan)).config, len(cells) == 1
-    settings = {name: getattr(args, name) for name in Setup._fields if name != "device"}
-    setup = Setup(device, **settings)
+    setup = Setup(device, **{name: getattr(args, name) for name in Setup._fields[1:]})
     check_setup(setup, config)
     if is_first():
         describe([run.config for run in plan], device)
