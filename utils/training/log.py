@@ -30,59 +30,51 @@ N = 16  # images in a row; reconstructions, and as many samples, or four times a
 N_CURVES = 1000  # test images of the curves of PSNR, and of a conditioned model's at single betas
 
 
-class Events:
-    """A run's TensorBoard file, opened for each write: of many cells at once, none keeps a file or a thread."""
-
-    def __init__(self, run: Run, first_epoch: int):
-        self.run = run
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{run.config.seed}"
-        self.path = run.path / name
-        start = [{"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}]
-        self._append([Event(step=first_epoch, wall_time=time.time(), **kind) for kind in start])  # hides later steps
-
-    def write(self, summaries: Iterable, epoch: int = 0) -> None:
-        """Adds summaries. Raises UserError if they cannot be written, Lost if another process has taken over."""
-        locks.check(self.run.path)
-        self._append([Event(summary=summary, step=epoch, wall_time=time.time()) for summary in summaries])
-
-    def _append(self, events: list[Event]) -> None:
-        try:
-            with open(self.path, "ab") as file:
-                for event in events:
-                    RecordWriter(file).write(event.SerializeToString())
-        except OSError as e:
-            free = shutil.disk_usage(self.run.path).free
-            why = f"{e.strerror or e}; {free:,} bytes are free"
-            raise UserError(f"{self.run.path}: events cannot be written ({why})") from e
-
-
 class Log:
-    """Events and pictures of the cells of a training that this process writes, by model index."""
+    """TensorBoard's file of each cell that this process writes, by model index, and its pictures.
+
+    Files are opened for each write: of many cells at once, none keeps a file or a thread.
+    """
 
     def __init__(self, runs: dict[int, Run], data: Data, epochs: int, new: bool):
-        first = next(iter(runs.values()), None)
-        self.events = {m: Events(run, epochs + 1) for m, run in runs.items()}
+        self.runs, stem = runs, f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.images = next(iter(data.test.batches(N)))[0]
         self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
-        self.num_epochs = first.config.num_epochs if first else 1
-        for m, run in runs.items() if new else ():
-            values = {name: getattr(run.config, name) for name in FLAGS}
-            values = {name: value for name, value in values.items() if value is not None}
-            self.events[m].write(hparams(values, {f"test/{name}": 0 for name in (*TERMS, "psnr")}))
+        self.paths = {m: run.path / f"{stem}.{run.config.seed}" for m, run in runs.items()}
+        start = {"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}
+        for m, run in runs.items():
+            self._append(m, start, epochs + 1)  # which hides later epochs of earlier files
+            if new:
+                values = {n: getattr(run.config, n) for n in FLAGS if getattr(run.config, n) is not None}
+                summaries = hparams(values, {f"test/{name}": 0 for name in (*TERMS, "psnr")})
+                self._append(m, [{"summary": summary} for summary in summaries], 0)
 
-    def write(self, m: int, model: torch.nn.Module, epoch: int, means: dict[str, list[float]]) -> None:
+    def _append(self, m: int, events: Iterable[dict], epoch: int) -> None:
+        """Raises UserError if they cannot be written, Lost if another process has taken over."""
+        run = self.runs[m]
+        locks.check(run.path)
+        try:
+            with open(self.paths[m], "ab") as file:
+                for event in events:
+                    data = Event(step=epoch, wall_time=time.time(), **event).SerializeToString()
+                    RecordWriter(file).write(data)
+        except OSError as e:
+            why = f"{e.strerror or e}; {shutil.disk_usage(run.path).free:,} bytes are free"
+            raise UserError(f"{run.path}: events cannot be written ({why})") from e
+
+    def write(self, m: int, model: nn.Module, epoch: int, means: dict[str, list[float]]) -> None:
         """Adds the means of an epoch's terms, by split, of model m; some epochs also its PSNR and pictures."""
-        run, last = self.events[m].run, epoch == self.num_epochs
+        run, epochs = self.runs[m], self.runs[m].config.num_epochs
         curves = {f"{where}/{name}": v for where, of in means.items() for name, v in zip(TERMS, of, strict=True)}
-        if last or epoch % max(1, self.num_epochs // 100) == 0:
+        if epoch == epochs or epoch % max(1, epochs // 100) == 0:
             curves["test/psnr"] = model.psnr([(self.curve_images, None)])
         summaries = [scalar(name, value) for name, value in curves.items()]
-        if last or epoch % max(1, self.num_epochs // 10) == 0:
+        if epoch == epochs or epoch % max(1, epochs // 10) == 0:
             drawn = pictures(model, self.images, run.config.seed)
             summaries += [image(name, picture, dataformats="CHW") for name, picture in drawn.items()]
-            if last:
+            if epoch == epochs:
                 write_pictures(run.path, drawn)
-        self.events[m].write(summaries, epoch)
+        self._append(m, [{"summary": summary} for summary in summaries], epoch)
 
 
 def figures(model: nn.Module, data: Data, batch_size: int, **means: Tensor) -> dict[str, dict]:
