@@ -40,7 +40,7 @@ def test_a_run_folder_holds_all_that_is_promised(trained):
     assert not [p for p in path.iterdir() if p.name.startswith("resume") or p.name.endswith(".tmp")]
 
 
-def test_a_finished_run_again_changes_nothing_and_overwrite_trains_anew(trained, script):
+def test_a_finished_run_again_changes_nothing(trained, script):
     (path,) = trained()
     before = {p.name: p.read_bytes() for p in path.iterdir()}
     assert "already complete" in done(script, train.main, *TINY)
@@ -64,7 +64,7 @@ def test_one_command_equals_the_bash_loop(trained):
                 assert_close(p, loop[path.name][name], rtol=tolerance, atol=tolerance)
 
 
-def test_a_finished_run_that_is_damaged_is_named_and_overwritten_if_asked(trained, script):
+def test_a_damaged_run_is_named(trained, script):
     (path,) = trained()
     again = [script, train.main, *TINY]
     for text in ("", "{", "[]", '{"dataset": 3}', '{"dataset": "Digits", "z_dims": "4"}'):

@@ -1,9 +1,11 @@
 """A conditioned model is, at fixed betas, the ordinary one that it unfolds to."""
 
 import math
+import pickle
 
 import pytest
 import torch
+from pytest import approx
 from torch.func import functional_call
 from torch.nn.functional import interpolate
 from torch.testing import assert_close
@@ -63,6 +65,13 @@ def test_at_fixed_betas_it_is_the_ordinary_model(kind):
 
 
 @every_kind
+def test_models_can_be_pickled(kind):
+    model, x, noise = conditioned(kind)
+    noise = noise._replace(log_betas=LOG_BETAS)
+    assert_close(pickle.loads(pickle.dumps(model))(x, noise), model(x, noise), rtol=0, atol=0)
+
+
+@every_kind
 def test_each_image_has_betas_of_its_own(kind):
     """A batch of three pairs of betas is three models, each on its own image; and so are the gradients."""
     model, x, noise = conditioned(kind)
@@ -112,7 +121,7 @@ def test_training_lowers_the_loss_at_every_corner(kind, precision):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
-def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
+def test_gates_do_nothing_on_average(spread):
     """As images weigh: exactly on the grids that are averaged; over drawn betas, by far less than at one of them."""
     model, *_ = conditioned()
     model.spread.fill_(spread)
@@ -136,7 +145,7 @@ def test_over_the_betas_that_are_drawn_the_gates_do_nothing_on_average(spread):
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_images_weigh_by_their_betas_once_all_are_in_use_and_what_is_reported_does_not(spread):
+def test_images_weigh_by_their_betas_in_steps_not_in_sums(spread):
     """A step of gradient descent follows the mean of the weighted loss; the sums that it returns are of the loss."""
     model, x, noise = conditioned()
     model.spread.fill_(spread)
@@ -151,13 +160,13 @@ def test_images_weigh_by_their_betas_once_all_are_in_use_and_what_is_reported_do
     training.terms, parameters = training.stack.terms, training.stack.parameters
     training.optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     sums = training.update(x, noise, one, one)
-    assert sums[0, TERMS.index("loss")].item() == pytest.approx(loss.sum().item(), rel=1e-12)
+    assert sums[0, TERMS.index("loss")].item() == approx(loss.sum().item(), rel=1e-12)
     for old, new, gradient in zip(before, parameters.values(), gradients, strict=True):
         assert_close(new[0], old - 0.1 * gradient, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.25, 1.0])
-def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range_and_15_percent_beyond(spread):
+def test_betas_are_drawn_around_the_start_and_then_all_over(spread):
     """A quarter of them from all of it at once."""
     model, *_ = conditioned()
     model.spread.fill_(spread)
@@ -166,7 +175,7 @@ def test_betas_are_drawn_from_the_start_and_then_from_the_whole_range_and_15_per
     start = torch.tensor([0.0, -1.0])
     low, high = torch.tensor([[-1.3, -0.3], [1.3, 2.3]]) * spread + start
     around = ((low - 1e-6 <= log_betas) & (log_betas <= high + 1e-6)).all(1).float().mean().item()
-    assert around == pytest.approx(0.75 + 0.25 * spread**2, abs=0.02)
+    assert around == approx(0.75 + 0.25 * spread**2, abs=0.02)
     share = torch.tensor([spread, spread, spread, 1.0]).repeat_interleave(1000)[:, None]
     uniform = start + share * (2.6 * torch.rand(4000, 2, generator=generator("cpu", 1)) - 1.3 - start)
     assert_close(log_betas.mean(0), uniform.mean(0), rtol=0, atol=0.06)

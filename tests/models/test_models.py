@@ -187,7 +187,7 @@ def test_an_interrupted_training_continues_to_the_same_bytes(case):
     assert (run.path / "vae.pth").read_bytes() == (whole.path / "vae.pth").read_bytes()
 
 
-def test_alone_a_model_has_the_terms_and_gradients_that_it_has_in_a_stack(case):
+def test_a_stack_has_the_gradients_of_its_models_alone(case):
     """In float64."""
     run, _, x = case
     model, x = load_model(run, CPU).double(), x.double()
@@ -264,7 +264,7 @@ def test_old_configs_of_the_paper_lack_keys():
     load_model(run, CPU)
 
 
-def test_loss_is_the_negative_elbo_at_betas_one_and_weighted_otherwise():
+def test_loss_is_the_negative_elbo_at_betas_of_one():
     ll, kl_y, kl_z = torch.randn(3, 5).double()
     terms = Terms(ll, kl_y, kl_z)
     assert_close(terms.loss(), -(ll - kl_y - kl_z), rtol=0, atol=0)
@@ -308,7 +308,7 @@ def three(steps=3, betas=((0.1, 10.0), (1.0, 1.0), (10.0, 0.1)), poison=False):
     return torch.stack(history), training.stack
 
 
-def test_after_ten_steps_a_cell_among_others_is_the_same_cell_alone():
+def test_after_ten_steps_a_cell_is_that_cell_alone():
     together, stack = three(10)
     assert together.shape == (10, 3, 4)
     for m, betas in enumerate([(0.1, 10.0), (1.0, 1.0), (10.0, 0.1)]):

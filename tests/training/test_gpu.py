@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytest import approx
 from torch.testing import assert_close
 
 import train
@@ -77,4 +78,4 @@ def test_a_grid_trains_alike_captured_and_as_written(gpu, script):
         flags = [*TINY[:-2], "--beta_y", "1", "2", "3", "--compile", how, "--runs_dir", how, "--device", "cuda"]
         assert script(train.main, *flags)[0] == 0
         losses[how] = [json.loads(p.read_text())["test"]["loss"] for p in sorted(Path(how).rglob("training.json"))]
-    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-3) and len(losses["auto"]) == 3
+    assert losses["auto"] == approx(losses["off"], rel=1e-3) and len(losses["auto"]) == 3

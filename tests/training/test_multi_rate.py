@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from pytest import approx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_beta_grid
@@ -62,19 +63,19 @@ def test_every_cell_of_the_grid_is_an_ordinary_run(unfolded, passes):
         for name, p in load_model(run, CPU).named_parameters():
             assert torch.equal(p, expected[name])
         test = run.result["test"]
-        assert test["loss"] == pytest.approx(-test["ll"] + beta_y * test["kl_y"] + beta_z * test["kl_z"], rel=1e-6)
+        assert test["loss"] == approx(-test["ll"] + beta_y * test["kl_y"] + beta_z * test["kl_z"], rel=1e-6)
         assert f"{beta_y:10.5g} {beta_z:10.5g}" in out
     events = EventAccumulator(str(source.path)).Reload()
     points = {tag.rpartition("/")[0] for tag in events.Tags()["scalars"]} - {"train", "test"}
     assert points == {f"beta_y {y}, beta_z {z}" for y, z in ((0.1, 0.5), (0.1, 2), (10, 0.5), (10, 2), (1, 1))}
     for name, terms in source.result["points"].items():
-        assert events.Scalars(f"{name}/kl_z")[-1].value == pytest.approx(terms["kl_z"], rel=1e-6)
+        assert events.Scalars(f"{name}/kl_z")[-1].value == approx(terms["kl_z"], rel=1e-6)
     passes(eval_beta_grid.main, "--run_batch_name", "m", "--device", "cpu", "--exclude_fid")
     x = load_data(source.config, "data", CPU).test.images / 255
     for y, z in ((0.1, 0.5), (0.1, 2), (10, 0.5), (10, 2)):
         plain = load_model(cells[y, z], CPU)
         kl_y = plain(x, plain.noise(len(x), generator(CPU, 0, "points"))).kl_y.mean().item()
-        assert kl_y == pytest.approx(source.result["points"][f"beta_y {y}, beta_z {z}"]["kl_y"], rel=1e-4)
+        assert kl_y == approx(source.result["points"][f"beta_y {y}, beta_z {z}"]["kl_y"], rel=1e-4)
 
 
 def test_more_cells_are_unfolded_without_training(unfolded, passes, refused, monkeypatch):
@@ -86,7 +87,7 @@ def test_more_cells_are_unfolded_without_training(unfolded, passes, refused, mon
     refused(train.main, *UNFOLDED, *betas(3, 20))  # of another model, which cannot have (3, 1) in common
 
 
-def test_a_model_that_is_gone_or_collapsed_is_not_unfolded_unless_forced(unfolded, script, refused):
+def test_models_that_are_gone_or_collapsed(unfolded, script, refused):
     cells, (source,) = cells_of()
     for collapsed, flags, expected in ((True, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
         write_json(source.path / "training.json", source.result | {"collapsed": collapsed})
@@ -130,18 +131,18 @@ def rates(searchable, monkeypatch):
     return lambda *values: search.rates(np.log10(values))
 
 
-def test_rates_that_are_asked_for_are_found_on_the_conditioned_model(passes, rates):
+def test_rates_that_are_asked_for_are_found(passes, rates):
     """Rates of the model itself, at betas off the grid, lead back to those rates; the table shows them in bits."""
     asked = rates(0.4, 1.1)
     bits = [f"{rate / math.log(2):.6f}" for rate in asked]
     targets = ["--rate_unit", "bits", "--target_rate_y", bits[0], "--target_rate_z", bits[1]]
     out = passes(train.main, *MULTI_RATE, *targets)
     (run,) = [run for run in cells_of()[0].values() if run.config.target_rate_z]
-    assert run.config.target_rate_y == pytest.approx(asked[0], abs=1e-5)
+    assert run.config.target_rate_y == approx(asked[0], abs=1e-5)
     assert_allclose(rates(run.config.beta_y, run.config.beta_z), asked, rtol=0.03, atol=1e-3)
     line = next(line for line in out.splitlines() if re.match(rf" +{float(bits[0]):.4g} ", line))
     shown = [run.result[split]["kl_y"] / math.log(2) for split in ("train", "test")]
-    assert [float(w) for w in line.split()[1:3]] == pytest.approx(shown, abs=1e-3) and "(bits per image)" in out
+    assert [float(w) for w in line.split()[1:3]] == approx(shown, abs=1e-3) and "(bits per image)" in out
 
 
 def test_one_rate_leaves_the_other_beta(passes, rates):
@@ -151,14 +152,14 @@ def test_one_rate_leaves_the_other_beta(passes, rates):
     assert set(runs) == {0.5, 2}
     for beta_z, run in runs.items():
         assert "Rate_y_" in run.path.name and f"Beta_z_{beta_z}" in run.path.name
-        assert rates(run.config.beta_y, beta_z)[0] == pytest.approx(asked, rel=0.01)
+        assert rates(run.config.beta_y, beta_z)[0] == approx(asked, rel=0.01)
 
 
 def test_rates_out_of_reach_are_refused_with_the_nearest(refused, rates):
     before = set(Path("runs/m").iterdir())
     err = refused(train.main, *MULTI_RATE, "--target_rate_y", "5000")
     nearest, beta_y = (float(re.search(rf"{name} ([0-9.]+)", err)[1]) for name in (r"nearest: R\(y\|z\)", "beta_y"))
-    assert "--target_rate_y" in err and beta_y == 0.1 and nearest == pytest.approx(rates(0.1, 0.5)[0], rel=1e-3)
+    assert "--target_rate_y" in err and beta_y == 0.1 and nearest == approx(rates(0.1, 0.5)[0], rel=1e-3)
     assert set(Path("runs/m").iterdir()) == before
 
 
@@ -183,9 +184,9 @@ def test_betas_are_steered_to_the_rates_asked_for(how, passes):
     passes(train.main, *flags)
     (run,) = cells_of()[0].values()
     assert run.config.target_rate_y == 12 and run.config.beta_y != 1 and run.config.beta_z == 1
-    assert run.result["train"]["kl_y"] == pytest.approx(12, rel=0.05)
+    assert run.result["train"]["kl_y"] == approx(12, rel=0.05)
     test = run.result["test"]
-    assert test["loss"] == pytest.approx(-test["ll"] + run.config.beta_y * test["kl_y"] + test["kl_z"], rel=1e-4)
+    assert test["loss"] == approx(-test["ll"] + run.config.beta_y * test["kl_y"] + test["kl_z"], rel=1e-4)
     assert "already complete" in passes(train.main, *flags)
 
 
@@ -200,7 +201,7 @@ def test_steering_is_the_dual_ascent_of_its_docstring():
         if 0.1 <= step / steps < 0.9:
             averaged = math.log(rate) if averaged is None else averaged + (math.log(rate) - averaged) / 20
             log_beta += 30 / steps * min(1, max(-1, averaged - math.log(4)))
-    assert steered.y.item() == pytest.approx(math.exp(log_beta), rel=1e-4) and steered.z.item() == 1
+    assert steered.y.item() == approx(math.exp(log_beta), rel=1e-4) and steered.z.item() == 1
 
 
 def test_steering_starts_at_the_betas_of_a_multi_rate_model(script, rates, monkeypatch):

@@ -14,7 +14,7 @@ from utils.training.optimizers import COEFFICIENTS, ITERATIONS, Muon, orthogonal
 TINY = Config(conv_channels=2, z_dims=3, batch_size=8, optimizer="muon", learning_rate=1e-2)
 
 
-def test_singular_values_follow_the_polynomial_and_singular_vectors_stay():
+def test_singular_values_follow_the_polynomial():
     a, b, c = COEFFICIENTS
     for shape in ((2, 3, 4, 20), (2, 30, 5), (4, 4)):
         matrices = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def take_steps(optimizer, parameters, gradients):
     return [p.detach() for p in parameters]
 
 
-def test_weights_take_the_steps_of_pytorchs_muon_and_vectors_those_of_adam():
+def test_weights_take_pytorchs_steps_and_vectors_adams():
     """Off, all take those of Adam."""
     g = torch.Generator().manual_seed(0)
     shapes = (1, 16, 40), (1, 30, 8), (1, 5)

@@ -51,7 +51,7 @@ def test_a_grid_has_one_bar_and_a_line_for_each_cell(variables):
     assert shown.index("cell 3/3") > ends[1].start()  # each as soon as its cell is done
 
 
-def test_a_single_cell_has_no_line_and_a_resumed_one_starts_where_it_was(passes, interrupted, monkeypatch):
+def test_a_resumed_cell_starts_where_it_was(passes, interrupted, monkeypatch):
     descriptions, real = [], GridBar.begin
 
     def noting(self, training):
@@ -104,7 +104,7 @@ def test_failed_and_damaged_cells_and_checkpoints_within_an_epoch(trained, passe
     assert standing(Run.open(path)) == ("unfinished at epoch 1 of 2", 1.75, 7.0)
 
 
-def test_the_speed_of_a_longer_training_is_that_of_the_shorter_ones_beside_it(trained, passes):
+def test_the_speed_is_that_of_shorter_trainings_beside_it(trained, passes):
     (path,) = trained()
     write_json(path / "training.json", Run.open(path).result | {"seconds": 200.0})
     longer = [*TINY, "--num_epochs", "6", "--beta_y", "0.1", "1", "--dry_run"]
@@ -114,7 +114,7 @@ def test_the_speed_of_a_longer_training_is_that_of_the_shorter_ones_beside_it(tr
         assert distributed.duration(seconds) == text
 
 
-def test_whoever_asks_for_the_holder_keeps_no_training_from_starting(monkeypatch):
+def test_asking_for_the_holder_keeps_none_from_starting(monkeypatch):
     """And hears of one where the file system has no flock, too."""
     Path(".lock").touch()
     with open(".lock") as asking:

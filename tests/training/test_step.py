@@ -61,7 +61,7 @@ def replaying(step, device):
 
 
 @pytest.mark.parametrize("compile", ["auto", "on"])
-def test_a_captured_step_is_fed_by_copies_and_starts_from_where_it_was(compile, capturing, monkeypatch):
+def test_a_captured_step_is_the_eager_one(compile, capturing, monkeypatch):
     """Also one that is compiled; smaller batches are neither."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend="aot_eager", **how))
@@ -159,7 +159,7 @@ def impossible(step, device):
 
 
 @pytest.mark.parametrize("record", [wrong_sums, wrong_gradients, wrong_update, impossible])
-def test_a_step_that_cannot_be_captured_or_comes_out_wrong_is_left_as_it_was(record, capturing, monkeypatch, capsys):
+def test_a_step_that_is_captured_wrongly_is_not_used(record, capturing, monkeypatch, capsys):
     capturing(record)
     real = capture.prepared
     with monkeypatch.context() as patch:
@@ -171,7 +171,7 @@ def test_a_step_that_cannot_be_captured_or_comes_out_wrong_is_left_as_it_was(rec
     assert out.startswith(f"{NOTE}captured") and why in out and out.count("\n") == 1
 
 
-def test_what_cannot_be_compiled_or_is_compiled_wrongly_runs_eagerly(monkeypatch, capsys):
+def test_a_step_that_is_compiled_wrongly_is_not_used(monkeypatch, capsys):
     def no_compiler(*_):
         raise RuntimeError("no compiler found\nand more")
 

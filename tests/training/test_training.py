@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pytest import approx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
@@ -58,7 +59,7 @@ def test_a_cell_whose_loss_is_not_finite_fails_alone(script, passes, monkeypatch
     assert status == 1 and "failed before" in out and "--overwrite" in err
 
 
-def test_every_step_of_every_epoch_has_noise_of_its_own_and_every_epoch_its_order(passes, monkeypatch):
+def test_every_step_has_noise_and_images_of_its_own(passes, monkeypatch):
     """The same for all cells of a grid."""
     steps, update = [], Training.update
 
@@ -105,13 +106,13 @@ def test_the_learning_rate_follows_its_schedule(schedule, start):
     for step in range(10):
         usual = optimizer.param_groups[0]["lr"]
         for spread, factor in ((0.0, 1.0), (0.1, 3.5)):
-            assert lr_factor(config, step / 10, spread) == pytest.approx(factor * usual, abs=1e-12)
+            assert lr_factor(config, step / 10, spread) == approx(factor * usual, abs=1e-12)
         if step >= start:
             optimizer.step()
             falling.step()
 
 
-def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
+def test_betas_spread_once_z_is_in_use_or_late():
     """A categorical z is in use at half of what it can hold."""
 
     def spreads(rates, **settings):
@@ -122,16 +123,16 @@ def test_betas_spread_once_z_is_in_use_or_half_of_the_training_is_over():
         return result
 
     third = 1 / 3
-    assert spreads((0.69, 0.7), z_dims=4, qz_family="GumbelSoftmax") == pytest.approx([0, third])  # of ln 4 = 1.386
+    assert spreads((0.69, 0.7), z_dims=4, qz_family="GumbelSoftmax") == approx([0, third])  # of ln 4 = 1.386
     rates = (0.5, 1.9, 2.1, 5.0, 1.0, math.nan, *[0.0] * 5)
-    assert spreads(rates, z_dims=3) == pytest.approx([0, 0, third, *[2 * third] * 6, 1, 1])
+    assert spreads(rates, z_dims=3) == approx([0, 0, third, *[2 * third] * 6, 1, 1])
 
 
 def test_until_betas_spread_steps_are_adams():
     training = training_of(Config(conv_channels=2, z_dims=3, **ENDS))
     assert not training.optimizer.on and training.stack.model.spread == 0
     training._set_spread(0.2)
-    assert training.optimizer.on and training.stack.model.spread == pytest.approx(0.2)
+    assert training.optimizer.on and training.stack.model.spread == approx(0.2)
 
 
 def a_step(training):
@@ -139,7 +140,7 @@ def a_step(training):
     training.update(x, training.stack.model.noise(4, generator("cpu", 1)), training.betas.y, training.betas.z)
 
 
-def test_a_state_is_of_the_moment_of_its_save_and_not_of_its_writing(monkeypatch):
+def test_a_state_is_of_the_moment_of_its_save(monkeypatch):
     runs, training = in_training()
     a_step(training)
     expected, may_write, save_state = [training.stack.cell(m) for m in range(2)], threading.Event(), Run.save_state
@@ -167,7 +168,7 @@ def test_writing_starts_no_threads_beside_the_trainings_own():
     assert len(os.listdir("/proc/self/task")) <= before + 1
 
 
-def test_what_goes_wrong_while_writing_is_told_at_the_next_occasion(monkeypatch):
+def test_what_goes_wrong_while_writing_is_told_later(monkeypatch):
     _, training = in_training()
     monkeypatch.setattr(Run, "save_state", Mock(side_effect=UserError("disk full")))
     training.save()
@@ -176,7 +177,7 @@ def test_what_goes_wrong_while_writing_is_told_at_the_next_occasion(monkeypatch)
     training.saver.settle()
 
 
-def test_a_state_within_an_epoch_of_another_kind_of_device_is_refused():
+def test_a_state_of_another_kind_of_device_is_refused():
     (run,), training = in_training(1)
     training.begin_epoch(3)
     training.steps_done = 1
@@ -202,7 +203,7 @@ ENDS_OF_A_PROCESS += [(signal.SIGINT, []), (signal.SIGUSR1, [])]  # the latter i
 
 @pytest.mark.parametrize("case", first(1, *ENDS_OF_A_PROCESS))
 @times(50)
-def test_a_process_that_is_ended_at_a_random_moment_then_the_same_command(case, trial, passes, undisturbed):
+def test_a_process_ended_at_a_random_moment_goes_on(case, trial, passes, undisturbed):
     """The second signal must not disturb the exit."""
     number, threads = case
     expected = [undisturbed]
