@@ -20,26 +20,32 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
     """
     if not (capture or compile):
         return training.update
-    update, state, m = training.update, training.tensors, training.stack.m
+    update, parameters, low = training.update, [*training.stack.parameters.values()], training.stack.low
+    state = [*parameters, *(t for of_one in training.optimizer.state.values() for t in of_one.values())]
     before = [t.detach().clone() for t in state]
 
-    def changes() -> list[Tensor]:
-        differences = [(t.detach() - old) for t, old in zip(state, before, strict=True)]
-        return [d if d.dim() else d.expand(m) for d in differences]
+    def changes() -> tuple[list[Tensor], list[Tensor]]:
+        """Of the parameters, and of the optimiser's state."""
+        differences = [t.detach() - old for t, old in zip(state, before, strict=True)]
+        differences = [d if d.dim() else d.expand(training.stack.m) for d in differences]
+        return differences[: len(parameters)], differences[len(parameters) :]
 
-    expected = [update(*inputs).clone(), *training.gradients()]
+    def results(update: Update) -> list[Tensor]:
+        restore(state, before)
+        return [update(*inputs).clone(), *(p.grad.clone() for p in parameters)]
+
+    expected = results(update)
     try:
         if compile:
             training.terms = torch.compile(training.stack.terms, fullgraph=True)
         if capture:
-            restore(state, before)
             update = captured(update, inputs, training.device)
-        restore(state, before)
-        sums, gradients, changed = update(*inputs).clone(), training.gradients(), changes()
-        check_same([sums, *gradients], expected, training.stack.low)
+        check_same(results(update), expected, low)
+        changed = changes()
         restore(state, before)
         training.optimizer.step()  # by these gradients; the update must have made of them what this does
-        check_same(changed, changes(), training.stack.low)
+        for ours, right in zip(changed, changes(), strict=True):
+            check_same(ours, right, low)
         return update
     except Exception as e:
         training.terms = training.stack.terms

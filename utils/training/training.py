@@ -190,16 +190,6 @@ class Training:
         self.optimizer.step()
         return self.stack.of_all(sums_of(loss, terms))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that an update changes: the parameters and the optimiser's state."""
-        states = (t for state in self.optimizer.state.values() for t in state.values())
-        return [*self.stack.parameters.values(), *states]
-
-    def gradients(self) -> list[Tensor]:
-        """Copies of the last update's gradients, (M, ...) each."""
-        return [p.grad.clone() for p in self.stack.parameters.values()]
-
     def _set_spread(self, spread: float) -> None:
         """Sets the share of its range over which a conditioned model's betas are drawn.
 
