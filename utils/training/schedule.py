@@ -57,38 +57,32 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
 
     Returns how many fit. Raises UserError if a single one does not.
     """
-    most = STACKED * len(cells)
+    most, usual = STACKED * len(cells), torch.get_num_threads()
     for p in sorted({position(state) for _, state in cells}):
         together = [(run, state) for run, state in cells if position(state) == p]
-        if _train(together, data, setup, signals, bar):
+        runs, states = (list(of_cells) for of_cells in zip(*together, strict=True))
+        try:
+            set_threads(setup.threads, states[0])
+            training = Training(runs, states, setup)
+            if p > (0, 0):
+                print(f"resuming at epoch {training.epoch} of {training.config.num_epochs}", flush=True)
+            training.train(data, signals, bar)
             continue
-        free(setup.device)  # here, where the exception does not hold it any more
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+        finally:
+            torch.set_num_threads(usual)  # for the cells that follow
+        training = None
+        free(setup.device)  # out here, where the exception holds nothing any more
         if len(together) == 1 or setup.data_parallel:
             raise UserError(NO_MEMORY)
         print(f"{len(together)} cells at once do not fit into the GPU's memory; halving", flush=True)
         most = math.ceil(len(together) / 2)
-        for half in (together[:most], together[most:]):
-            unfinished = [(run, run.load_state()[0]) for run, _ in half if run.status == "unfinished"]
+        for half in (runs[:most], runs[most:]):
+            unfinished = [(run, run.load_state()[0]) for run in half if run.status == "unfinished"]
             most = min(most, train_cells(unfinished, data, setup, signals, bar))
     return most
-
-
-def _train(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> bool:
-    runs, states = zip(*cells, strict=True)
-    usual = torch.get_num_threads()
-    try:
-        set_threads(setup.threads, states[0])
-        training = Training([*runs], [*states], setup)
-        if training.epoch or training.steps_done:
-            print(f"resuming at epoch {training.epoch} of {training.config.num_epochs}", flush=True)
-        training.train(data, signals, bar)
-    except Exception as e:
-        if not is_out_of_memory(e):
-            raise
-        return False
-    finally:
-        torch.set_num_threads(usual)  # for the cells that follow
-    return True
 
 
 def set_threads(threads: int | None, state: dict | None) -> None:

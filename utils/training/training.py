@@ -106,16 +106,24 @@ class Training:
 
     def train(self, data: Data, signals: Signals, bar: GridBar) -> None:
         """Trains to the last epoch. Raises Interrupted after a signal, once a checkpoint is saved."""
-        config, test_noise = self.config, (self.device, self.config.seed, "test")
-        self.steps = math.ceil(len(data.train) / config.batch_size)
+        config, n, size = self.config, len(data.train), self.config.batch_size
+        self.steps = math.ceil(n / size)
         log = Log(self.written, data, self.epoch, new=self.epoch == self.steps_done == 0)
         bar.begin(self)
         try:
             while self.live and self.epoch < config.num_epochs:
-                self._train_epoch(data, signals, bar)
-                train = (self.history.double().sum(0) / len(data.train)).cpu()
-                betas = self.betas.y, self.betas.z
-                test = self.stack.evaluate(data.test, config.batch_size, generator(*test_noise), *betas).cpu()
+                if self.steps_done == 0:
+                    self.begin_epoch(self.steps)
+                order = (config.seed, self.epoch)
+                for x, _ in data.train.batches(size, order, self.steps_done, self.stack.part):
+                    self.step(x, min(size, n - self.steps_done * size))
+                    bar.update(len(self.runs))
+                    number = self.stop(signals.received)
+                    if (number or self.saver.is_overdue) and self.steps_done < self.steps:
+                        self._count_seconds()
+                        self.drop_failed(self.history[: self.steps_done].sum(0).cpu(), self.steps_done)
+                        self.save(number)
+                train, test = (self.history.double().sum(0) / n).cpu(), self.evaluate(data).cpu()
                 self.drop_failed(torch.cat([train, test], 1), self.steps)
                 self.epoch, self.steps_done = self.epoch + 1, 0
                 self._set_spread(multi_rate.next_spread(config, self.epoch, self.spread, train))
@@ -131,18 +139,10 @@ class Training:
         finally:
             self.saver.settle()
 
-    def _train_epoch(self, data: Data, signals: Signals, bar: GridBar) -> None:
-        config = self.config
-        if self.steps_done == 0:
-            self.begin_epoch(self.steps)
-        for x, _ in data.train.batches(config.batch_size, (config.seed, self.epoch), self.steps_done, self.stack.part):
-            self.step(x, min(config.batch_size, len(data.train) - self.steps_done * config.batch_size))
-            bar.update(len(self.runs))
-            number = self.stop(signals.received)
-            if (number or self.saver.is_overdue) and self.steps_done < self.steps:
-                self._count_seconds()
-                self.drop_failed(self.history[: self.steps_done].sum(0).cpu(), self.steps_done)
-                self.save(number)
+    def evaluate(self, data: Data) -> Tensor:
+        """Means over the test images of loss, ll, kl_y, kl_z, (M, 4), with the same noise after every epoch."""
+        noise = generator(self.device, self.config.seed, "test")
+        return self.stack.evaluate(data.test, self.config.batch_size, noise, self.betas.y, self.betas.z)
 
     def begin_epoch(self, steps: int) -> None:
         """Starts the noise and the history of an epoch of so many steps; keeps the weights that are good so far."""
