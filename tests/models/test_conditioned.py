@@ -157,7 +157,7 @@ def test_images_weigh_by_their_betas_in_steps_not_in_sums(spread):
     before = [p.detach().clone() for p in model.parameters()]
     training = training_of(Config(conv_channels=3, z_dims=4))
     training.stack, one = Stack(model, 1), torch.ones(1, dtype=torch.float64)
-    training.terms, parameters = training.stack.terms, training.stack.parameters
+    parameters = training.stack.parameters
     training.optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     sums = training.update(x, noise, one, one)
     assert sums[0, TERMS.index("loss")].item() == approx(loss.sum().item(), rel=1e-12)

@@ -326,6 +326,13 @@ def test_one_models_nan_leaves_its_neighbours_bitwise_alone():
             assert torch.equal(ill.cell(m)[name], p)
 
 
+def test_a_model_of_a_stack_shares_its_weights():
+    """Else to log a cell would copy each of its tensors from the GPU and back."""
+    stack = Stack(build_model(Config(conv_channels=2, z_dims=3)), 2)
+    for name, p in stack.plain(1).named_parameters():
+        assert p.data_ptr() == stack.parameters[name][1].data_ptr() and torch.equal(p, stack.parameters[name][1])
+
+
 def test_evaluation_gives_means_over_images_not_over_batches():
     config = Config(conv_channels=4, z_dims=4)
     stack = Stack(build_model(config), 2)

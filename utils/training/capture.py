@@ -1,5 +1,6 @@
 """The update of a training, captured as a CUDA graph and, if asked for, compiled."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
     expected = results(update)
     try:
         if compile:
-            training.terms = torch.compile(training.stack.terms, fullgraph=True)
+            update = functools.partial(update, terms_of=torch.compile(training.stack.terms, fullgraph=True))
         if capture:
             update = captured(update, inputs, training.device)
         check_same(results(update), expected, low)
@@ -48,7 +49,6 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
             check_same(ours, right, low)
         return update
     except Exception as e:
-        training.terms = training.stack.terms
         if is_out_of_memory(e):
             raise torch.OutOfMemoryError(str(e)) from e
         what = "captured as a CUDA graph" if capture else "compiled"

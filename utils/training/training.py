@@ -7,6 +7,7 @@ update      forward, loss, backward, and the optimiser's step; on a GPU captured
 
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class Training:
         self.spread = 0.0  # the share of its range over which a conditioned model's betas are drawn
         self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
         self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
-        self.terms, self.fast = self.stack.terms, None  # `fast` is `update`, prepared for whole batches
+        self.fast = None  # `update`, prepared for whole batches
         self.points: dict[str, dict[str, float]] = {}  # terms of a conditioned model at single betas
         self.saver = Saver(setup.save_every)
         if states[0] is not None:
@@ -175,11 +176,16 @@ class Training:
         self.steps_done += 1
         return sums
 
-    def update(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
-        """Forward, loss, backward, optimiser: as `step`, with the noise of the whole batch and betas (M,)."""
+    def update(
+        self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor, terms_of: Callable | None = None
+    ) -> Tensor:
+        """Forward, loss, backward, optimiser: as `step`, with the noise of the whole batch and betas (M,).
+
+        `terms_of` is another implementation of the stack's `terms`.
+        """
         n, noise = len(noise.y), noise.of(self.stack.part)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.stack.low):
-            terms = self.terms(x, noise)
+            terms = (terms_of or self.stack.terms)(x, noise)
         loss = losses(terms, noise, beta_y, beta_z)  # (M, B)
         objective = loss if noise.log_betas is None else loss * self.stack.model.image_weights(noise.log_betas)
         self.optimizer.zero_grad()
