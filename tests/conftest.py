@@ -93,11 +93,11 @@ def at_step(monkeypatch):
     def plan(n, act):
         real, calls = Training.update, []
 
-        def update(self, *args):
+        def update(self, *args, **more):
             calls.append(None)
             if len(calls) == n:
                 act()
-            return real(self, *args)
+            return real(self, *args, **more)
 
         monkeypatch.setattr(Training, "update", update)
 

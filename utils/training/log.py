@@ -37,7 +37,7 @@ class Log:
     """
 
     def __init__(self, runs: dict[int, Run], data: Data, epochs: int, new: bool):
-        self.runs, stem = runs, f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.runs, stem = runs, f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self.images = next(iter(data.test.batches(N)))[0]
         self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
         self.paths = {m: run.path / f"{stem}.{run.config.seed}" for m, run in runs.items()}
