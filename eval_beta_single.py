@@ -27,33 +27,31 @@ def main(argv=None) -> int:
     """Runs step 2 for each run and updates the eval_results.csv of its batch; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
-    from utils.evaluation.batch import evaluate, gather, report
-    from utils.evaluation.evaluation import SETTINGS, Evaluation
-    from utils.evaluation.results import read_metrics
-    from utils.evaluation.run import failures_in
+    from utils.evaluation import batch
+    from utils.evaluation.metrics import read_metrics
+    from utils.evaluation.run import Evaluation
     from utils.evaluation.steps import possible
     from utils.runs import Run, is_cell
 
-    evaluation = Evaluation(**{k: v for k, v in vars(args).items() if k in SETTINGS} | {"device": device})
-    runs, problems, several = [], {}, len(args.run_path) > 1
+    evaluation, several = Evaluation.of(vars(args), device), len(args.run_path) > 1
+    runs, problems = [], {}
     for path in share(args.run_path):
         if is_cell(path) or not several:  # a shell's * finds figures, too
-            with failures_in(problems, path):
+            with batch.failures_in(problems, path):
                 runs.append(Run.open(path))
-    evaluate(runs, possible(("mi_z", "mi_y", "mi_p"), evaluation), evaluation, problems)
+    batch.evaluate(runs, possible(("mi_z", "mi_y", "mi_p"), evaluation), evaluation, problems)
     if problems and not several:
         raise UserError(*problems.values())
-    for run in runs:
-        if run.path not in problems:
-            if run.config.qz_family == "GumbelSoftmax" and not args.with_classifier:
-                evaluation.note("mi_p, which labels generated images, needs --with_classifier")
-            print(run.path.name)
-            for name, value in read_metrics(run.path).items():
-                if name.startswith("mi_"):
-                    print(f"  {name:16s} {value:8.4f}")
+    for run in (run for run in runs if run.path not in problems):
+        if run.config.qz_family == "GumbelSoftmax" and not args.with_classifier:
+            evaluation.note("mi_p, which labels generated images, needs --with_classifier")
+        print(run.path.name)
+        for name, value in read_metrics(run.path).items():
+            if name.startswith("mi_"):
+                print(f"  {name:16s} {value:8.4f}")
     for folder in dict.fromkeys(path.resolve().parent for path in args.run_path):
-        print(f"results in {gather(str(folder.parent), folder.name)}")
-    return report(problems)
+        print(f"results in {batch.gather(str(folder.parent), folder.name)}")
+    return batch.report(problems)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     add_config_flags(parser, only=("dataset", "image_size", "image_channels"))
-    parser.add_argument("--num_epochs", type=whole, help="epochs to train (default: set per data set)")
-    parser.add_argument("--batch_size", type=whole, help="images per batch (default: set per data set)")
-    parser.add_argument("--learning_rate", type=positive, help="initial learning rate (default: set per data set)")
+    usual = "(default: set per data set)"
+    parser.add_argument("--num_epochs", type=whole, help=f"epochs to train {usual}")
+    parser.add_argument("--batch_size", type=whole, help=f"images per batch {usual}")
+    parser.add_argument("--learning_rate", type=positive, help=f"initial learning rate {usual}")
     seeds = "weights, batch order, dropout, augmentation; several train a classifier each (default: 2)"
-    parser.add_argument("--seed", type=partial(whole, least=0, most=2**63 - 1), nargs="+", default=[2], help=seeds)
+    seed = partial(whole, least=0, most=2**63 - 1)
+    parser.add_argument("--seed", type=seed, nargs="+", default=[2], help=seeds)
     parser.add_argument("--overwrite", action="store_true", help="retrain from scratch, even a finished classifier")
     return parser.parse(argv)
 
@@ -38,7 +40,6 @@ def main(argv=None) -> int:
     from datasets.loading import load_data
     from models.classifiers import folder_of
     from utils.config import Config
-    from utils.training.classifier import ClassifierTraining
 
     config = Config(dataset=args.dataset, image_size=args.image_size, image_channels=args.image_channels)
     names = ("num_epochs", "batch_size", "learning_rate")
@@ -48,7 +49,7 @@ def main(argv=None) -> int:
     for seed in share(seeds, "classifiers"):
         folder = folder_of(seed, Path(args.runs_dir) / "classifiers" / config.data_name)
         try:
-            make(ClassifierTraining(config, **settings, seed=seed), folder, load, device, args.overwrite)
+            make(config, settings | {"seed": seed}, folder, load, device, args.overwrite)
         except Held as e:
             if len(seeds) == 1:  # which leaves nothing to do, and its user should notice
                 raise
@@ -56,34 +57,35 @@ def main(argv=None) -> int:
     return 0
 
 
-def make(training, folder: Path, load, device, overwrite: bool) -> None:
-    """Trains a classifier, as a ClassifierTraining says, and saves it in a folder, unless it is there."""
+def make(config, settings: dict, folder: Path, load, device, overwrite: bool) -> None:
+    """Trains a classifier and saves it in a folder, unless it is there; `load` loads its data set."""
     from models.classifiers import accuracy, load_classifier
+    from utils.training.classifier import trained
 
-    settings = {"dataset": training.config.data_name, **training.settings}
-    for name, value in settings.items():
+    described = {"dataset": config.data_name, **settings}
+    for name, value in described.items():
         print(f"  {name:20s} {value}")
-    file, weights, checkpoint = (folder / name for name in ("config.json", "classifier.pth", "resume.pth"))
-    stored = read_json(file) if file.exists() and not overwrite else settings
-    for name in (name for name, value in settings.items() if stored.get(name) != value):
+    file, weights, checkpoint = (folder / n for n in ("config.json", "classifier.pth", "resume.pth"))
+    stored = read_json(file) if file.exists() and not overwrite else described
+    for name in (name for name, value in described.items() if stored.get(name) != value):
         raise UserError(f"{folder}: trained with another --{name} ({stored.get(name)}); --overwrite retrains it")
     if weights.exists() and not overwrite:
-        load_classifier(folder, training.config, device)  # it may be damaged
+        load_classifier(folder, config, device)  # it may be damaged
         print(f"already complete: {folder}, test accuracy {stored.get('test_accuracy')}")
         return
     check_writable(folder)
     data = load()
     if not data.labelled:
-        raise UserError(f"--dataset: {training.config.dataset} has no classes that a classifier could learn")
+        raise UserError(f"--dataset: {config.dataset} has no classes that a classifier could learn")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for path in (weights, checkpoint) if overwrite else ():
             path.unlink(missing_ok=True)
-        settings |= {"n_classes": data.n_classes, "data": data.digest}
-        write_json(file, settings)
-        model = training.train(data, folder, device)
+        described |= {"n_classes": data.n_classes, "data": data.digest}
+        write_json(file, described)
+        model = trained(config, data, settings, folder, device)
         test_accuracy = accuracy(model, data.test)
-        write_json(file, {**settings, "test_accuracy": test_accuracy})
+        write_json(file, {**described, "test_accuracy": test_accuracy})
         save_tensors(weights, {k: v.contiguous().cpu() for k, v in model.state_dict().items()})
         checkpoint.unlink(missing_ok=True)
     print(f"test accuracy {test_accuracy:.4f}; the classifier is in {folder}")

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import io
 import multiprocessing
+import re
 import signal
 import sys
 import time
@@ -47,16 +48,17 @@ class Resident:
     def batches(
         self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0, part: slice = ALL
     ) -> Iterator[Batch]:
-        """Batches from the start-th on, the last one perhaps smaller; shuffled by (seed, epoch) or in order.
+        """Batches from the start-th on, shuffled by (seed, epoch) or in order.
 
         Of each batch only `part`: data-parallel processes take what is theirs.
         """
         if shuffle is None:
-            parts = (slice(i, i + batch_size) for i in range(start * batch_size, len(self), batch_size))
+            first = range(start * batch_size, len(self), batch_size)
+            batches = [slice(i, i + batch_size) for i in first]
         else:
             order = shuffled(len(self), *shuffle).to(self.images.device)
-            parts = order.split(batch_size)[start:]
-        for batch in parts:
+            batches = order.split(batch_size)[start:]
+        for batch in batches:
             yield self.images[batch][part].float() / 255, self.labels[batch][part]
 
 
@@ -67,17 +69,14 @@ def _quiet_worker(_: int) -> None:
 
 
 def _is_loss(e: Exception) -> bool:
-    """Whether an error says that worker processes were killed, or could not hand over what they read."""
-    lost = ("shared memory", "Bus error", "Too many open files", "exited unexpectedly", "killed by signal")
+    """Whether workers were killed, or could not hand over what they read."""
+    lost = "shared memory|Bus error|Too many open files|exited unexpectedly|killed by signal"
     handing_over = isinstance(e, (ConnectionError, EOFError, FileNotFoundError)) and "Caught" not in str(e)
-    return handing_over or any(words in str(e) for words in lost)
+    return handing_over or re.search(lost, str(e)) is not None
 
 
 class Streamed(Dataset):
-    """A split decoded from its files by worker processes, ahead of the training.
-
-    Training images are random resized crops, others the centre crop of the image resized.
-    """
+    """A split decoded by worker processes: random resized crops in training, else centre crops."""
 
     def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
         from torchvision.transforms import v2
@@ -90,7 +89,7 @@ class Streamed(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
-        """An image of that index, and its label; a seed makes its random crop, which no worker has a part in."""
+        """An image of that index, and its label; the seed, and no worker, makes its random crop."""
         index, seed = key
         path, label = self.samples[index]
         image = open_image(path, channels=self.shape[0])
@@ -128,7 +127,8 @@ class Streamed(Dataset):
             prefetch_factor=4,
             worker_init_fn=_quiet_worker,
         )
-        others, workers, decoded = multiprocessing.active_children(), [], None
+        children = multiprocessing.active_children
+        others, workers, decoded = children(), [], None
 
         def end_workers() -> None:  # they ignore the SIGTERM by which Python would end them at its exit
             for worker in workers:
@@ -139,7 +139,7 @@ class Streamed(Dataset):
             try:
                 decoded = iter(loader)
             finally:
-                workers += [child for child in multiprocessing.active_children() if child not in others]
+                workers += [child for child in children() if child not in others]
             with contextlib.suppress(ValueError):  # on another thread, where torch sets no handler either
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise of a worker's end anywhere
             while (batch := next(decoded, None)) is not None:

@@ -13,9 +13,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,22 +36,24 @@ NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows th
 BY_CONTENT = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"}  # told by their first bytes
 
 
-@dataclass(frozen=True)
-class Folder:
+class Folder(NamedTuple):
     """What a folder of images holds."""
 
     root: str
     train: list[Sample]
     test: list[Sample]
     classes: list[str]  # of both splits; none: images without classes, whose labels are 0
-    skipped: Counter = field(default_factory=Counter)  # files by kind
-    notes: list[str] = field(default_factory=list)
+    skipped: Counter  # files by kind
+    notes: list[str]
 
     @property
     def digest(self) -> str:
-        """Of the list of files, below the folder: the same wherever it lies, and whatever it is called."""
-        splits = [("train", *sample) for sample in self.train] + [("test", *sample) for sample in self.test]
-        lines = [f"{split} {label} {path.removeprefix(self.root).lstrip(os.sep)}" for split, path, label in splits]
+        """Of the list of files: the same wherever the folder lies, and whatever it is called."""
+        lines = [
+            f"{split} {label} {path.removeprefix(self.root).lstrip(os.sep)}"
+            for split in ("train", "test")
+            for path, label in getattr(self, split)
+        ]
         return digest("\n".join(lines).encode(errors="surrogateescape"))
 
 
@@ -67,14 +69,15 @@ def count(n: int, word: str) -> str:
 
 
 def stratified_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Indices of a fixed 80/20 split, and whether every class is in it in proportion: classes may be too small."""
+    """Indices of a fixed 80/20 split, and whether it has every class in proportion: some are too small."""
     from sklearn.model_selection import train_test_split
 
-    index, sizes = np.arange(len(labels)), np.bincount(labels)
-    sizes = sizes[sizes > 0]
-    possible = sizes.min() > 1 and len(sizes) <= min(-(-len(index) // 5), len(index) * 4 // 5)
-    parts = train_test_split(index, test_size=0.2, random_state=0, stratify=labels if possible else None)
-    return np.sort(parts[0]), np.sort(parts[1]), bool(possible)
+    split = partial(train_test_split, np.arange(len(labels)), test_size=0.2, random_state=0)
+    try:
+        parts, in_proportion = split(stratify=labels), True
+    except ValueError:
+        parts, in_proportion = split(), False
+    return np.sort(parts[0]), np.sort(parts[1]), in_proportion
 
 
 def _is_image(path: str) -> bool:
@@ -92,41 +95,40 @@ def _is_image(path: str) -> bool:
 
 
 def _walk(root: str) -> tuple[list[str], list[str], Counter]:
-    """The folders and the images below, and how many other files there are of each kind; without hidden ones.
+    """The folders and the images below, and how many other files of each kind, without hidden ones.
 
     Links are followed, but no folder is entered twice.
     """
     folders, images, skipped, entered = [], [], Counter(), set()
 
-    def enter(folder: str) -> None:
-        real = os.path.realpath(folder)
-        if real in entered:
+    def fail(e: OSError):
+        raise e
+
+    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(folder)) in entered:
             skipped["repeated link"] += 1
-            return
+            inner.clear()
+            continue
         entered.add(real)
         folders.append(folder)
-        for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-            if entry.name[0] == "." or entry.name.lower() in IGNORED:
-                continue
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                enter(entry.path)
-            elif not entry.is_file():
+        inner[:] = sorted(filter(_is_ours, inner))
+        for path in (os.path.join(folder, name) for name in files if _is_ours(name)):
+            suffix = os.path.splitext(path)[1].lower()
+            if not os.path.isfile(path):
                 skipped["broken link"] += 1
-            elif _is_image(entry.path):
-                images.append(entry.path)
+            elif _is_image(path):
+                images.append(path)
             else:
                 skipped[suffix if 1 < len(suffix) <= 10 else "no extension"] += 1
-
-    enter(root)
     return sorted(folders), sorted(images), skipped
 
 
-def _by_class(top: str, images: list[str], is_root: bool) -> dict[str, list[str]]:
-    """The images below a folder by the name of the folder directly in it; its own ones by "".
+def _is_ours(name: str) -> bool:
+    return name[0] != "." and name.lower() not in IGNORED
 
-    Raises UserError if the folders in it are no classes.
-    """
+
+def _by_class(top: str, images: list[str], is_root: bool) -> dict[str, list[str]]:
+    """The images below a folder by the name of the folder directly in it; its own ones by ""."""
     start, classes = os.path.join(top, ""), {}
     images = [path for path in images if path.startswith(start)]
     if not images:
@@ -152,10 +154,7 @@ def _split_folders(root: str, folders: list[str]) -> list[str]:
 
 
 def _check_classes(parts: dict[str, dict[str, list[str]]], classes: list[str], folders: list[str]) -> list[str]:
-    """Notes on the images by class of each part of a folder, whose own images are left out.
-
-    Raises UserError for a part that has too many images of its own beside those of its classes.
-    """
+    """Notes on the images by class of each part of a folder, whose own images are left out."""
     notes, names = [], {os.path.basename(f) for f in folders if os.path.dirname(f) in parts} | {*classes}
     for top, part in parts.items():
         own, others = len(part.pop("", [])), sum(map(len, part.values()))
@@ -169,10 +168,7 @@ def _check_classes(parts: dict[str, dict[str, list[str]]], classes: list[str], f
 
 
 def scan(root: Path) -> Folder:
-    """What the folder holds.
-
-    Raises FileNotFoundError if it does not exist, and UserError if it is not laid out as a folder of images is.
-    """
+    """What the folder holds. Raises FileNotFoundError without one, UserError for another layout."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
     root, notes = os.path.abspath(root), []
     if not os.path.exists(root):
@@ -189,10 +185,8 @@ def scan(root: Path) -> Folder:
     classes = sorted({name for part in parts.values() for name in part if name})
     if classes:
         notes += _check_classes(parts, classes, folders)
-    names = classes or [""]
-    samples = [
-        [(path, label) for label, name in enumerate(names) for path in part.get(name, [])] for part in parts.values()
-    ]
+    labels = list(enumerate(classes or [""]))
+    samples = [[(path, i) for i, name in labels for path in part.get(name, [])] for part in parts.values()]
     if not splits:
         (every,) = samples
         if len(every) < 2:
@@ -200,15 +194,15 @@ def scan(root: Path) -> Folder:
         *indices, in_proportion = stratified_split(np.array([label for _, label in every]))
         samples = [[every[i] for i in index] for index in indices]
         if not in_proportion:
-            notes.append("classes too small to have a share of the test images each: split without regard to classes")
+            why = "classes too small to have a share of the test images each"
+            notes.append(f"{why}: split without regard to classes")
     return Folder(root, *samples, classes, skipped, notes)
 
 
 @functools.cache  # all cells of a grid ask
 def nearest_size(root: str) -> int:
-    """The one of SIZES nearest to the median of the images' shorter sides; of a hundred of the training images."""
-    samples = scan(Path(root)).train
-    sides = []
+    """The one of SIZES nearest to the median of the shorter sides of a hundred training images."""
+    samples, sides = scan(Path(root)).train, []
     for path, _ in samples[:: -(-len(samples) // 100)]:
         with contextlib.suppress(Exception), Image.open(path) as image:  # damaged images are named when they are read
             sides.append(min(image.size))
@@ -217,10 +211,7 @@ def nearest_size(root: str) -> int:
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """The image, the first of several, upright, on white where it is transparent, in grey (1 channel) or RGB (3).
-
-    Raises UserError for what is damaged, or has neither 8 nor 16 bits.
-    """
+    """The first image of a file, upright, on white, in grey or RGB (3 channels). Raises UserError if damaged."""
     try:
         with Image.open(path) as image:
             sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
@@ -245,7 +236,7 @@ def open_image(path: str, channels: int) -> Image.Image:
 
 
 def decoders() -> int:
-    """How many images to decode at a time: 16 at most, and no more than there are cores for this process."""
+    """How many images to decode at a time: at most 16, and the cores of this process."""
     from joblib import cpu_count  # those of its affinity, within a container's quota
 
     return min(16, cpu_count())
@@ -272,6 +263,8 @@ def decode(samples: list[Sample], channels: int, size: int) -> "Tensor":
 
     with ThreadPoolExecutor(decoders()) as pool:
         problems = list(filter(None, pool.map(read, range(len(samples)))))
+    if len(problems) > 1:
+        problems = [*problems[:10], f"{len(problems)} images in all"]
     if problems:
-        raise UserError("; ".join(problems[:10]) + (f"; {len(problems)} images in all" if len(problems) > 1 else ""))
+        raise UserError("; ".join(problems))
     return images

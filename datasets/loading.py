@@ -1,7 +1,4 @@
-"""Puts a data set where training can batch it.
-
-Images of 256 pixels stream (`Streamed`); smaller ones live on the training device (`Resident`).
-"""
+"""Puts a data set where training can batch it: images of 256 pixels stream, smaller ones are on the device."""
 
 import functools
 import os
@@ -20,7 +17,7 @@ from .table import DATASETS, LARGE, DataSet, lookup
 
 
 class Data(NamedTuple):
-    """Both splits of a data set, and its number of classes; 0 means images without labels, whose labels are all 0."""
+    """Both splits of a data set, and its number of classes; 0: images without labels, which are all 0."""
 
     train: Resident | Streamed
     test: Resident | Streamed
@@ -33,17 +30,16 @@ class Data(NamedTuple):
 
 
 def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
-    """Both splits of the Config's data set, under `data_dir` or a folder of the data set's name in it.
+    """Both splits of the Config's data set, under `data_dir` or a folder of its name there; prints what it holds.
 
-    A folder of images is looked for at `moved_to`, or else where the Config says and then under `data_dir`. Prints a
-    line of what it holds. Raises UserError where the files are missing or damaged, or not those that the Config's run
-    was trained on, or do not fit into memory.
+    A folder of images may have `moved_to` another place. Raises UserError where files are missing, damaged, not those
+    that the run was trained on, or do not fit into memory.
     """
-    row, own = lookup(config), config.dataset not in DATASETS
-    name = Path(config.dataset).name if own else config.dataset
-    roots = [Path(data_dir) / name, *([] if own else [Path(data_dir)])]
-    if own:
-        roots = [Path(moved_to)] if moved_to else [Path(config.dataset), *roots]
+    row, name = lookup(config), Path(config.dataset).name
+    if config.dataset in DATASETS:
+        roots = [Path(data_dir) / name, Path(data_dir)]
+    else:
+        roots = [Path(moved_to)] if moved_to else [Path(config.dataset), Path(data_dir) / name]
     roots += [Path(row.elsewhere)] if row.elsewhere else []
     if download and row.fetch is not None:
         try:
@@ -67,7 +63,7 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
 
 
 def _read(name: str, row: DataSet, roots: list[Path]):
-    """What the row's reader finds in the first of the folders that has any of its files, and that folder."""
+    """What the row's reader finds in the first folder that has any of its files, and that folder."""
     for root in roots:
         try:
             return row.reader(root), root
@@ -87,7 +83,7 @@ def _read(name: str, row: DataSet, roots: list[Path]):
 
 
 def _checked(images, labels, row: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
-    """The one gate behind every reader: uint8 (N, C, H, W) and int64 (N,). Raises ValueError with what it found."""
+    """The one gate behind every reader: uint8 (N, C, H, W), int64 (N,). Raises ValueError with what is there."""
     images, labels = np.asarray(images), np.asarray(labels)
     shape, n = row.shape, len(images) if images.ndim else 0
     if images.shape == (n, *shape[1:], shape[0]) and images.shape[1:] != shape:
@@ -102,16 +98,17 @@ def _checked(images, labels, row: DataSet) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = labels.min(), labels.max()
     if low < 0 or high >= row.n_classes:
         raise ValueError(f"labels from {low:g} to {high:g}, not from 0 to {row.n_classes - 1}")
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(np.require(images, requirements="CW")), torch.from_numpy(labels.astype(np.int64))
 
 
 def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: torch.device) -> Data:
     n, (channels, size, _), samples = len(folder.train), shape, folder.train + folder.test
-    line = f"{name}: train {count(n, 'image')}, test {len(folder.test):,}, "
-    line += f"{count(len(folder.classes), 'class')}: {enumeration(folder.classes)}" if folder.classes else "no classes"
-    if folder.skipped:
-        kinds = enumeration(f"{kind} {n:,}" for kind, n in folder.skipped.most_common())
-        line += f"; {count(folder.skipped.total(), 'file')} skipped ({kinds})"
+    classes, skipped = folder.classes, folder.skipped
+    what = f"{count(len(classes), 'class')}: {enumeration(classes)}" if classes else "no classes"
+    line = f"{name}: train {count(n, 'image')}, test {len(folder.test):,}, {what}"
+    if skipped:
+        kinds = enumeration(f"{kind} {n:,}" for kind, n in skipped.most_common())
+        line += f"; {count(skipped.total(), 'file')} skipped ({kinds})"
     for text in (line, *(f"note: {name}: {note}" for note in folder.notes)):
         _tell(text, Path(folder.root))
     if size == LARGE[1]:

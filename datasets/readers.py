@@ -1,8 +1,8 @@
 """Readers of the data sets' own file formats: images (N, C, H, W) and labels (N,) of both splits.
 
-Each takes the folder to look in, raises FileNotFoundError if none of the data set's files is there, and
-UserError naming the first one that is missing if others are. Nothing here runs code found in a file:
-pickles may hold arrays only. What the files hold is checked behind the readers, in loading.py.
+Each takes the folder to look in, raises FileNotFoundError if none of the data set's files is there, and UserError
+naming the first missing one if others are. No code in a file is run: pickles may hold arrays only. What the files hold
+is checked behind the readers, in loading.py.
 """
 
 import gzip
@@ -32,12 +32,9 @@ IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 def locate(folders: list[Path], names: list[tuple[str, ...]]) -> list[Path]:
-    """The files, each by the first of its names that is there, in the first folder that has any of them.
-
-    Raises FileNotFoundError if no folder has, and UserError if that folder lacks one.
-    """
+    """The files, each by its first name, in the first folder that has any. Raises as the module says."""
     for folder in folders:
-        paths = [next((folder / n for n in alike if (folder / n).is_file()), None) for alike in names]
+        paths = [next(filter(Path.is_file, (folder / n for n in alike)), None) for alike in names]
         if all(paths):
             return paths
         if any(paths):

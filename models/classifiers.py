@@ -24,7 +24,7 @@ class Classifier(nn.Module):
 
 
 class InParts(nn.Module):
-    """Any function of images (B, C, H, W), given few at a time in channels_last memory on a CPU: it is faster so."""
+    """A function of images (B, C, H, W), on a CPU of few at a time in channels_last memory: faster."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], part: int = 32):
         super().__init__()
@@ -40,19 +40,16 @@ class InParts(nn.Module):
 def small_conv_net(shape: tuple[int, int, int], n_classes: int) -> Classifier:
     """Two convolutions, for images of 28 or 32 pixels."""
     channels, size, _ = shape
-    body = nn.Sequential(
-        *(nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25)),
-        *(nn.Flatten(), nn.Linear(64 * (size // 2 - 2) ** 2, 128), nn.ReLU(), nn.Dropout(0.5)),
-    )
-    return Classifier(body, 128, n_classes)
+    layers = [nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Dropout(0.25), nn.Flatten(), nn.Linear(64 * (size // 2 - 2) ** 2, 128), nn.ReLU()]
+    return Classifier(nn.Sequential(*layers, nn.Dropout(0.5)), 128, n_classes)
 
 
 def resnet18(shape: tuple[int, int, int], n_classes: int) -> Classifier:
     """torchvision's ResNet-18; for up to 32 pixels with a small stem: 3x3, stride 1, no max-pool."""
-    from torchvision.models import resnet18
+    from torchvision import models
 
-    channels, size, _ = shape
-    net = resnet18()
+    (channels, size, _), net = shape, models.resnet18()
     net.fc = nn.Identity()
     if size <= 32:
         net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.Identity()
@@ -63,9 +60,9 @@ def resnet18(shape: tuple[int, int, int], n_classes: int) -> Classifier:
 
 def densenet121(shape: tuple[int, int, int], n_classes: int) -> Classifier:
     """torchvision's DenseNet-121 with a stem for 32 pixels: 3x3, stride 1, no max-pool."""
-    from torchvision.models import densenet121
+    from torchvision import models
 
-    net = densenet121()
+    net = models.densenet121()
     net.features.conv0 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.features.pool0, net.classifier = nn.Identity(), nn.Identity()
     return Classifier(net, 1024, n_classes)
@@ -79,12 +76,12 @@ OPTIMIZERS = {
 
 
 def build_classifier(config, n_classes: int) -> Classifier:
-    """The network of the Config's data set, with fresh weights (from torch's global generator)."""
+    """The network of a Config's data set, with fresh weights from torch's global generator."""
     return NETWORKS[config.recipe.network](config.image_shape, n_classes)
 
 
-def augmented(x: torch.Tensor, crop: int, flip: bool, g: torch.Generator) -> torch.Tensor:
-    """Random crops, after zero-padding by `crop` pixels, and random horizontal flips of images (B, C, H, W)."""
+def augmented(x: Tensor, crop: int, flip: bool, g: torch.Generator) -> Tensor:
+    """Random crops, after zero-padding by `crop` pixels, and flips of images (B, C, H, W)."""
     b, _, h, w = x.shape
     padded = F.pad(x, (crop,) * 4)
     top, left = torch.randint(0, 2 * crop + 1, (2, b, 1), generator=g, device=x.device)
@@ -110,32 +107,34 @@ def evaluator(model: Classifier, device: torch.device) -> Classifier:
 
 
 def folder_of(seed: int, folder: Path) -> Path:
-    """Where the classifier of a seed is: in the data set's folder if that is free or its own, else in one below it."""
+    """Where the classifier of a seed is: the data set's folder if free or its own, or one below it."""
     path = folder / "config.json"
-    return folder if not path.exists() or read_json(path).get("seed", seed) == seed else folder / f"seed_{seed}"
+    taken = path.exists() and read_json(path).get("seed", seed) != seed
+    return folder / f"seed_{seed}" if taken else folder
 
 
 def load_classifier(
     path: Path, config, device: torch.device, data: str | None = None, how: str = "train_classifier.py"
 ) -> tuple[Classifier, str]:
-    """The trained classifier of a Config's data set in eval mode, from its folder or its weights' file; its digest.
+    """A Config's classifier in eval mode, from its folder or weights' file, and its digest.
 
-    `data` is the digest of a folder's list of files, `how` the command that trains it. Raises UserError if it is
-    missing, unfinished, damaged, or another data set's.
+    `data` is the digest of a folder's list of files, `how` the command that trains it. Raises UserError if it cannot
+    be used.
     """
-    file = path if path.suffix == ".pth" else path / "classifier.pth"
-    settings, name = file.with_name("config.json"), config.data_name
+    file, name = path if path.suffix == ".pth" else path / "classifier.pth", config.data_name
+    settings = file.with_name("config.json")
     if not file.is_file() or not settings.is_file():
         raise UserError(f"{file}: no trained classifier there; {how} makes one")
     stored, state = read_json(settings), load_tensors(file)
     if stored.get("dataset") != name:
         raise UserError(f"{file}: labels {stored.get('dataset')}, not {name}")
     if data is not None and stored.get("data") != data:
-        raise UserError(f"{file}: trained on another list of files by the name of {name}; --overwrite trains it anew")
+        why = f"trained on another list of files by the name of {name}"
+        raise UserError(f"{file}: {why}; --overwrite trains it anew")
     try:
         model = build_classifier(config, int(stored["n_classes"]))
         model.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, OverflowError, MemoryError) as e:
+    except Exception as e:  # damaged values raise anything
         raise UserError(f"{file}: does not fit {settings} ({one_line(e)})") from e
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"{file}: holds weights that are not finite")

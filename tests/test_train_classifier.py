@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_classifier
 from models.classifiers import NETWORKS, augmented, evaluator, load_classifier
 from tests.datasets.files import write_cifar10, write_folder, write_svhn
 from tests.scripts import done, refusal
+from train_classifier import main
 from utils.config import Config
-from utils.evaluation.evaluation import Evaluation
+from utils.evaluation.run import Evaluation
 from utils.files import read_json
 from utils.locks import locked
 
@@ -22,12 +22,12 @@ PETS = [*FLAGS, "--dataset", "pets", "--image_channels", "1", "--num_epochs", "2
 
 def test_the_classifier_is_trained_once_a_seed_and_found(script):
     folder, flags = Path("runs/classifiers/Digits"), [*FLAGS, "--num_epochs", "1"]
-    done(script, train_classifier.main, *flags)
+    done(script, main, *flags)
     assert 0 < read_json(folder / "config.json")["test_accuracy"] <= 1
-    assert "already complete" in done(script, train_classifier.main, *flags)
-    assert "--num_epochs (1)" in refusal(script, train_classifier.main, *FLAGS, "--num_epochs", "3")
+    assert "already complete" in done(script, main, *flags)
+    assert "--num_epochs (1)" in refusal(script, main, *FLAGS, "--num_epochs", "3")
     before = (folder / "classifier.pth").read_bytes()
-    out = done(script, train_classifier.main, *flags, "--seed", "3", "2", "3")
+    out = done(script, main, *flags, "--seed", "3", "2", "3")
     assert f"the classifier is in {folder}/seed_3" in out and out.count("already complete") == 1
     assert (folder / "classifier.pth").read_bytes() == before != (folder / "seed_3/classifier.pth").read_bytes()
     (folder / "seed_4").mkdir()  # unfinished
@@ -39,12 +39,12 @@ def test_an_interrupted_classifier_continues_to_the_same_bytes(script, monkeypat
         raise KeyboardInterrupt
 
     write_folder(Path("pets"), size=(28, 28))
-    done(script, train_classifier.main, *PETS, "--runs_dir", "whole")
+    done(script, main, *PETS, "--runs_dir", "whole")
     with monkeypatch.context() as m:
         accuracies = iter([lambda *_: 0.0, interrupt])  # after the first epoch, and in the second
         m.setattr("utils.training.classifier.accuracy", lambda *args: next(accuracies)(*args))
-        assert script(train_classifier.main, *PETS)[0] == 130
-    assert "resuming at epoch 1" in done(script, train_classifier.main, *PETS)
+        assert script(main, *PETS)[0] == 130
+    assert "resuming at epoch 1" in done(script, main, *PETS)
     ours, expected = (Path(root, "classifiers/pets_1x28x28/classifier.pth") for root in ("runs", "whole"))
     assert ours.read_bytes() == expected.read_bytes()
 
@@ -52,13 +52,13 @@ def test_an_interrupted_classifier_continues_to_the_same_bytes(script, monkeypat
 def test_a_classifier_that_another_process_trains_is_left_to_it(script):
     write_folder(Path("pets"), size=(28, 28))
     folder = Path("runs/classifiers/pets_1x28x28")
-    done(script, train_classifier.main, *PETS, "--seed", "2")
+    done(script, main, *PETS, "--seed", "2")
     (folder / "classifier.pth").unlink()
     with locked(folder):
-        status, _, err = script(train_classifier.main, *PETS, "--seed", "2", "3")
+        status, _, err = script(main, *PETS, "--seed", "2", "3")
         assert status == 0 and f"note: {folder}: locked by pid" in err
         assert (folder / "seed_3/classifier.pth").exists() and not (folder / "classifier.pth").exists()
-        assert "locked by pid" in refusal(script, train_classifier.main, *PETS)
+        assert "locked by pid" in refusal(script, main, *PETS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -75,24 +75,23 @@ def test_classifiers_say_the_same_of_images_in_parts(name):
 def test_colour_classifiers_train(script):
     for dataset, write in (("SVHN", write_svhn), ("CIFAR10", write_cifar10)):
         write(Path("data"), n=2)
-        done(script, train_classifier.main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
+        done(script, main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
         model, _ = load_classifier(Path("runs/classifiers", dataset), Config(dataset=dataset), CPU)
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_bad_input_to_the_classifier(script):
     for flag, value in (("--dataset", "Imagenet"), ("--learning_rate", "0"), ("--num_epochs", "0")):
-        assert refusal(script, train_classifier.main, flag, value).startswith(f"error: {flag}: ")
-    err = refusal(script, train_classifier.main, "--dataset", "SVHN")
+        assert refusal(script, main, flag, value).startswith(f"error: {flag}: ")
+    err = refusal(script, main, "--dataset", "SVHN")
     assert err.startswith("error: SVHN: not found") and not Path("runs").exists()
 
 
 def test_augmentation_moves_and_mirrors_each_image_on_its_own():
     x, g = torch.zeros(64, 1, 8, 8), torch.Generator().manual_seed(0)
     x[:, :, 3, 2] = 1
-    places = augmented(x, 2, False, g).flatten(1).argmax(1)
-    assert {*(places // 8).tolist()} == {1, 2, 3, 4, 5}
-    assert {*(places % 8).tolist()} == {0, 1, 2, 3, 4}
-    mirrored = augmented(x, 0, True, g).flatten(1).argmax(1) % 8
-    assert {*mirrored.tolist()} == {2, 5}
+    for crop, flip, rows, columns in ((2, False, {1, 2, 3, 4, 5}, {0, 1, 2, 3, 4}), (0, True, {3}, {2, 5})):
+        places = augmented(x, crop, flip, g).flatten(1).argmax(1)
+        assert {*(places // 8).tolist()} == rows
+        assert {*(places % 8).tolist()} == columns
     assert torch.equal(augmented(x, 0, False, g), x)

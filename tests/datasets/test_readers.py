@@ -1,18 +1,19 @@
 """Readers of the real formats, on small files written here in exactly those formats; batches."""
 
 import gzip
-import itertools
 import os
 import pickle
 import shutil
 import struct
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
+from torch import from_numpy
 
 import train
 import train_classifier
@@ -23,18 +24,8 @@ from datasets.readers import read_idx
 from datasets.table import DATASETS, DataSet
 from models.classifiers import OPTIMIZERS, build_classifier
 from tests.conftest import TINY
-from tests.datasets.files import (
-    CPU,
-    MNIST,
-    RNG,
-    load,
-    refused,
-    write_cifar10,
-    write_folder,
-    write_idx,
-    write_mnist,
-    write_svhn,
-)
+from tests.datasets import files
+from tests.datasets.files import CPU, MNIST, RNG, load, refused, write_idx, write_mnist
 from tests.scripts import done, refusal
 from utils.config import Config
 
@@ -55,25 +46,26 @@ def test_digits_come_with_the_house(capfd):
     assert torch.equal(binary.train.labels, data.train.labels)
 
 
-def test_idx_files_are_found_in_every_place_black_and_white_or_not(monkeypatch):
+def test_idx_files_in_every_place_black_and_white_or_not(monkeypatch):
     for name in ("FashionMNIST", "BinaryFashionMNIST"):  # not those of the system
         monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], elsewhere=None))
-    places = itertools.product(["data", "data/{}"], ["{}/raw", "{}", "raw", "."])
-    for (root, place), name in itertools.product(places, ["MNIST", "FashionMNIST", "KMNIST"]):
-        images = write_mnist(Path(root.format(name)), below=place.format(name))
+    roots, places = ["data", "data/{}"], ["{}/raw", "{}", "raw", "."]
+    for root, place, name in product(roots, places, ["MNIST", "FashionMNIST", "KMNIST"]):
+        images = from_numpy(write_mnist(Path(root.format(name)), below=place.format(name)))
         data = load(name)
-        assert torch.equal(data.train.images[:, 0], torch.from_numpy(images)) and data.test.labels.tolist() == CYCLE
+        assert torch.equal(data.train.images[:, 0], images)
+        assert data.test.labels.tolist() == CYCLE
         if name != "KMNIST" and root == "data":
             x, _ = next(load(f"Binary{name}").test.batches(20))
-            assert torch.equal(x[:, 0], torch.from_numpy(images / 255 >= 0.5).float())
+            assert torch.equal(x[:, 0], (images / 255 >= 0.5).float())
         shutil.rmtree("data")
 
 
-def test_idx_files_by_both_names_gzipped_or_not_whatever_they_are_called():
-    for dot, ending, zipped in itertools.product([False, True], ["", ".gz"], [False, True]):
+def test_idx_files_by_both_names_gzipped_or_not():
+    for dot, ending, zipped in product([False, True], ["", ".gz"], [False, True]):
         names = [(n.replace("-idx", ".idx") if dot else n) + ending for n in MNIST]
         images = write_mnist(Path("data"), names=names, zipped=zipped)
-        assert torch.equal(load("MNIST").test.images[:, 0], torch.from_numpy(images))
+        assert torch.equal(load("MNIST").test.images[:, 0], from_numpy(images))
         shutil.rmtree("data")
 
 
@@ -85,7 +77,7 @@ def test_qmnist_has_the_label_in_the_first_of_eight_columns():
         write_idx(raw / f"qmnist-{part}-images-idx3-ubyte", images)
         write_idx(raw / f"qmnist-{part}-labels-idx2-int.gz", labels, zipped=True)
     data = load("QMNIST")
-    assert torch.equal(data.test.images[:, 0], torch.from_numpy(images)) and data.train.labels.tolist() == CYCLE
+    assert torch.equal(data.test.images[:, 0], from_numpy(images)) and data.train.labels.tolist() == CYCLE
 
 
 @pytest.mark.parametrize("split, first, n", [("letters", 1, 26), ("balanced", 0, 47), ("digits", 0, 10)])
@@ -139,23 +131,23 @@ def test_the_real_fashion_mnist_is_found_without_a_flag():
 def is_cifar10(rows) -> None:
     data = load("CIFAR10")
     assert data.train.images.shape == (100, 3, 32, 32) and data.test.labels.tolist() == CYCLE
-    assert torch.equal(data.test.images, torch.from_numpy(rows.reshape(-1, 3, 32, 32)))
+    assert torch.equal(data.test.images, from_numpy(rows.reshape(-1, 3, 32, 32)))
 
 
 def test_cifar10_pickles_of_every_protocol():
     kinds = [np.ndarray.tolist, lambda y: y, list, lambda y: y.astype(np.uint8), lambda y: [np.uint8(v) for v in y]]
-    for protocol, labels, keys in itertools.product(range(6), kinds, [str, str.encode]):
-        is_cifar10(write_cifar10(Path("data"), protocol=protocol, labels=labels, keys=keys))
+    for protocol, labels, keys in product(range(6), kinds, [str, str.encode]):
+        is_cifar10(files.write_cifar10(Path("data"), protocol=protocol, labels=labels, keys=keys))
 
 
 def test_cifar10_pickles_of_old_numpy_and_with_channels_last():
-    rows = write_cifar10(Path("data"))
+    rows = files.write_cifar10(Path("data"))
     for path in Path("data/cifar-10-batches-py").iterdir():
         content = path.read_bytes()
         assert content.count(b"cnumpy._core.multiarray\n_reconstruct\n") == 1
         path.write_bytes(content.replace(b"numpy._core.", b"numpy.core."))
     is_cifar10(rows)
-    is_cifar10(write_cifar10(Path("data"), data=lambda r: r.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()))
+    is_cifar10(files.write_cifar10(Path("data"), data=lambda r: r.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()))
 
 
 def test_cifar100_has_fine_labels():
@@ -179,7 +171,7 @@ class Malicious:
 
 
 def test_a_cifar10_pickle_that_runs_code_is_refused():
-    write_cifar10(Path("data"))
+    files.write_cifar10(Path("data"))
     path = Path("data/cifar-10-batches-py/test_batch")
     touch = Malicious(os.system, ("touch executed",))
     disguised = Malicious(eval, ("__import__('os').system('touch executed')",))
@@ -191,9 +183,9 @@ def test_a_cifar10_pickle_that_runs_code_is_refused():
 
 
 def test_svhn_counts_0_as_10_and_may_have_images_first_and_doubles_for_labels():
-    images = write_svhn(Path("data"))
+    images = files.write_svhn(Path("data"))
     data = load("SVHN")
-    assert torch.equal(data.test.images[7, 1], torch.from_numpy(images[:, :, 1, 7]))
+    assert torch.equal(data.test.images[7, 1], from_numpy(images[:, :, 1, 7]))
     assert data.test.labels[:11].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     scipy.io.savemat("data/test_32x32.mat", {"X": images.transpose(3, 0, 1, 2), "y": np.arange(20.0) % 10 + 1})
     other = load("SVHN").test
@@ -226,12 +218,12 @@ def test_the_gate_says_what_a_file_holds_and_transposes_channels_last(monkeypatc
     images = RNG.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     holds(images, LABELS.astype(float))
     test = load("Odd").test
-    assert torch.equal(test.images, torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert torch.equal(test.images, from_numpy(images).permute(0, 3, 1, 2))
     assert test.labels.dtype == torch.int64 and test.labels.tolist() == [0, 1, 2, 3]
 
 
 def test_training_reads_real_formats_and_damaged_files_are_named(script):
-    for name, write, part in (("MNIST", write_mnist, MNIST[0]), ("CIFAR10", write_cifar10, "data_batch_1")):
+    for name, write, part in (("MNIST", write_mnist, MNIST[0]), ("CIFAR10", files.write_cifar10, "data_batch_1")):
         write(Path("elsewhere", name))
         done(script, train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
         assert name in next(Path("runs/singles").iterdir()).name
@@ -241,7 +233,7 @@ def test_training_reads_real_formats_and_damaged_files_are_named(script):
                 path.write_bytes(path.read_bytes()[:50])
         err = refusal(script, train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
         assert f"{name}: the files under elsewhere/{name} are damaged" in err and part in err
-    write_svhn(Path("data"))
+    files.write_svhn(Path("data"))
     Path("data/train_32x32.mat").write_bytes(b"MATLAB 5.0")
     refused("SVHN", "the files under data are damaged", "train_32x32")
 
@@ -299,7 +291,7 @@ def test_resident_batches_cover_every_image_once_in_the_epochs_order():
 
 
 def test_streamed_crops_do_not_depend_on_the_workers():
-    write_folder(Path("pets"), size=(300, 280), n=4)
+    files.write_folder(Path("pets"), size=(300, 280), n=4)
     samples = scan(Path("pets")).train
 
     def epoch(workers, **kwargs):

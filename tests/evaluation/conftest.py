@@ -13,10 +13,13 @@ import eval_beta_single
 import train
 import train_classifier
 
-FAST = ["--device", "cpu", "--run_batch_name", "b"]
+CPU = ["--device", "cpu"]
+FAST = [*CPU, "--run_batch_name", "b"]
 RATES = [*FAST, "--exclude_mi", "--exclude_fid"]
 PROBES = [*FAST, "--get_mi_cal_acc", "--probe_images", "500"]
 STEP1 = [*FAST, "--exclude_mi", "--with_classifier", "--n_samples", "200"]
+TRAIN = "--conv_channels 4 --z_dims 6 --num_epochs 3 --batch_size 20 --learning_rate 0.003 "
+TRAIN += "--cells_at_once 4 --beta_y 0.1 5 --beta_z 0.1 5 --run_batch_name b"
 
 
 def runs(folder="runs") -> list[Path]:
@@ -24,47 +27,40 @@ def runs(folder="runs") -> list[Path]:
     return sorted(p for p in Path(folder, "b").iterdir() if p.is_dir())
 
 
+def rows() -> list[dict]:
+    """The batch's CSV."""
+    with open("runs/b/eval_results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def four_steps(folder="runs") -> list[list]:
     """The steps of the evaluation: a script's main and its flags."""
-    where = ["--runs_dir", folder]
-    return [
-        [eval_beta_grid.main, *STEP1, *where],
-        [eval_beta_single.main, "--run_path", *runs(folder), "--device", "cpu", *where],
-        [eval_beta_grid.main, *PROBES, *where],
-        [eval_beta_grid.main, *FAST, *where, "--recons_acc", "--pca"],
+    steps = [
+        [eval_beta_grid.main, *STEP1],
+        [eval_beta_single.main, *CPU, "--run_path", *map(str, runs(folder))],
+        [eval_beta_grid.main, *PROBES],
+        [eval_beta_grid.main, *FAST, "--recons_acc", "--pca"],
     ]
+    return [[*step, "--runs_dir", str(folder)] for step in steps]
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, worker_id):
-    """A folder with `runs` and the same `evaluated`: a quick classifier, a batch `b` of four small but real models."""
+    """A folder with `runs` and the same `evaluated`: a quick classifier, a batch `b` of four real models."""
     root = tmp_path_factory.getbasetemp()
     root = (root if worker_id == "master" else root.parent) / "made"
     root.mkdir(exist_ok=True)
     with FileLock(root / "lock"):
         if not (root / "done").exists():
-            make(root)
+            where = ["--runs_dir", str(root / "runs"), *CPU]
+            torch.set_num_threads(1)
+            assert train_classifier.main([*where, "--num_epochs", "1"]) == 0
+            assert train.main([*where, *TRAIN.split()]) == 0
+            shutil.copytree(root / "runs", root / "evaluated")
+            for main, *flags in four_steps(root / "evaluated"):
+                assert main(flags) == 0
             (root / "done").touch()
     return root
-
-
-def make(root: Path) -> None:
-    where = ["--runs_dir", str(root / "runs"), "--device", "cpu"]
-    torch.set_num_threads(1)
-    assert train_classifier.main([*where, "--num_epochs", "1"]) == 0
-    settings = ["--conv_channels", "4", "--z_dims", "6", "--num_epochs", "3", "--batch_size", "20"]
-    settings += ["--learning_rate", "0.003", "--cells_at_once", "4"]
-    grid = ["--beta_y", "0.1", "5", "--beta_z", "0.1", "5", "--run_batch_name", "b"]
-    assert train.main([*where, *settings, *grid]) == 0
-    shutil.copytree(root / "runs", root / "evaluated")
-    for main, *flags in four_steps(root / "evaluated"):
-        assert main([str(flag) for flag in flags]) == 0
-
-
-def rows() -> list[dict]:
-    """The batch's CSV."""
-    with open("runs/b/eval_results.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture

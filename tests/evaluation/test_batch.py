@@ -14,15 +14,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval_beta_grid
-import eval_beta_single
 import plot_eval
 import train_classifier
+from eval_beta_grid import main as grid
+from eval_beta_single import main as single
 from tests.conftest import start
 from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, rows, runs
 from tests.scripts import done, refusal
-from utils.evaluation.batch import finish, worker_processes
-from utils.evaluation.run import failures_in
+from utils.evaluation.batch import failures_in, finish, worker_processes
 from utils.files import read_json
 
 
@@ -36,28 +35,38 @@ def folder_at(name):
     return change
 
 
+TEXTS = """config {
+training {"status": "failed"}
+training {"train": []}
+training {"status": 3}
+training []
+metrics {"mi_q_mc": [1]}
+metrics {"mi_q_mc": NaN}
+metrics {"mi_q_mc": 1e400}
+metrics []
+metrics {"steps": 5}"""
+
+
 def test_broken_runs_of_every_kind_fail_alone(batch, script):
-    good = runs()[0]
-    whole, state = (good / "vae.pth").read_bytes(), torch.load(good / "vae.pth", weights_only=True)
+    good, w = runs()[0], "vae.pth"
+    state = torch.load(good / w, weights_only=True)
     changes = {
         "no config": lambda p: (p / "config.json").unlink(),
-        "no weights": lambda p: (p / "vae.pth").unlink(),
-        "truncated": lambda p: (p / "vae.pth").write_bytes(whole[:5000]),
-        "shapes": lambda p: torch.save({k: v[..., :1] for k, v in state.items()}, p / "vae.pth"),
-        "nan": lambda p: torch.save({k: v * math.nan for k, v in state.items()}, p / "vae.pth"),
-        "failed": lambda p: (p / "training.json").write_text('{"status": "failed"}'),
+        "no weights": lambda p: (p / w).unlink(),
+        "truncated": lambda p: os.truncate(p / w, 5000),
+        "shapes": lambda p: torch.save({k: v[..., :1] for k, v in state.items()}, p / w),
+        "nan": lambda p: torch.save({k: v * math.nan for k, v in state.items()}, p / w),
         "unfinished": lambda p: (p / "resume.pth").write_bytes(b""),
-        **{name: folder_at(name) for name in ("config.json", "vae.pth", "metrics.json", "latents.npz")},
+        **{name: folder_at(name) for name in ("config.json", w, "metrics.json", "latents.npz")},
     }
-    texts = [("config.json", "{"), *(("training.json", text) for text in ('{"train": []}', '{"status": 3}', "[]"))]
-    texts += [("metrics.json", f'{{"mi_q_mc": {value}}}') for value in ("[1]", "NaN", "1e400")]
-    for file, text in [*texts, ("metrics.json", "[]"), ("metrics.json", '{"steps": 5}')]:
-        changes[f"{file} {text}"] = lambda p, file=file, text=text: (p / file).write_text(text)
+    for line in TEXTS.split("\n"):
+        file, text = line.split(maxsplit=1)
+        changes[line] = lambda p, file=file, text=text: (p / f"{file}.json").write_text(text)
     names = {kind: f"broken-{i}." for i, kind in enumerate(changes)}
     for kind, change in changes.items():
         change(shutil.copytree(good, Path("runs/b", names[kind])))
     shutil.copytree(good, Path("runs/b/same-betas"))
-    status, out, err = script(eval_beta_grid.main, *RATES)
+    status, out, err = script(grid, *RATES)
     assert status == 1 and f"5 of {5 + len(changes)} runs evaluated" in out
     failures = err.strip().splitlines()  # a line each
     assert len(failures) == len(changes) and all(line.startswith("failed: ") for line in failures)
@@ -65,9 +74,10 @@ def test_broken_runs_of_every_kind_fail_alone(batch, script):
     table = {row["run"]: row for row in rows()}
     assert len(table) == 5 + len(changes) and sum(row["psnr"] != "" for row in table.values()) == 5
     assert table["same-betas"]["psnr"] == table[good.name]["psnr"]
-    expected = dict.fromkeys(changes, "broken") | {"no weights": "unfinished", "failed": "failed"}
-    expected |= dict.fromkeys(("vae.pth", "latents.npz", "truncated", "shapes", "nan"), "finished")
-    assert {kind: table[name]["status"] for kind, name in names.items()} == expected | {"unfinished": "unfinished"}
+    expected = dict.fromkeys(changes, "broken") | {'training {"status": "failed"}': "failed"}
+    expected |= dict.fromkeys((w, "latents.npz", "truncated", "shapes", "nan"), "finished")
+    expected |= dict.fromkeys(("no weights", "unfinished"), "unfinished")
+    assert {kind: table[name]["status"] for kind, name in names.items()} == expected
 
 
 def test_what_is_lost_cut_or_of_other_weights_is_made_again(evaluated, script):
@@ -76,10 +86,10 @@ def test_what_is_lost_cut_or_of_other_weights_is_made_again(evaluated, script):
         whole = (path / name).read_bytes()
         for damage in (b"", whole[:1000], (other / name).read_bytes()):
             (path / name).write_bytes(damage)
-            done(script, eval_beta_grid.main, *flags)
+            done(script, grid, *flags)
             assert (path / name).read_bytes() == whole
     shutil.copy(other / "vae.pth", path / "vae.pth")
-    done(script, eval_beta_grid.main, *RATES)
+    done(script, grid, *RATES)
     row = next(row for row in rows() if row["run"] == path.name)
     assert row["psnr"] != "" and row["ll_se"] != ""
     gone = ("mi_q_mc", "is_mean", "acc_bound", "recons_acc", "mi_z_low", "mi_z_high", "kNN_acc", "kNN_acc_sample")
@@ -89,19 +99,19 @@ def test_what_is_lost_cut_or_of_other_weights_is_made_again(evaluated, script):
 def test_a_batch_is_a_folder_of_runs(script):
     for name in ("classifiers", "b"):
         Path("runs", name).mkdir(parents=True)
-    assert "(valid: b)" in refusal(script, eval_beta_grid.main, "--run_batch_name", "c")
-    assert "runs/c: no config.json" in refusal(script, eval_beta_single.main, "--run_path", "runs/c")
+    assert "(valid: b)" in refusal(script, grid, "--run_batch_name", "c")
+    assert "runs/c: no config.json" in refusal(script, single, "--run_path", "runs/c")
     for name in ("..", ".", "/", "a/b", "", "classifiers"):
-        for main in (eval_beta_grid.main, plot_eval.main):
+        for main in (grid, plot_eval.main):
             err = refusal(script, main, "--run_batch_name", name, "--device", "cpu")
             assert err.startswith("error: --run_batch_name: must be the name of a folder of runs")
 
 
-def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, script, monkeypatch):
+def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, monkeypatch, script):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, n in (("0", 2), ("1", 4)):
         monkeypatch.setenv("RANK", rank)
-        assert "2 of 2 runs evaluated" in done(script, eval_beta_grid.main, *RATES)
+        assert "2 of 2 runs evaluated" in done(script, grid, *RATES)
         assert sum(row["psnr"] != "" for row in rows()) == n
 
 
@@ -134,7 +144,7 @@ def test_workers_that_are_killed_or_interrupted():
 
 def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
     """It takes long since a process and its worker start."""
-    script(eval_beta_grid.main, *RATES)
+    script(grid, *RATES)
     process = start("eval_beta_grid.py", *PROBES, PYTHONUNBUFFERED="1")
     while "runs of b" not in process.stdout.readline():
         pass
@@ -144,19 +154,19 @@ def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
     if "4 of 4 runs evaluated" not in out:  # it may have been done already
         assert process.returncode == 143, err
         assert "interrupted; rerun to continue: python " in err and "Traceback" not in err, err
-    done(script, eval_beta_grid.main, *PROBES)
+    done(script, grid, *PROBES)
     assert all(row["lr_acc_mean"] != "" for row in rows())
 
 
 def test_odd_values(script):
     for flag, value in (("n_samples", "9"), ("n_samples", "1" + "0" * 25), ("y_samples", "0"), ("cpu_n", "-1")):
-        assert refusal(script, eval_beta_grid.main, *FAST, f"--{flag}", value).startswith(f"error: --{flag}: must be ")
+        assert refusal(script, grid, *FAST, f"--{flag}", value).startswith(f"error: --{flag}: must be ")
 
 
 def test_classifiers_that_cannot_be_used(batch, script):
     good, other = Path("runs/classifiers/Digits"), Path("other")
     shutil.copytree(good, other)
-    step1 = [script, eval_beta_grid.main, *STEP1, "--classifier_path"]
+    step1 = [script, grid, *STEP1, "--classifier_path"]
     assert "bogus.pth: no trained classifier" in refusal(*step1, good / "bogus.pth")
     state = torch.load(good / "classifier.pth", weights_only=True)
     torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")

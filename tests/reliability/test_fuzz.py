@@ -28,7 +28,7 @@ from tests.conftest import in_training
 from tests.datasets.files import write_cifar10, write_mnist, write_svhn
 from utils.config import Config
 from utils.errors import UserError
-from utils.evaluation.results import read_metrics
+from utils.evaluation.metrics import read_metrics
 from utils.files import load_tensors, read_arrays, save_tensors, write_json
 from utils.plane.cells import BETAS, read_plane
 from utils.runs import Run, load_model

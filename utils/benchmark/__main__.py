@@ -15,27 +15,28 @@ from utils.config import Config
 from utils.errors import run_script
 from utils.machine import prepare
 
+NUMBERS = {
+    "conv_channels": (32, "channels of the conv layers"),
+    "z_dims": (32, "dimensions of z"),
+    "batch_size": (256, "images per batch"),
+    "images": (50_000, "training images of plane and step"),
+    "test_images": (10_000, "test images, and samples"),
+}
+
 
 def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__, files=False)
     parser.prog = "python -m utils.benchmark"
-    parser.add_argument("what", choices=("plane", "step", "evaluate"), help="what to measure")
-    parser.add_argument("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
-    for name, default, text in (
-        ("conv_channels", 32, "channels of the conv layers"),
-        ("z_dims", 32, "dimensions of z"),
-        ("batch_size", 256, "images per batch"),
-        ("images", 50_000, "training images of plane and step"),
-        ("test_images", 10_000, "test images, and samples"),
-    ):
-        parser.add_argument(f"--{name}", type=whole, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--cells", type=whole, nargs="+", default=[1, 8], help="step: stacked cells (default: 1 8)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)"
-    )
-    parser.add_argument("--compile", action="store_true", help="step: also time the compiled step")
-    parser.add_argument("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
+    flag = parser.add_argument
+    flag("what", choices=("plane", "step", "evaluate"), help="what to measure")
+    flag("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
+    for name, (default, text) in NUMBERS.items():
+        flag(f"--{name}", type=whole, default=default, help=f"{text} (default: {default})")
+    flag("--cells", type=whole, nargs="+", default=[1, 8], help="step: stacked cells (default: 1 8)")
+    flag("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)")
+    flag("--compile", action="store_true", help="step: also time the compiled step")
+    flag("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
     return parser.parse(argv)
 
 
@@ -45,14 +46,14 @@ def main(argv=None) -> int:
     device = prepare(args.device, args.threads)
     import torch
 
-    from utils.benchmark import evaluation, plane, step, timing
+    from utils.benchmark import evaluation, plane, step
     from utils.training.schedule import use_precision
 
     names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
     config = Config(**{name: getattr(args, name) for name in names})
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
-    print(timing.machine(device))
+    print(step.machine(device))
     if args.what == "plane":
         plane.plane(config, args.images, args.test_images, args.n, device)
     elif args.what == "step":

@@ -3,24 +3,21 @@
 import dataclasses
 import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets.batches import Resident
 from datasets.loading import Data
 from models.build import build_model
 from models.classifiers import build_classifier, evaluator
-from utils.benchmark.timing import quartiles
+from utils.benchmark.step import CLASSES, patterns, quartiles
 from utils.config import Config
-from utils.evaluation.evaluation import Evaluation
-from utils.evaluation.latents import fits
-from utils.evaluation.run import EvaluatedRun
-from utils.evaluation.steps import STEPS
+from utils.evaluation.run import EvaluatedRun, Evaluation
+from utils.evaluation.steps import STEPS, fits
 from utils.runs import Run
 from utils.training.multi_rate import folded
 from utils.training.schedule import clock
@@ -31,15 +28,13 @@ PARTS = {  # of the evaluation, as the README counts its steps; step 3 is taken 
     "step 2, mutual information": ("mi_z", "mi_y"),
     "step 4, reconstructions": ("recons",),
 }
-CLASSES = 10
 
 
 def evaluate(config: Config, test_images: int, n: int, device: torch.device) -> None:
     """Prints seconds a cell for unfolding and for each step of the evaluation, step 3 by classifier and latent."""
     seconds = seconds_of_cells(multi_rate(config), test_images, n, device)
-    print(
-        f"{config.dataset}'s shape: {test_images:,} test images, as many samples and training images; seconds a cell:"
-    )
+    what = f"{test_images:,} test images, as many samples and training images"
+    print(f"{config.dataset}'s shape: {what}; seconds a cell:")
     for name, values in sorted(seconds.items()):
         low, middle, high = quartiles(values)
         print(f"{name:40s} {middle:8.2f} {low:8.2f} .. {high:8.2f} {len(values):4d}")
@@ -53,31 +48,21 @@ def multi_rate(config: Config) -> Config:
     return dataclasses.replace(config, multi_rate=True, **usual, **ends)
 
 
-def patterns(config: Config, n: int, device: torch.device) -> Resident:
-    """n images of noisy patterns, one a class."""
-    rng = np.random.default_rng(0)
-    means = 128 + rng.normal(scale=40, size=(CLASSES, *config.image_shape))
-    labels = rng.integers(0, CLASSES, n)
-    images = (means[labels] + rng.normal(scale=40, size=(n, *config.image_shape))).clip(0, 255).astype(np.uint8)
-    return Resident(torch.from_numpy(images), torch.from_numpy(labels), device)
-
-
 def seconds_of_cells(config: Config, images: int, cells: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of unfolding and of each part of the evaluation, for several cells of a multi-rate model."""
-    model, seconds = build_model(config).to(device).eval(), {}
+    model, seconds = build_model(config).to(device).eval(), defaultdict(list)
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         start = clock(device)
         yield
-        seconds.setdefault(name, []).append(clock(device) - start)
+        seconds[name].append(clock(device) - start)
 
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(device, folder, folder, n_samples=images)
         data = Data(patterns(config, images, device), patterns(config, images, device), CLASSES)
-        evaluation.once("data", config, lambda: data)
         classifier = evaluator(build_classifier(config, CLASSES), device), "random"
-        evaluation.once("classifiers", config, lambda: [classifier])
+        evaluation.data, evaluation.classifiers = lambda _: data, lambda _: [classifier]
         for i in tqdm(range(cells), unit="cell", leave=False):
             one = {"beta_y": 0.1 + i / cells, "beta_max_y": None, "beta_max_z": None, "source": "0" * 64}
             run = Run.of(dataclasses.replace(config, **one), folder)

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from utils.benchmark.evaluation import multi_rate, seconds_of_cells
-from utils.benchmark.step import THEIRS, like_the_papers, random_split, stepper
-from utils.benchmark.timing import measure, report
+from utils.benchmark.step import THEIRS, like_the_papers, measure, patterns, report, stepper
 from utils.config import Config
 from utils.files import to_csv, write_text
 
@@ -25,20 +24,18 @@ ROOT = Path(__file__).parents[2]
 
 
 def plane(config: Config, images: int, test_images: int, n: int, device: torch.device) -> None:
-    """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings of each kind, unfolding, evaluation, report.
-
-    From training steps, two cells that are unfolded and evaluated, and reports of made results. How long a multi-rate
-    training must be to be as good as separate ones is not measured here.
-    """
+    """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings, unfolding, evaluation, report."""
     config = dataclasses.replace(config, num_epochs=EPOCHS)
-    split, conditioned = random_split(config, min(images, 20 * config.batch_size), device), multi_rate(config)
+    split = patterns(config, min(images, 20 * config.batch_size), device)
+    conditioned = multi_rate(config)
     kinds = {ADAM: config, MUON: dataclasses.replace(config, optimizer="muon"), MULTI_RATE: conditioned}
     candidates = {THEIRS: like_the_papers(config, split, device)}
     candidates |= {name: stepper(c, 1, split) for name, c in kinds.items()}
     print(f"{config.dataset}'s shape: {images:,} images, batch {config.batch_size}, {config.precision}; a step:")
     seconds = measure(candidates, n, device)
-    report(seconds, dict.fromkeys(candidates, 1), THEIRS)
-    of_cell = {name: statistics.median(s) for name, s in seconds_of_cells(conditioned, test_images, 2, device).items()}
+    report(seconds)
+    of_cell = seconds_of_cells(conditioned, test_images, 2, device)
+    of_cell = {name: statistics.median(s) for name, s in of_cell.items()}
     unfolding = of_cell.pop("unfolding")
     hours, steps = {}, EPOCHS * math.ceil(images / config.batch_size)
     for name, took in seconds.items():
@@ -55,13 +52,13 @@ def plane(config: Config, images: int, test_images: int, n: int, device: torch.d
 
 def seconds_of_report(cells: int) -> float:
     """Seconds of plot_eval.py for a made batch of so many cells, without pictures of models."""
-    rows, rng = [], np.random.default_rng(0)
-    betas = np.geomspace(0.1, 10, math.ceil(cells**0.5))
-    for beta_y, beta_z in itertools.islice(itertools.product(betas, betas), cells):
-        of_betas = {"run": f"{beta_y}-{beta_z}", "beta_y": beta_y, "beta_z": beta_z, "kl_y": 20 / beta_y}
-        rates = {"kl_z": 5 / beta_z, "ll": -20 * math.log(20 * beta_y) - 5 * math.log(5 * beta_z) - 300}
-        scores = dict(zip(("psnr", "is_mean", "svm_rbf_acc", "svm_rbf_acc_y"), rng.random(4), strict=True))
-        rows.append({**of_betas, **rates, **scores, "status": "finished", "vae_type": "HVAE"})
+    rows, rng, betas = [], np.random.default_rng(0), np.geomspace(0.1, 10, math.ceil(cells**0.5))
+    names = ("psnr", "is_mean", "svm_rbf_acc", "svm_rbf_acc_y")
+    for y, z in itertools.islice(itertools.product(betas, betas), cells):
+        ll = -20 * math.log(20 * y) - 5 * math.log(5 * z) - 300
+        row = {"run": f"{y}-{z}", "beta_y": y, "beta_z": z, "kl_y": 20 / y, "kl_z": 5 / z, "ll": ll}
+        row |= {"status": "finished", "vae_type": "HVAE"}
+        rows.append(row | dict(zip(names, rng.random(4), strict=True)))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "b").mkdir()
         write_text(Path(folder, "b", "eval_results.csv"), to_csv(rows, rows[0]))

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from models.latents import Gaussian
-from utils.evaluation.evaluation import BATCH
 from utils.evaluation.probes import entropy
-from utils.evaluation.run import EvaluatedRun
+from utils.evaluation.run import BATCH, EvaluatedRun
 
 ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
 FAR = -1e300  # the log of a density that does not count; unlike -inf, it can be subtracted from itself
@@ -19,22 +18,20 @@ FAR = -1e300  # the log of a density that does not count; unlike -inf, it can be
 
 def mi_z(run: EvaluatedRun) -> dict[str, float]:
     """Mutual information between z and the label."""
-    labels, device, latents = run.latents["labels"], run.evaluation.device, run.latents
+    device, latents = run.evaluation.device, run.latents
     if run.model.z_shape == (0,):
         run.evaluation.note(f"{run.config.vae_type} has no z: metrics of z are left empty")
         return {}
-    rate = run.metrics["kl_z"], run.metrics.get("kl_z_se", 0.0)
+    labels, q = latents["labels"], latents["qz_mu"]
     if run.model.family is Gaussian:
-        means, stds = (torch.from_numpy(latents[k]).to(device).flatten(1) for k in ("qz_mu", "qz_std"))
+        means, stds = (torch.from_numpy(latents[f"qz_{k}"]).to(device).flatten(1) for k in ("mu", "std"))
         z = means + stds * torch.randn(means.shape, generator=run.generator("mi_z"), device=device)
         mi = gaussian_mi(z, means[:, None], stds[:, None], torch.from_numpy(labels).to(device))
-        results = _estimate("", mi, rate[0], len(labels))
-        high, se = upper_end(labels, rate, (mi.upper, mi.upper_se))
+        results = _bracket(run, "z", labels, mi)
     else:
-        q = latents["qz_mu"]
-        results = {"mi_q": discrete_mi(q.argmax(1), labels)}
-        high, se = upper_end(labels, rate, (channel_mi(q, labels), 0.0))
-    return {**results, "mi_z_high": high, "mi_z_high_se": se, "acc_bound": accuracy_bound(high, labels)}
+        high, se = upper_end(labels, _rate(run, "kl_z"), (channel_mi(q, labels), 0.0))
+        results = {"mi_q": discrete_mi(q.argmax(1), labels), "mi_z_high": high, "mi_z_high_se": se}
+    return {**results, "acc_bound": accuracy_bound(results["mi_z_high"], labels)}
 
 
 @torch.no_grad()
@@ -48,18 +45,32 @@ def mi_y(run: EvaluatedRun) -> dict[str, float]:
         means = torch.stack([q.mean.flatten(1) for q in mixture], 1)
         stds = torch.stack([q.std.flatten(1) for q in mixture], 1)
         batches.append((sample, means, stds, label))
-    samples, means, stds, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    mi, labels = gaussian_mi(samples, means, stds, labels), labels.cpu().numpy()
-    metrics = run.metrics  # I(y; label) <= I(z, y; x) <= R(z) + R(y|z)
-    rate = metrics["kl_z"] + metrics["kl_y"]
-    rate_se = math.hypot(metrics.get("kl_z_se", 0.0), metrics.get("kl_y_se", 0.0))
-    high, se = upper_end(labels, (rate, rate_se), (mi.upper, mi.upper_se))
-    return {**_estimate("_y", mi, rate, len(labels)), "y_samples": n, "mi_y_high": high, "mi_y_high_se": se}
+    *posteriors, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    mi = gaussian_mi(*posteriors, labels)
+    return {**_bracket(run, "y", labels.cpu().numpy(), mi), "y_samples": n}
+
+
+def _rate(run: EvaluatedRun, *names: str) -> tuple[float, float]:
+    """The sum of rates, and its standard error."""
+    ses = [run.metrics.get(f"{name}_se", 0.0) for name in names]
+    return sum(run.metrics[name] for name in names), math.hypot(*ses)
+
+
+def _bracket(run: EvaluatedRun, layer: str, labels: np.ndarray, mi: "MutualInformation") -> dict:
+    """The columns of an estimate; I(y; label) <= I(z, y; x) <= R(z) + R(y|z)."""
+    name, rates = ("mi_q_mc", ["kl_z"]) if layer == "z" else ("mi_q_mc_y", ["kl_z", "kl_y"])
+    rate = _rate(run, *rates)
+    high, se = upper_end(labels, rate, (mi.upper, mi.upper_se))
+    return {
+        **{name: mi.mi, f"{name}_se": mi.se, f"{name}_null": mi.null},
+        f"{name}_saturated": int(mi.is_saturated(rate[0], len(labels))),
+        **{f"mi_{layer}_high": high, f"mi_{layer}_high_se": se},
+    }
 
 
 @torch.no_grad()
 def mi_p(run: EvaluatedRun) -> dict[str, float]:
-    """Mutual information between a categorical z and the first classifier's label of 1000 samples per category."""
+    """Between a categorical z and the first classifier's label of 1000 samples per category."""
     if run.model.family is Gaussian or not (classifiers := run.evaluation.classifiers(run.config)):
         return {}
     net, g, labels = classifiers[0][0], run.generator("mi_p"), []
@@ -69,13 +80,8 @@ def mi_p(run: EvaluatedRun) -> dict[str, float]:
     return {"mi_p": discrete_mi(z.argmax(1).cpu().numpy(), torch.cat(labels).numpy())}
 
 
-def _estimate(ending: str, mi: "MutualInformation", rate: float, n: int) -> dict[str, float]:
-    name, saturated = f"mi_q_mc{ending}", int(mi.is_saturated(rate, n))
-    return {name: mi.mi, f"{name}_se": mi.se, f"{name}_null": mi.null, f"{name}_saturated": saturated}
-
-
 class MutualInformation(NamedTuple):
-    """An estimate, its standard error, the same for shuffled labels; an upper bound, its standard error."""
+    """An estimate, its standard error, that of shuffled labels; an upper bound, its error; nats."""
 
     mi: float
     se: float
@@ -84,20 +90,17 @@ class MutualInformation(NamedTuple):
     upper_se: float
 
     def is_saturated(self, rate: float, n: int) -> bool:
-        """Whether the estimate from n images measures how narrow posteriors are: the null is as large, or the rate.
-
-        To 3 standard errors; a rate that comes within 2 nats of ln n, the most that n images can tell apart.
-        """
-        return self.mi > 3 * self.se and self.mi - self.null <= 3 * self.se or rate > math.log(n) - 2
+        """Whether it measures how narrow posteriors are: the null is as large, or the rate near ln n nats."""
+        no_more_than_null = self.mi > 3 * self.se and self.mi - self.null <= 3 * self.se
+        return no_more_than_null or rate > math.log(n) - 2
 
 
 def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
-    """I_q(latent; label) from a sample (N, d) of each posterior: the mean of log q(s_i | label_i) - log q(s_i).
+    """I_q(latent; label): the mean of log q(s_i | label_i) - log q(s_i) over a sample (N, d) of each posterior.
 
-    `means` and `stds` (N, S, d) are the posteriors, each a mixture of S Gaussians; `labels` is (N,). q(s | l) is the
-    average posterior of class l, q(s) that of all images, both with the image's own, so narrow posteriors give H(label)
-    for any labels: compare with `null`. Of `upper`, q(s) leaves the own posterior out: the information is then bounded
-    from above in expectation (Poole 2019, eq. 14). Infinite for a single image.
+    Posteriors are mixtures of S Gaussians (N, S, d). q(s | l) averages those of class l, q(s) all, with the image's
+    own, so narrow ones give H(label) for any labels: compare with `null`. In `upper`, q(s) leaves the own one out: a
+    bound in expectation (Poole 2019, eq. 14).
     """
     n = len(labels)
     shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(labels.device)]
@@ -112,20 +115,20 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
 
 
 def upper_end(labels: np.ndarray, *bounds: tuple[float, float]) -> tuple[float, float]:
-    """The smallest of upper bounds on the information on labels (N,), given with standard errors, and of H(label)."""
+    """The smallest of upper bounds, each with its standard error, and of H(label); labels (N,)."""
     bounds = [(max(0.0, value), se) for value, se in bounds if math.isfinite(value)]
     return min([*bounds, (entropy(labels), 0.0)])
 
 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
-    """Log of the sum of posterior densities at each sample: over all images, its class in each labelling, the others.
+    """Log sums of posterior densities (N, S, d) at samples (N, d): of all, by class in each labelling, of others.
 
-    samples (N, d), means and stds (N, S, d), labellings (N,) each -> (N, 2 + number of labellings), float64.
-    log N(s; m, v) = -1/2 [s^2 . 1/v - 2 s . m/v + sum(m^2/v + log v + log 2 pi)] is one matrix product, which
-    needs centred float64: in float32, the error is 10 nats at a std of 1e-3.
+    The log-densities are one matrix product, which needs centred float64: float32 errs by 10 nats at a std of 1e-3.
     """
     n, mixture, d = means.shape
-    own = log_own_density(samples, means, stds)
+    own = -0.5 * ((samples.double()[:, None] - means.double()) / stds.double()) ** 2
+    own = own - stds.double().log() - 0.5 * math.log(2 * math.pi)
+    own = own.sum(2).logsumexp(1) - math.log(mixture)  # of each sample under its own posterior
     centre = means.double().mean((0, 1))
     rows = samples.double() - centre
     rows = torch.cat([rows**2, rows], 1)
@@ -152,7 +155,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
             sums = [by_class[:, 0].sum(1)]
             sums += [by_class[:, k].gather(1, labels[part, None])[:, 0] for k, labels in enumerate(labellings)]
             log_sums = torch.stack(sums, 1).log() + largest
-            # the clamp spoils class sums far below the block's largest density; if that is far above `own`, recompute
+            # the clamp spoils sums far below the largest density; where that is far above `own`, recompute
             far = largest[:, 0] > own[part] + 400
             for k, labels in enumerate(labellings, start=1):
                 lost = (far & (sums[k] < 1e-200)).nonzero().squeeze(1)
@@ -162,20 +165,13 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
     return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :1]], 1)
 
 
-def log_own_density(samples: Tensor, means: Tensor, stds: Tensor) -> Tensor:
-    """Log-density of each sample under its own image's posterior, as in `log_mixtures`; (N,), float64."""
-    means, stds = means.double(), stds.double()
-    log_p = -0.5 * ((samples[:, None] - means) / stds) ** 2 - stds.log() - 0.5 * math.log(2 * math.pi)
-    return log_p.sum(2).logsumexp(1) - math.log(means.shape[1])
-
-
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
-    """Mutual information of two discrete variables from their joint counts; a, b (N,) are integers >= 0."""
+    """Mutual information of two discrete variables (N,), integers >= 0, from their joint counts."""
     return channel_mi(np.eye(b.max() + 1)[b], a)
 
 
 def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
-    """Mutual information of labels (N,) and categories of probabilities (N, C); at most too large in expectation."""
+    """Mutual information of labels (N,) and categories of probabilities (N, C), or more."""
     joint = np.zeros((labels.max() + 1, q.shape[1]))
     np.add.at(joint, labels, q.astype(np.float64))
 
@@ -187,10 +183,7 @@ def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
 
 
 def accuracy_bound(mi: float, labels: np.ndarray) -> float:
-    """The largest accuracy that a classifier can reach with `mi` nats of information on the label (Meyen 2016).
-
-    The root a in [1/K, 1] of H(label) - H_2(a) - (1 - a) ln(K - 1) = mi; 1 when mi reaches H(label).
-    """
+    """The largest accuracy with `mi` nats on the label: H(label) - H_2(a) - (1 - a) ln(K - 1) = mi (Meyen 2016)."""
     from scipy.optimize import brentq
 
     k, missing = len(np.unique(labels)), entropy(labels) - max(mi, 0.0)

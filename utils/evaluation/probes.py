@@ -17,11 +17,11 @@ PROBES = {  # the columns of their accuracies; the paper's code averaged logisti
 }
 NEIGHBOURS = 5
 KERNELS = {"svm_rbf": "rbf", "svm_linear": "linear"}
-TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; docs/performance.md says what the latter costs
+TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; see docs/performance.md
 MANY = 64  # dimensions from which on kernels are sooner made as products of matrices
 MOST_BYTES, ROWS = 2**31, 1000  # of a kernel matrix; of it that are made at once for test latents
 Split = tuple[ndarray, ndarray]  # latents (N, d), labels (N,)
-Scores = tuple[dict[str, float], dict[str, ndarray]]  # metrics by column; terms (N,) of which some are the means
+Scores = tuple[dict[str, float], dict[str, ndarray]]  # metrics by column; terms (N,) whose means some are
 
 
 def untrained(name: str, standardize: bool, c: float = 1.0):
@@ -32,11 +32,12 @@ def untrained(name: str, standardize: bool, c: float = 1.0):
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
-    model = {
-        "lr": LogisticRegression(solver="lbfgs", max_iter=1000, C=c),
-        "kNN": KNeighborsClassifier(n_neighbors=NEIGHBOURS),
-        **{svm: SVC(kernel=kernel) for svm, kernel in KERNELS.items()},
-    }[name]
+    if name == "lr":
+        model = LogisticRegression(solver="lbfgs", max_iter=1000, C=c)
+    elif name == "kNN":
+        model = KNeighborsClassifier(n_neighbors=NEIGHBOURS)
+    else:
+        model = SVC(kernel=KERNELS[name])
     return make_pipeline(StandardScaler(), model) if standardize else model
 
 
@@ -72,31 +73,30 @@ def _calibration_gap(confidence: ndarray, correct: ndarray, bins: int = 15) -> f
 
 
 def calibration_error(probabilities: ndarray, labels: ndarray) -> float:
-    """Expected calibration error of the top prediction, 15 equal-width bins; probabilities (N, K), labels (N,)."""
-    return _calibration_gap(probabilities.max(1).astype(np.float64), probabilities.argmax(1) == labels)
+    """Expected calibration error of the top prediction, 15 bins; probabilities (N, K), labels (N,)."""
+    confidence = probabilities.max(1).astype(np.float64)
+    return _calibration_gap(confidence, probabilities.argmax(1) == labels)
 
 
 def calibration_null(probabilities: ndarray, draws: int = 200) -> float:
-    """What `calibration_error` is on average, above 0, of labels drawn from the probabilities (N, K) themselves."""
+    """The mean `calibration_error`, above 0, of labels drawn from the probabilities (N, K) themselves."""
     confidence, rng = probabilities.max(1).astype(np.float64), np.random.default_rng(0)
     drawn = [rng.random(len(confidence)) < confidence for _ in range(draws)]
     return float(np.mean([_calibration_gap(confidence, correct) for correct in drawn]))
 
 
 def choose_c(latents: ndarray, labels: ndarray) -> float:
-    """The C of logistic regression among 1, 0.1, 0.01 of the least log loss on a fifth of latents (N, d) held out.
-
-    With a larger one, many dimensions and few images make the probe too sure of itself to certify information.
-    """
+    """The C of logistic regression of the least log loss on a fifth of latents (N, d): 1 is often too sure."""
     from sklearn.metrics import log_loss
 
     train, held = split(len(labels))
-    if len(held) == 0 or len(np.unique(labels[train])) < 2 or not np.isin(labels[held], labels[train]).all():
+    classes = np.unique(labels[train])
+    if len(held) == 0 or len(classes) < 2 or not np.isin(labels[held], classes).all():
         return 1.0
 
     def loss(c: float) -> float:
         model = untrained("lr", True, c).fit(latents[train], labels[train])
-        return log_loss(labels[held], model.predict_proba(latents[held]), labels=np.unique(labels[train]))
+        return log_loss(labels[held], model.predict_proba(latents[held]), labels=classes)
 
     return min((1.0, 0.1, 0.01), key=loss)
 
@@ -117,66 +117,57 @@ def svm_labels(name: str, train: Split, latents: ndarray) -> ndarray:
 
 
 def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool) -> Scores:
-    """Fits a probe on some latents and tests it on others; `tail` ends the names of the results.
-
-    Empty where there are too few images or classes to train on; an infinite log loss if a class was not trained on.
-    """
+    """Fits a probe and tests it on other latents, for columns that end in `tail`; empty if it cannot be trained."""
     from sklearn.exceptions import ConvergenceWarning
 
     (latents, labels), (tested, right), column = train, test, PROBES[name] + tail
     if len(np.unique(labels)) < 2 or len(right) == 0 or name == "kNN" and len(labels) < NEIGHBOURS:
         return {}, {}
+    is_large = latents.shape[1] >= MANY and 8 * len(labels) ** 2 <= MOST_BYTES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        if name in KERNELS and standardize and latents.shape[1] >= MANY and 8 * len(labels) ** 2 <= MOST_BYTES:
-            predicted = svm_labels(name, train, tested)
-        else:
-            c = choose_c(latents, labels) if name == "lr" and standardize else 1.0
-            model = untrained(name, standardize, c).fit(latents, labels)
-            predicted = model.predict(tested)
+        if name in KERNELS and standardize and is_large:
+            terms = {column: svm_labels(name, train, tested) == right}
+            return mean_and_error(terms), terms
+        c = choose_c(latents, labels) if name == "lr" and standardize else 1.0
+        model = untrained(name, standardize, c).fit(latents, labels)
     if name != "lr":
-        terms = {column: predicted == right}
+        terms = {column: model.predict(tested) == right}
         return mean_and_error(terms), terms
     probabilities, classes = model.predict_proba(tested), model.classes_
-    trained = np.isin(right, classes)  # on that class; else the loss is infinite
-    columns = np.where(trained, np.searchsorted(classes, right), -1)
-    losses = np.full(len(columns), math.inf)
-    of_label = probabilities[trained, columns[trained]]
-    losses[trained] = -np.log(np.maximum(of_label, np.finfo(of_label.dtype).eps))  # as scikit-learn's log_loss
+    columns = np.where(np.isin(right, classes), np.searchsorted(classes, right), -1)
+    of_label = probabilities[np.arange(len(columns)), columns]
+    losses = -np.log(np.maximum(of_label, np.finfo(of_label.dtype).eps))  # as scikit-learn's log_loss
+    losses = np.where(columns < 0, math.inf, losses.astype(np.float64))
     terms = {column: probabilities.argmax(1) == columns, f"lr_nll{tail}": losses}
-    return {
-        **mean_and_error(terms),
-        f"lr_ece{tail}": calibration_error(probabilities, columns),
-        f"lr_ece_null{tail}": calibration_null(probabilities),
-    }, terms
+    calibration = calibration_error(probabilities, columns), calibration_null(probabilities)
+    calibration = dict(zip((f"lr_ece{tail}", f"lr_ece_null{tail}"), calibration, strict=True))
+    return mean_and_error(terms) | calibration, terms
 
 
 def fit_stored(name: str, file: Path, key: str, tail: str) -> Scores:
-    """`fit_probe` in a worker process, by the paper's protocol or this project's.
-
-    `key` names the latents in an NPZ file to test on. The paper's protocol splits them; otherwise the probe is trained
-    on the file's `<key>_train`, standardised. The terms are those of all images, NaN of those that were not tested.
-    """
+    """`fit_probe` in a worker process, of the latents of that key in an NPZ file; terms are of all images."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     paper = tail.endswith("_paper")
-    with np.load(file, allow_pickle=False) as arrays:
-        latents, labels = arrays[key], arrays["labels"]
-        latents, tested = latents.reshape(len(labels), -1), np.arange(len(labels))
-        if paper:
-            trained, tested = split(len(labels))
-            train = latents[trained], labels[trained]
-        else:
-            train = arrays[f"{key}_train"].reshape(len(arrays["labels_train"]), -1), arrays["labels_train"]
-    scores, terms = fit_probe(name, train, (latents[tested], labels[tested]), tail, standardize=not paper)
+    with np.load(file, allow_pickle=False) as file:
+        parts = ("", "") if paper else ("_train", "")
+        train, test = ((file[key + part], file["labels" + part]) for part in parts)
+    train, test = ((latents.reshape(len(latents), -1), labels) for latents, labels in (train, test))
+    tested = np.arange(len(test[1]))
+    if paper:
+        trained, tested = split(len(tested))
+        train = [values[trained] for values in train]
+    scores, terms = fit_probe(name, train, [v[tested] for v in test], tail, standardize=not paper)
     if name == "lr" and scores:
-        low, lows = (entropy(labels) - of[f"lr_nll{tail}"] for of in (scores, terms))
+        low, lows = (entropy(test[1]) - of[f"lr_nll{tail}"] for of in (scores, terms))
         scores["probe_images"] = len(train[1])
-        if paper:  # of means, it bounds nothing about a sample's information; logistic regression knows no seed
+        if paper:  # of means, it bounds nothing about a sample; logistic regression knows no seed
             scores |= {f"lr_acc_std{tail}": 0.0, f"mi_lr_lb{tail}": low}
         elif "_sample" in tail:
-            scores |= {f"mi_{key}_low": max(0.0, low), f"mi_{key}_low_se": scores[f"lr_nll{tail}_se"]}
+            error = scores[f"lr_nll{tail}_se"]
+            scores |= {f"mi_{key}_low": max(0.0, low), f"mi_{key}_low_se": error}
             terms[f"mi_{key}_low"] = lows
-    of_images = {column: np.full(len(labels), math.nan, dtype=np.float32) for column in terms}
+    of_images = {column: np.full(len(test[1]), math.nan, dtype=np.float32) for column in terms}
     for column, values in terms.items():
         of_images[column][tested] = values
     return scores, of_images

@@ -1,38 +1,143 @@
-"""A run under evaluation, and a step of it. steps.py lists the steps.
+"""A run under evaluation, and what all runs of an evaluation share: settings, data sets, classifiers, features.
 
-A step's metrics are stored in the run's metrics.json with a fingerprint of everything they depend on, so that
-repeating a command computes only what is missing or out of date.
+A step's metrics are stored in metrics.json with a fingerprint of everything they depend on, so that repeating a
+command computes only what is missing or out of date.
 """
 
-import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.loading import Data, load_data
+from datasets.table import DATASETS
+from models.classifiers import Classifier, InParts, load_classifier
+from utils.cli import next_command
+from utils.config import Config
 from utils.errors import UserError
-from utils.evaluation.evaluation import BATCH, Evaluation
-from utils.evaluation.metrics import columns_of
-from utils.evaluation.results import read_metrics
+from utils.evaluation.metrics import columns_of, read_metrics
 from utils.files import digest, digest_of, read_arrays, write_atomic, write_json
 from utils.runs import Run, load_model
 from utils.seeds import generator
 
+BATCH = 256  # images per batch; fixed, because the noise depends on it
 PATIENCE = 60  # seconds to wait for a lock that another process holds
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # with the beginning of its sha256
+TO_FETCH = """pip install torch-fidelity, then \
+python -c "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as F; \
+F('inception-v3-compat', ['2048'])"; with --with_classifier, fid_classifier is computed instead"""
+Features = Callable[[Tensor], Tensor]  # of images (B, C, H, W) in [0, 1]: (B, F)
+
+
+def once(function):
+    """Keeps what a function of an Evaluation, a Config and more gives for each data set."""
+
+    @functools.wraps(function)
+    def kept(evaluation, config, *more):
+        key = function, config.dataset, config.image_shape, *more
+        if key not in evaluation.shared:
+            evaluation.shared[key] = function(evaluation, config, *more)
+        return evaluation.shared[key]
+
+    return kept
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """The settings of an evaluation, named as the flags, and what all its runs share."""
+
+    device: torch.device
+    data_dir: str
+    runs_dir: str
+    download: bool = False
+    dataset: str | None = None  # where a folder of images is now
+    classifier_path: str | None = None
+    with_classifier: bool = False
+    n_samples: int = 10_000
+    iw_samples: int | None = None
+    y_samples: int = 4
+    probe_images: int = 10_000
+    cpu_n: int = 1
+    force: bool = False
+    shared: dict = field(default_factory=dict, init=False)
+    notes: set[str] = field(default_factory=set, init=False)
+
+    @classmethod
+    def of(cls, flags: dict, device: torch.device) -> "Evaluation":
+        """That of a script's flags, of which some may be no settings of it."""
+        names = [f.name for f in fields(cls) if f.init and f.name in flags]
+        return cls(**{name: flags[name] for name in names} | {"device": device})
+
+    def note(self, text: str) -> None:
+        """Prints a note, unless it has been printed before."""
+        if text not in self.notes:
+            self.notes.add(text)
+            print(f"note: {text}", flush=True)
+
+    @once
+    def data(self, config: Config) -> Data:
+        """The data set of a Config. Raises UserError if it is missing or damaged."""
+        return load_data(config, self.data_dir, self.device, self.download, self.dataset)
+
+    def has_labels(self, config: Config) -> bool:
+        """Whether the images of a Config's data set have labels; a note if they have none."""
+        if config.dataset in DATASETS or self.data(config).labelled:
+            return True
+        what = "metrics that need labels or a classifier are left empty"
+        self.note(f"{config.data_name} has no labels: {what}")
+        return False
+
+    @once
+    def classifiers(self, config: Config) -> list[tuple[Classifier, str]]:
+        """The data set's classifiers, with digests; none without labels. Raises UserError if one is missing."""
+        if not self.has_labels(config):
+            return []
+        files = None if config.dataset in DATASETS else self.data(config).digest
+        path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / config.data_name)
+        folders = {"runs_dir": self.runs_dir, "data_dir": self.data_dir}
+        command = next_command("train_classifier.py", *config.data_flags, **folders)
+        paths = [path, *(p.parent for p in sorted(path.glob("seed_*/classifier.pth")))]
+        return [load_classifier(p, config, self.device, files, command) for p in paths]
+
+    @functools.cached_property
+    def inception(self) -> Features | None:
+        """Inception-v3 features (B, 2048); None, with a note, without torch-fidelity or weights."""
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+            if hashlib.sha256(path.read_bytes()).hexdigest()[:8] not in INCEPTION:
+                raise OSError("not the published file")
+        except (ImportError, OSError):
+            self.note(f"no fid: it needs the Inception weights at {path}; to fetch them: {TO_FETCH}")
+            return None
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(self.device).eval()
+        if self.device.type == "cpu":
+            net = net.to(memory_format=torch.channels_last)
+        return InParts(lambda x: net((x.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))[0])
+
+    @once
+    @torch.no_grad()
+    def features(self, config: Config, network: Features, split: str) -> np.ndarray:
+        """Features (N, F) of all test images, or of up to n_samples training images."""
+        images = getattr(self.data(config), split)
+        batches, n = images.batches(BATCH), len(images)
+        if split == "train":
+            batches, n = images.batches(BATCH, (0, 0)), min(n, self.n_samples)
+        parts = [network(x).cpu() for x, _ in itertools.islice(batches, math.ceil(n / BATCH))]
+        return torch.cat(parts)[:n].numpy()
 
 
 class EvaluatedRun:
-    """A finished run; its model, latents, metrics and features of samples are made or read on first use.
-
-    Raises UserError if the run is unfinished or failed.
-    """
+    """A finished run (UserError otherwise); what it is asked for is made or read on first use."""
 
     def __init__(self, run: Run, evaluation: Evaluation):
         if run.status != "finished":
@@ -42,7 +147,7 @@ class EvaluatedRun:
 
     @functools.cached_property
     def model(self) -> nn.Module:
-        """The trained model in eval mode. Raises UserError if its weights are missing or damaged."""
+        """In eval mode. Raises UserError if its weights are missing or damaged."""
         return load_model(self.run, self.evaluation.device)
 
     @property
@@ -56,7 +161,7 @@ class EvaluatedRun:
 
     @functools.cached_property
     def metrics(self) -> dict:
-        """metrics.json, or empty if it does not belong to these weights. Raises UserError if it is damaged."""
+        """metrics.json, or empty if it is of other weights. Raises UserError if it is damaged."""
         metrics = read_metrics(self.path)
         return metrics if metrics.get("weights") == self.weights else {}
 
@@ -65,12 +170,13 @@ class EvaluatedRun:
         """The arrays of latents.npz. Raises UserError if it is missing, damaged or of other weights."""
         path = self.path / "latents.npz"
         if digest_of(path) != self.metrics.get("files", {}).get(path.name, ""):
-            raise UserError(f"{path}: missing, damaged or stale; run eval_beta_grid.py --exclude_mi first")
+            how = "run eval_beta_grid.py --exclude_mi first"
+            raise UserError(f"{path}: missing, damaged or stale; {how}")
         return read_arrays(path)
 
     @functools.cached_property
     def sample_features(self) -> Tensor:
-        """What each classifier of the data set makes of n_samples samples: (n_samples, classifiers, F), on the CPU."""
+        """Each classifier's features of samples, on the CPU: (n_samples, classifiers, F)."""
         nets = [net for net, _ in self.evaluation.classifiers(self.config)]
         return self.samples(lambda x: torch.stack([net.features(x) for net in nets], 1))
 
@@ -86,8 +192,8 @@ class EvaluatedRun:
         for name in ("model", "latents", "sample_features"):
             self.__dict__.pop(name, None)
 
-    def needs(self, step: "Step") -> bool:
-        """Whether a step applies to the run, and is not up to date, with intact files, or is to be done anyway."""
+    def needs(self, step) -> bool:
+        """Whether a Step applies, and is not up to date, with intact files, or is to be redone."""
         if step.labels and not self.evaluation.has_labels(self.config):
             return False
         digests = self.metrics.get("files", {})
@@ -97,8 +203,8 @@ class EvaluatedRun:
             or any(digests.get(name) != digest_of(self.path / name) for name in step.files)
         )
 
-    def _fingerprint(self, step: "Step") -> str:
-        """The digest of all that a step's metrics depend on: weights, settings, classifiers, other metrics."""
+    def _fingerprint(self, step) -> str:
+        """Of all that its metrics depend on: weights, settings, classifiers, other metrics."""
         parts = {name: getattr(self.evaluation, name) for name in step.settings}
         parts |= {name: self.metrics.get(name) for name in step.metrics}
         if step.classifier and (classifiers := self.evaluation.classifiers(self.config)):
@@ -108,11 +214,8 @@ class EvaluatedRun:
         text = json.dumps([self.weights, self.config.to_json(), parts], sort_keys=True)
         return digest(text.encode())
 
-    def record(self, step: "Step", results: dict) -> None:
-        """Merges a step's results into metrics.json, and writes the step's files.
-
-        Metrics of other weights are dropped. Values that are not finite are left out, with a note.
-        """
+    def record(self, step, results: dict) -> None:
+        """Merges a Step's finite results into metrics.json, without metrics of other weights; writes its files."""
         columns, metrics = columns_of(step.name), {}
         for name in (c for c in columns if c in results):
             if isinstance(results[name], float) and not math.isfinite(results[name]):
@@ -121,52 +224,21 @@ class EvaluatedRun:
                 metrics[name] = results[name]
         with self.run.locked(PATIENCE):
             self.__dict__.pop("metrics", None)  # to read what another process may have written
-            stored = self.metrics
-            kept = {k: v for k, v in stored.items() if k not in (*columns, "steps", "files", "weights")}
-            steps = {**stored.get("steps", {}), step.name: self._fingerprint(step)}
-            files = {**stored.get("files", {}), **{name: digest(results[name]) for name in step.files}}
+            old, dropped = self.metrics, (*columns, "steps", "files", "weights")
+            steps = {**old.get("steps", {}), step.name: self._fingerprint(step)}
+            files = old.get("files", {}) | {name: digest(results[name]) for name in step.files}
             for name in step.files:
                 write_atomic(self.path / name, results[name])
-            self.metrics = {**kept, **metrics, "steps": steps, "files": files, "weights": self.weights}
+            self.metrics = {k: v for k, v in old.items() if k not in dropped} | metrics
+            self.metrics |= {"steps": steps, "files": files, "weights": self.weights}
             write_json(self.path / "metrics.json", self.metrics)
 
 
-class Step(NamedTuple):
-    """A step of the evaluation: how it computes its columns (`columns_of`), and what these depend on.
-
-    Some have `jobs`, functions with arguments for worker processes, which may read a file that is written for them.
-    `compute` gets the run and their results, and returns metrics by column, and the contents of files by name.
-    """
-
-    name: str
-    compute: Callable[..., dict]
-    jobs: Callable[[EvaluatedRun, Path], list[tuple]] | None = None
-    settings: tuple[str, ...] = ()  # fields of Evaluation
-    metrics: tuple[str, ...] = ()  # of other steps
-    classifier: bool = False  # whether it depends on the data set's classifiers
-    labels: bool = False  # whether it needs the images' labels
-    files: tuple[str, ...] = ()  # that it writes in addition to the metrics
-    version: int = 1  # counts the changes of what it computes
-
-
 def on_all_images(batches: Iterable[dict[str, Tensor | None]]) -> dict[str, np.ndarray]:
-    """Concatenates what there is of each batch of images, by name; without what is None."""
+    """Concatenates the values of all batches, by name; without those that are None."""
     parts = {}
     for batch in batches:
         for name, value in batch.items():
             if value is not None:
                 parts.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(tensors).numpy() for name, tensors in parts.items()}
-
-
-@contextlib.contextmanager
-def failures_in(problems: dict[Path, str], path: Path) -> Iterator[None]:
-    """Records any exception in `problems` under a run's path, so that the evaluation of other runs continues."""
-    try:
-        yield
-    except BrokenProcessPool:
-        problems[path] = f"{path}: a worker process was killed (out of memory?)"
-    except UserError as e:
-        problems[path] = str(e) if str(path) in str(e) else f"{path}: {e}"
-    except Exception as e:
-        problems[path] = f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"

@@ -7,7 +7,7 @@ from itertools import compress
 
 import numpy as np
 
-from utils.evaluation.results import per_image
+from utils.evaluation.metrics import per_image
 from utils.plane.cells import BETAS, Plane
 from utils.plane.metrics import metric, score_of, value_of
 from utils.plane.mixtures import mixture
