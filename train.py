@@ -17,7 +17,7 @@ from utils.machine import prepare
 def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
-    add_config_flags(parser, grid=("beta_y", "beta_z", "seed"))
+    add_config_flags(parser)
     group = parser.add_argument_group("grid and files")
     for name, text in (
         ("cells_at_once", "grid cells trained together as one stacked model (auto: 1 on a CPU; on a GPU 1 or 8, "

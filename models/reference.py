@@ -40,14 +40,11 @@ def translate(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         stem, _, number = layer.partition(".")
         return ORDER.index(stem), int(number or 0)
 
-    theirs = sorted(layers, key=position)
-    ours = list(dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters()))
-    ours = [layer for layer in ours if layer != "likelihood"]
-    if len(ours) != len(theirs):
-        raise ValueError(f"{len(theirs)} layers instead of {len(ours)}")
-    renamed = {
-        f"{o}.{part}": state[f"{t}.{part}"] for o, t in zip(ours, theirs, strict=True) for part in ("weight", "bias")
-    }
+    ours = dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters() if "log_sigma" not in name)
+    if len(ours) != len(layers):
+        raise ValueError(f"{len(layers)} layers instead of {len(ours)}")
+    pairs = list(zip(ours, sorted(layers, key=position), strict=True))
+    renamed = {f"{our}.{part}": state[f"{their}.{part}"] for our, their in pairs for part in ("weight", "bias")}
     if "log_sigma" in state:
         renamed["likelihood.log_sigma"] = state["log_sigma"]
     return renamed

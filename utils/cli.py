@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(re.sub("invalid (float|positive) value:", "must be a number, got", message))
 
     def _add_machine_flags(self):
-        group = self.add_argument_group("machine")
-        group.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
+        flag = self.add_argument_group("machine").add_argument
+        flag("--device", help="cuda, cuda:1, cpu (default: cuda if available, else cpu)")
         threads = "CPU threads to compute with (default: OMP_NUM_THREADS, or as many as it may use cores)"
-        group.add_argument("--threads", type=partial(whole, most=1024), help=threads)
+        flag("--threads", type=partial(whole, most=1024), help=threads)
         if self.files:
             data_dir = "folder of the data sets (default: $HIT_DATA_DIR, else data)"
-            group.add_argument("--data_dir", default=default_data_dir(), help=data_dir)
-            group.add_argument("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
-            group.add_argument("--download", action="store_true", help="download a missing data set from its authors")
+            flag("--data_dir", default=default_data_dir(), help=data_dir)
+            flag("--runs_dir", default="runs", help="folder of the batches of runs (default: runs)")
+            flag("--download", action="store_true", help="download a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped.
@@ -53,13 +54,13 @@ class Parser(argparse.ArgumentParser):
             if action.nargs == "+" and flags.count(flag) > 1:
                 raise UserError(f"{flag}: given twice; several values go after one flag, {flag} A B")
         args, unknown = self.parse_known_args(argv)
-        if unknown and unknown[0].startswith("-"):
-            name = unknown[0].partition("=")[0]
+        if not unknown:
+            return args
+        name = unknown[0].partition("=")[0]
+        if name.startswith("-"):
             raise UserError(f"{name}: unknown argument{nearest(name, self._option_string_actions)}")
-        if unknown:
-            flag = ([a for a in argv[: argv.index(unknown[0])] if a.startswith("--")] or ["arguments"])[-1]
-            raise UserError(f"{flag}: too many values, got {unknown[0]!r}")
-        return args
+        before = ["arguments", *(a for a in argv[: argv.index(unknown[0])] if a.startswith("--"))]
+        raise UserError(f"{before[-1]}: too many values, got {unknown[0]!r}")
 
 
 def add_moved_flag(parser) -> None:
@@ -109,45 +110,9 @@ def whole_or_auto(text: str) -> int | None:
 
 def positive(text: str) -> float:
     """A number > 0, as a flag's value."""
-    value = float(text)
-    if not 0 < value < math.inf:
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number > 0, got {text!r}")
-    return value
-
-
-def batch_folder(runs_dir: str, batch: str) -> Path:
-    """The folder of a batch. Raises UserError for what cannot be its name."""
-    if not batch or batch == "classifiers" or batch[0] == "." or set(batch) & set("/\\"):
-        raise UserError(f"--run_batch_name: must be the name of a folder of runs in {runs_dir}, got {batch!r}")
-    return Path(runs_dir) / batch
-
-
-def add_config_flags(parser: Parser, grid: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> None:
-    """A flag for each field of Config, or for some; those named in `grid` take several values."""
-    from utils.config import FLAGS, Config, kind_of
-
-    groups = {}
-    if grid:
-        _add_rate_flags(parser)
-    for field in (f for f in dataclasses.fields(Config) if f.name in (only or FLAGS)):
-        title, kind = field.metadata["part"], kind_of(field)
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        text = field.metadata["help"].replace("%", "%%")
-        if kind is bool:
-            group.add_argument(f"--{field.name}", action="store_true", help=text)
-            continue
-        how = {"default": field.default, "type": kind, "metavar": kind.__name__.upper()}
-        if "choices" in field.metadata:
-            how["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
-        if field.name in grid and kind is int:
-            how |= {"nargs": "+", "default": None}
-            text += "; several values train the grid once for each"
-        elif field.name in grid:
-            how |= {"nargs": "+", "default": None, "type": axis}
-            text += "; several values (or LO:HI:N, N log-spaced ones) make a grid"
-        if field.default not in (None, ""):
-            text += f" (default: {field.default})"
-        group.add_argument(f"--{field.name}", help=text, **how)
+    return float(text)
 
 
 def axis(text: str) -> list[float]:
@@ -163,6 +128,39 @@ def axis(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got {text!r}")
     step = math.log10(high / low) / (n - 1)
     return [round(low * 10 ** (step * k), 8) for k in range(n)]
+
+
+def batch_folder(runs_dir: str, batch: str) -> Path:
+    """The folder of a batch. Raises UserError for what cannot be its name."""
+    if not batch or batch == "classifiers" or batch[0] == "." or set(batch) & set("/\\"):
+        raise UserError(f"--run_batch_name: must be the name of a folder of runs in {runs_dir}, got {batch!r}")
+    return Path(runs_dir) / batch
+
+
+def add_config_flags(parser: Parser, only: tuple[str, ...] = ()) -> None:
+    """A flag for each field of Config that has one, several values of betas and seeds, and rates; or some fields'."""
+    from utils.config import FLAGS, Config, kind_of
+
+    groups = {}
+    if not only:
+        _add_rate_flags(parser)
+    for field in (f for f in dataclasses.fields(Config) if f.name in (only or FLAGS)):
+        title, kind, choices = field.metadata["part"], kind_of(field), field.metadata.get("choices")
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        text = field.metadata["help"].replace("%", "%%")
+        name = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+        how = {"default": field.default, "type": kind, "metavar": name}
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif field.name == "seed":
+            how |= {"nargs": "+", "default": None}
+            text += "; several values train the grid once for each"
+        elif field.name in ("beta_y", "beta_z"):
+            how |= {"nargs": "+", "default": None, "type": axis}
+            text += "; several values (or LO:HI:N, N log-spaced ones) make a grid"
+        if kind is not bool and field.default not in (None, ""):
+            text += f" (default: {field.default})"
+        group.add_argument(f"--{field.name}", help=text, **how)
 
 
 def _add_rate_flags(parser: Parser) -> None:
@@ -183,25 +181,16 @@ def grid_configs(args: argparse.Namespace) -> list["Config"]:
 
     settings = {name: getattr(args, name) for name in FLAGS}
     nats = math.log(2) if args.rate_unit == "bits" else 1.0
-
-    def values(name: str) -> list[float]:
-        return [value for axis in getattr(args, name) or [] for value in axis]
-
-    betas, rates = {}, {}
+    betas, axes = [], []
     for layer in "yz":
-        betas[layer] = [{f"beta_{layer}": beta} for beta in values(f"beta_{layer}") or [1.0]]
-        targets = [round(rate * nats, 8) for rate in values(f"target_rate_{layer}")]
-        rates[layer] = [{f"target_rate_{layer}": rate, **betas[layer][0]} for rate in targets]
-    pairs = []
-    if args.multi_rate or not (rates["y"] or rates["z"]):
-        pairs.append((betas["y"], betas["z"]))
-    if rates["y"] or rates["z"]:
-        pairs.append((rates["y"] or betas["y"], rates["z"] or betas["z"]))
+        beta, rate = f"beta_{layer}", f"target_rate_{layer}"
+        values, targets = (list(chain(*(getattr(args, name) or []))) for name in (beta, rate))
+        betas.append([{beta: value} for value in values or [1.0]])
+        axes.append([{rate: round(target * nats, 8), **betas[-1][0]} for target in targets] or betas[-1])
+    grids = [betas, axes] if args.multi_rate else [axes]
     cells = [
-        Config(**settings | of_y | of_z | {"seed": seed})
-        for ys, zs in pairs
-        for seed in args.seed or [Config.seed]
-        for of_y in ys
-        for of_z in zs
+        Config(**settings | y | z | {"seed": seed})
+        for (ys, zs), seed in product(grids, args.seed or [Config.seed])
+        for y, z in product(ys, zs)
     ]
     return list(dict.fromkeys(cells))

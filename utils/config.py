@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -13,25 +15,25 @@ from datasets.folders import SIZES, enumeration, nearest_size
 from datasets.table import DATASETS, Recipe, lookup
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
+from utils.files import read_json
 
 USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10}  # the paper's
 HUGE = 1e30  # beyond which float32 overflows
+BOUNDS = (("least", operator.lt, ">="), ("above", operator.le, ">"), ("most", operator.gt, "at most"))
 
 
-def _flag(default, help, part, **metadata):
-    """A field with a flag; `part` says what it is for, `least`, `above` and `most` bound its value."""
-    return dataclasses.field(default=default, metadata={"help": help, "part": part, **metadata})
+def _flag(default, help: str | None, part: str, **bounds):
+    """A field; `part` says what it is for, `least`, `above` and `most` bound its value.
+
+    With a help it has a flag. Without, it is kept in config.json where it has a value.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "part": part, **bounds})
 
 
 def _usual(name: str, help: str, part: str, **bounds):
     """A flag whose default depends on the data set."""
     others = "".join(f"; {of} {s.settings[name]:g}" for of, s in DATASETS.items() if name in s.settings)
     return _flag(None, f"{help} (default: {USUAL[name]:g}{others})", part, **bounds)
-
-
-def _kept(part: str, **bounds):
-    """A field without a flag: kept in config.json where it has a value."""
-    return dataclasses.field(default=None, metadata={"part": part, **bounds})
 
 
 @dataclass(frozen=True)
@@ -95,33 +97,27 @@ class Config:
     )
     run_name: str = _flag("", "prefix of the run folder's name", "name")
     run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "name")
-    data_digest: str | None = _kept("data")  # of the list of files of a folder of images
-    beta_max_y: float | None = _kept("objective", least=0)  # of a conditioned model: it is trained for beta_y to
-    beta_max_z: float | None = _kept("objective", least=0)  # beta_max_y, beta_z to beta_max_z
-    target_rate_y: float | None = _kept("objective", above=0)  # nats; of a cell whose betas are those of given rates
-    target_rate_z: float | None = _kept("objective", above=0)
-    init_from: str | None = _kept("training")  # the digest of the weights that the training started from
-    source: str | None = _kept("repeat")  # of an unfolded cell: the digest of the conditioned model's weights
+    data_digest: str | None = _flag(None, None, "data")  # of the list of files of a folder of images
+    # A conditioned model is trained for all beta_y from beta_y to beta_max_y, and so for beta_z.
+    beta_max_y: float | None = _flag(None, None, "objective", least=0)
+    beta_max_z: float | None = _flag(None, None, "objective", least=0)
+    target_rate_y: float | None = _flag(None, None, "objective", above=0)  # nats; the betas are those of such rates
+    target_rate_z: float | None = _flag(None, None, "objective", above=0)
+    init_from: str | None = _flag(None, None, "training")  # the digest of the weights that the training started from
+    source: str | None = _flag(None, None, "repeat")  # an unfolded cell's: that of the conditioned model's weights
 
     def __post_init__(self):
         usual = USUAL | (DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {})
-        self._set(**{name: usual[name] for name in USUAL if getattr(self, name) is None})
+        self._default(**usual)
         for field in dataclasses.fields(self):
-            self._check(field, getattr(self, field.name))
+            self._check(field)
         self._check_names()
         self._check_data()
-        self._check_range()
-        likelihood = self.px_y_family_ll or lookup(self).likelihood
-        self._set(px_y_family_ll=likelihood, use_conv_z=self.use_conv_z or self.image_shape[1] == 256)
+        self._check_betas()
+        self._default(px_y_family_ll=lookup(self).likelihood)
+        self._set(use_conv_z=self.use_conv_z or self.image_shape[1] == 256)
         self._check_warmup()
-        if self.linear_y_with_dims != -1 and self.linear_y_with_dims < 2:
-            raise UserError(f"--linear_y_with_dims: must be -1 (off) or >= 2, got {self.linear_y_with_dims}")
-        if self.linear_y_with_dims > 0 and self.use_conv_z:
-            raise UserError("--linear_y_with_dims: goes with a vector z, not with --use_conv_z or 256 pixels")
-        if self.image_shape[0] == 3 and not LIKELIHOODS[likelihood].colour:
-            raise UserError(f"--px_y_family_ll: {likelihood} is for grey images, {self.dataset} is in colour")
-        MODELS[self.vae_type].check(self)
-        self._check_targets()
+        self._check_model()
         if len(self.folder_name.encode(errors="surrogateescape")) > 255:
             raise UserError("--run_name: too long for a folder name")
 
@@ -129,29 +125,30 @@ class Config:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def _check(self, field: dataclasses.Field, value) -> None:
+    def _default(self, **values) -> None:
+        self._set(**{name: value for name, value in values.items() if getattr(self, name) is None})
+
+    def _check(self, field: dataclasses.Field) -> None:
         """Raises UserError for a value of another type than the field's, or outside its choices and bounds."""
-        name, kind, metadata = field.name, kind_of(field), field.metadata
+        name, kind, allowed = field.name, kind_of(field), field.metadata
+        value = getattr(self, name)
 
         def need(right: str):
             raise UserError(f"--{name}: must be {right}, got {value!r}")
 
-        if value is None and is_optional(field):
+        if value is None and type(None) in get_args(field.type):
             return
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < HUGE:
             self._set(**{name: float(value)})
         elif type(value) is not kind:
             need({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
-        if "choices" in metadata and value not in metadata["choices"]:
-            raise UserError(f"--{name}: unknown {value!r}{nearest(value, metadata['choices'])}")
+        if "choices" in allowed and value not in allowed["choices"]:
+            raise UserError(f"--{name}: unknown {value!r}{nearest(value, allowed['choices'])}")
         if kind is float and not math.isfinite(value):
             need("a finite number")
-        if "least" in metadata and value < metadata["least"]:
-            need(f">= {metadata['least']}")
-        if "above" in metadata and value <= metadata["above"]:
-            need(f"> {metadata['above']}")
-        if "most" in metadata and value > metadata["most"]:
-            need(f"at most {metadata['most']:g}")
+        for bound, is_outside, right in BOUNDS:
+            if bound in allowed and is_outside(value, allowed[bound]):
+                need(f"{right} {allowed[bound]:.10g}")
 
     def _check_names(self) -> None:
         for name in fields_of("name"):
@@ -163,54 +160,62 @@ class Config:
             raise UserError("--run_batch_name: too long or too short for a folder name")
 
     def _check_data(self) -> None:
+        own = {"image_size": self.image_size, "image_channels": self.image_channels}
         if self.dataset in DATASETS:
-            for name in ("image_size", "image_channels"):
-                if getattr(self, name) is not None:
-                    raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
+            for name in (name for name, value in own.items() if value is not None):
+                raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
             return
-        if self.image_size is None and not os.path.exists(self.dataset):
+        path = os.path.abspath(self.dataset)
+        if self.image_size is None and not os.path.exists(path):
             if os.sep in self.dataset:
-                raise UserError(f"--dataset: {os.path.abspath(self.dataset)} not found")
+                raise UserError(f"--dataset: {path} not found")
             raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
-        self._set(dataset=os.path.abspath(self.dataset), image_channels=self.image_channels or 3)
-        if not os.path.basename(self.dataset).isprintable():
-            raise UserError(f"--dataset: runs are named after the folder, so rename {self.dataset!r}")
-        if self.image_size is None:
-            self._set(image_size=nearest_size(self.dataset))
-        if self.image_size not in SIZES:
-            raise UserError(f"--image_size: must be {enumeration(SIZES)} for a folder of images, got {self.image_size}")
+        if not os.path.basename(path).isprintable():
+            raise UserError(f"--dataset: runs are named after the folder, so rename {path!r}")
+        size = nearest_size(path) if self.image_size is None else self.image_size
+        self._set(dataset=path, image_size=size, image_channels=self.image_channels or 3)
+        if size not in SIZES:
+            raise UserError(f"--image_size: must be {enumeration(SIZES)} for a folder of images, got {size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
-    def _check_range(self) -> None:
+    def _check_betas(self) -> None:
         schedule, optimizer = ("tail", "muon") if self.multi_rate else ("constant", "adam")
-        self._set(lr_schedule=self.lr_schedule or schedule, optimizer=self.optimizer or optimizer)
-        for name in ("beta_y", "beta_z"):
-            low, high = getattr(self, name), getattr(self, f"beta_max_{name[-1]}")
-            if high is not None and not 0 < low <= high <= 1e6 * low:
-                raise UserError(
-                    f"--{name}: --multi_rate needs a range of at most 6 decades, > 0, got {low:g} to {high:g}"
-                )
-        if self.is_conditioned and self.beta_y == self.beta_max_y and self.beta_z == self.beta_max_z:
+        self._default(lr_schedule=schedule, optimizer=optimizer)
+        if not self.is_conditioned:
+            return
+        ranges = {"beta_y": (self.beta_y, self.beta_max_y), "beta_z": (self.beta_z, self.beta_max_z)}
+        for name, (low, high) in ranges.items():
+            if not 0 < low <= high <= 1e6 * low:
+                wish = f"{low:g} to {high:g}"
+                raise UserError(f"--{name}: --multi_rate needs a range of at most 6 decades, > 0, got {wish}")
+        if all(low == high for low, high in ranges.values()):
             raise UserError("--multi_rate: needs a range of betas, several of --beta_y or of --beta_z")
-
-    def _check_targets(self) -> None:
-        if self.target_rate_z is not None and self.vae_type == "BVAE":
-            raise UserError("--target_rate_z: BVAE has no z")
-        if (self.target_rate_z or 0) >= self.most_rate_z:
-            most = f"{self.z_dims} categories hold less than {self.most_rate_z:.4g} nats"
-            raise UserError(f"--target_rate_z: {most}, got {self.target_rate_z:g}")
 
     def _check_warmup(self) -> None:
         if self.no_warmup and self.warmup_epochs:
             raise UserError("--no_warmup: contradicts --warmup_epochs")
         default = self.default_warmup
-        if self.warmup_epochs is None:
-            self._set(warmup_epochs=0 if self.no_warmup else default)
+        self._default(warmup_epochs=0 if self.no_warmup else default)
         self._set(no_warmup=default > 0 and self.warmup_epochs == 0)  # the two ways to say it
         if self.warmup_epochs > self.num_epochs:
             most = f"at most --num_epochs ({self.num_epochs})"
             raise UserError(f"--warmup_epochs: must be {most}, got {self.warmup_epochs}")
+
+    def _check_model(self) -> None:
+        y_dims, likelihood = self.linear_y_with_dims, self.px_y_family_ll
+        if y_dims != -1 and y_dims < 2:
+            raise UserError(f"--linear_y_with_dims: must be -1 (off) or >= 2, got {y_dims}")
+        if y_dims > 0 and self.use_conv_z:
+            raise UserError("--linear_y_with_dims: goes with a vector z, not with --use_conv_z or 256 pixels")
+        if self.image_shape[0] == 3 and not LIKELIHOODS[likelihood].colour:
+            raise UserError(f"--px_y_family_ll: {likelihood} is for grey images, {self.dataset} is in colour")
+        MODELS[self.vae_type].check(self)
+        if self.target_rate_z is not None and self.vae_type == "BVAE":
+            raise UserError("--target_rate_z: BVAE has no z")
+        if (self.target_rate_z or 0) >= self.most_rate_z:
+            most = f"{self.z_dims} categories hold less than {self.most_rate_z:.4g} nats"
+            raise UserError(f"--target_rate_z: {most}, got {self.target_rate_z:g}")
 
     def differs_in(self, other: "Config", *parts: str) -> list[str]:
         """The fields of some parts, or of all, in which two Configs differ, as far as they matter.
@@ -253,8 +258,7 @@ class Config:
     @property
     def is_extendable(self) -> bool:
         """Whether a training of more epochs begins exactly as this one."""
-        depends = self.lr_schedule != "constant" or self.is_conditioned or self.has_target or self.source
-        return not depends
+        return not (self.lr_schedule != "constant" or self.is_conditioned or self.has_target or self.source)
 
     @property
     def default_warmup(self) -> int:
@@ -305,9 +309,8 @@ class Config:
             f"init_{(self.init_from or '')[:8]}": self.init_from is not None,
             self.precision: self.precision != Config.precision,
         }
-        for field in dataclasses.fields(self):
-            if "in_name" in field.metadata:
-                parts[f"{field.name}_{getattr(self, field.name)}"] = getattr(self, field.name) != field.default
+        for field in (f for f in dataclasses.fields(self) if "in_name" in f.metadata):
+            parts[f"{field.name}_{getattr(self, field.name)}"] = getattr(self, field.name) != field.default
         parts[f"seed_{self.seed}"] = self.seed != Config.seed
         return "-".join(text for text, is_said in parts.items() if is_said)
 
@@ -320,31 +323,27 @@ class Config:
 
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
-        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        settings = {name: getattr(self, name) for name in fields_of()}
         settings = {k: v for k, v in settings.items() if k in FLAGS or v is not None}
-        return json.dumps({**settings, "sha256": _digest(settings)}, indent=2) + "\n"
+        return json.dumps({**settings, "sha256": _sha256(settings)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, path: Path) -> "Config":
         """Reads config.json, ours or the paper's code's. Raises UserError naming the file."""
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
-            raise UserError(f"{path}: unreadable or damaged ({e})") from e
-        if not isinstance(settings, dict) or "dataset" not in settings:
+        settings = read_json(path)
+        if "dataset" not in settings:
             raise UserError(f"{path}: damaged, or not a run's config.json")
         digest = settings.pop("sha256", None)
-        if digest is not None and digest != _digest(settings):
+        if digest is not None and digest != _sha256(settings):
             raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
-        names = fields_of()
         settings = {"optimizer": "adam", **settings}  # as all runs were trained that do not say
         try:
-            return cls(**{k: v for k, v in settings.items() if k in names})
+            return cls(**{name: settings[name] for name in fields_of() if name in settings})
         except UserError as e:
             raise UserError(f"{path}: {e}") from e
 
 
-FLAGS = [f.name for f in dataclasses.fields(Config) if "help" in f.metadata]  # the fields that have one
+FLAGS = [f.name for f in dataclasses.fields(Config) if f.metadata["help"]]  # the fields that have one
 
 
 def fields_of(*parts: str) -> list[str]:
@@ -352,15 +351,24 @@ def fields_of(*parts: str) -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if not parts or f.metadata["part"] in parts]
 
 
-def _digest(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def is_optional(field: dataclasses.Field) -> bool:
-    """Whether a Config's field may be None."""
-    return type(None) in get_args(field.type)
-
-
 def kind_of(field: dataclasses.Field) -> type:
     """The plain type of a Config's field: `int | None` is an int."""
     return next(iter(get_args(field.type)), field.type)
+
+
+def what_differs(configs: Sequence[Config]) -> list[str]:
+    """A short name for each Config: the settings in which they differ and the betas, `beta_y 1, beta_z 0.1`."""
+    names = [n for n in fields_of() if n not in ("run_batch_name", "data_digest", "source")]
+    names = [n for n in names if n.startswith("beta_") or len({getattr(c, n) for c in configs}) > 1]
+
+    def text(name: str, config: Config) -> str:
+        value = getattr(config, name)
+        if value in (None, "") or name == "warmup_epochs" and value == config.default_warmup:
+            return ""  # a default follows from the others
+        return f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+
+    return [", ".join(filter(None, (text(name, c) for name in names))) for c in configs]
+
+
+def _sha256(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -21,10 +21,10 @@ LONG = timedelta(days=30)  # a process may wait as long as another one trains
 
 def place() -> tuple[int, int]:
     """This process's rank, and how many there are. Raises UserError for variables that make no sense."""
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (texts[0].isdecimal() and texts[1].isdecimal() and int(texts[0]) < int(texts[1])):
-        raise UserError(f"RANK and WORLD_SIZE: need whole numbers, 0 <= RANK < WORLD_SIZE, got {' and '.join(texts)}")
-    return int(texts[0]), int(texts[1])
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise UserError(f"RANK and WORLD_SIZE: need whole numbers, 0 <= RANK < WORLD_SIZE, got {rank} and {world}")
+    return int(rank), int(world)
 
 
 def is_first() -> bool:
@@ -80,9 +80,9 @@ def from_first(value):
 
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits them: `40 s`, `12 min`, `3.5 h`, `2.1 days`."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
         if seconds >= 1.5 * size:
-            return f"{seconds / size:.{0 if unit == 'min' else 1}f} {unit}"
+            return f"{seconds / size:.{digits}f} {unit}"
     return f"{seconds:.0f} s"
 
 
@@ -94,19 +94,18 @@ class Lines(tqdm):
 
     @staticmethod
     def status_printer(file):
-        last = ""
+        lines = [""]
 
         def write(line: str) -> None:
-            nonlocal last
-            if line.strip() != last:  # the end of a bar is drawn several times
-                last = line.strip()
-                file.write(last + "\n")
-                file.flush()
+            if line.strip() != lines[-1]:  # the end of a bar is drawn several times
+                lines[:] = [line.strip()]
+                print(lines[-1], file=file, flush=True)
 
         return write
 
 
 def progress(*args, **kwargs) -> tqdm:
     """A progress bar of the first process; the others show none. In a file it becomes lines."""
-    kind = tqdm if sys.stderr.isatty() else Lines
-    return kind(*args, **kwargs, **({} if is_first() else {"disable": True}))
+    if not is_first():
+        kwargs["disable"] = True
+    return (tqdm if sys.stderr.isatty() else Lines)(*args, **kwargs)

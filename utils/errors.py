@@ -25,12 +25,8 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SPINS = "5000"
 
 
-class Terminated(KeyboardInterrupt):
-    """One of the signals came that end a process: its number."""
-
-
-def _terminate(number, _):
-    raise Terminated(number)
+def _raise(number, _):
+    raise KeyboardInterrupt(number)
 
 
 def _end_quietly(number, _) -> NoReturn:
@@ -53,7 +49,7 @@ def let_signals_raise() -> None:
     """Lets signals that would end a script at once raise KeyboardInterrupt from now on, so that it can save."""
     for number in heeded_signals():
         if signal.getsignal(number) is _end_quietly:
-            signal.signal(number, _terminate)
+            signal.signal(number, _raise)
 
 
 @contextlib.contextmanager
@@ -83,11 +79,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def is_out_of_memory(e: BaseException | None) -> bool:
     """Whether a GPU's memory did not hold what was asked for: as torch says it, or a library below or above it."""
-    while e is not None:
-        if "out of memory" in str(e) or "ALLOC_FAILED" in str(e):
-            return True
-        e = e.__cause__ or e.__context__
-    return False
+    if e is None or "out of memory" in str(e) or "ALLOC_FAILED" in str(e):
+        return e is not None
+    return is_out_of_memory(e.__cause__ or e.__context__)
 
 
 def one_line(e: BaseException) -> str:
@@ -112,8 +106,6 @@ class _Output(io.FileIO):
     def write(self, data) -> int | None:
         try:
             return super().write(data)
-        except BlockingIOError:
-            raise
         except OSError as e:
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
@@ -163,7 +155,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         if not _Output.reader_gone:
             print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
-        sys.exit(128 + (e.args[0] if isinstance(e, Terminated) else signal.SIGINT))
+        sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     except OSError as e:
         message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"
     print("error: " + " ".join(message.split()), file=sys.stderr)

@@ -40,7 +40,8 @@ def load(path: str | Path, data_dir: str | None = None, device: str = "cpu", dat
         raise UserError(f"{path}: a multi-rate model; load one of the cells that were unfolded from it")
     device = torch.device(device)
     model = load_model(run, device).requires_grad_(False)
-    return Loaded(run, model, load_data(run.config, data_dir or default_data_dir(), device, moved_to=dataset))
+    data = load_data(run.config, data_dir or default_data_dir(), device, moved_to=dataset)
+    return Loaded(run, run.config, model, data, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +49,10 @@ class Loaded:
     """A trained model with its data; `model` has the distributions q_z, q_y, p_y and p_x themselves."""
 
     run: Run
+    config: Config
     model: nn.Module
     data: Data
-
-    @property
-    def config(self) -> Config:
-        """The run's settings."""
-        return self.run.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return next(self.model.parameters()).device
+    device: torch.device
 
     def images(self, n: int, split: str = "test") -> tuple[Tensor, Tensor]:
         """The first n images of a split, (n, C, H, W) in [0, 1], and their labels."""
@@ -67,10 +60,11 @@ class Loaded:
 
     def encode(self, x: Tensor, seed: int | None = None) -> Latents:
         """The latents of images x (B, C, H, W): the posterior modes, or with a seed a sample of q(z|x) q(y|z,x)."""
-        q_z, noise = self.model.q_z(x), self._noise(len(x), seed)
-        z = q_z.mode if noise is None else q_z.sample(noise.z)
+        noise = None if seed is None else self._noise(len(x), seed)
+        q_z = self.model.q_z(x)
+        z = q_z.sample(noise.z) if noise else q_z.mode
         q_y, p_y = self.model.q_y(z, x), self.model.p_y(z)
-        y = q_y.mode if noise is None else q_y.sample(noise.y)
+        y = q_y.sample(noise.y) if noise else q_y.mode
         return Latents(z, y, (y - p_y.mean) / p_y.std)
 
     def decode(self, z: Tensor, own: Tensor | None = None, seed: int | None = None) -> Tensor:
@@ -97,5 +91,5 @@ class Loaded:
         """The images (B, C, H, W) in one picture of Pillow, in rows of so many."""
         return to_pil(tiled(images, columns))
 
-    def _noise(self, n: int, seed: int | None):
-        return None if seed is None else self.model.noise(n, generator(self.device, seed, "explore"))
+    def _noise(self, n: int, seed: int):
+        return self.model.noise(n, generator(self.device, seed, "explore"))

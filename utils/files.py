@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -23,24 +22,17 @@ from utils.errors import UserError, one_line
 if TYPE_CHECKING:
     import numpy as np
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def check_writable(folder: Path, flag: str = "--runs_dir") -> None:
-    """Raises UserError if the folder, or the first one above it that exists, cannot be written."""
+    """Raises UserError if no file can be written to the folder, or to the first one above it that exists."""
     folder = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        _try_to_write(folder.resolve())
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # of a full disk `write_atomic` tells more
+        if e.errno not in FULL:  # `write_atomic` tells more
             raise UserError(f"{folder}: cannot write there ({e.strerror or e}); choose another {flag}") from e
-
-
-@functools.cache
-def _try_to_write(folder: Path) -> None:
-    """Writes a file into a folder and removes it: permissions alone do not tell. Raises OSError."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
-        file.write(b"0")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -51,22 +43,21 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        locks.check(path.parent)
-        os.replace(temporary, path)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):  # the system names no file, or the temporary one
-            raise UserError(f"{path}: cannot be written ({e.strerror or e})") from e
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # so that it does not count
-        free = shutil.disk_usage(path.parent).free
-        raise UserError(f"{path}: disk full: needs {len(data):,} bytes, has {free:,}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            locks.check(path.parent)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    except OSError as e:  # names no file, or the temporary one
+        why = f"cannot be written ({e.strerror or e})"
+        if e.errno in FULL:
+            why = f"disk full: needs {len(data):,} bytes, has {shutil.disk_usage(path.parent).free:,}"
+        raise UserError(f"{path}: {why}") from e
 
 
 def write_text(path: Path, text: str) -> None:
@@ -118,14 +109,11 @@ def load_tensors(path: Path) -> dict:
     """
     import torch
 
-    clean = io.BytesIO()
+    clean = io.BytesIO()  # of what Python's reader has checked: torch trusts the archive's headers
     try:
-        # torch compares no checksums and trusts the archive's headers: give it what Python's reader has checked
-        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(clean, "w") as copy:
-            if len(set(archive.namelist())) < len(archive.namelist()):
-                raise zipfile.BadZipFile("two entries of one name")
-            for name in archive.namelist():
-                copy.writestr(name, archive.read(name))
+        with zipfile.ZipFile(clean, "w") as copy:
+            for name, content in _unzipped(path).items():
+                copy.writestr(name, content)
         clean.seek(0)
         state = torch.load(clean, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
@@ -134,6 +122,15 @@ def load_tensors(path: Path) -> dict:
     except Exception as e:  # the readers raise anything on damaged files
         what = "it may hold code, refused" if isinstance(e, pickle.UnpicklingError) else "damaged"
         raise UserError(f"{path}: {what} ({one_line(e)[:200]})") from e
+
+
+def _unzipped(path: Path) -> dict[str, bytes]:
+    """The entries of an archive, whose checksums are right."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+        if len(entries) < len(archive.namelist()):
+            raise zipfile.BadZipFile("two entries of one name")
+    return entries
 
 
 def to_csv(rows: Sequence[Mapping], columns: Iterable[str]) -> str:
@@ -158,9 +155,8 @@ def read_arrays(path: Path) -> dict[str, "np.ndarray"]:
     import numpy as np
 
     try:
-        with zipfile.ZipFile(path) as archive:  # compares checksums before anything believes a header
-            names = [name for name in archive.namelist() if name.endswith(".npy")]
-            files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in names}
-        return {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}
+        files = {Path(name): io.BytesIO(content) for name, content in _unzipped(path).items()}
+        read = np.lib.format.read_array
+        return {f.stem: read(content, allow_pickle=False) for f, content in files.items() if f.suffix == ".npy"}
     except Exception as e:  # numpy and zipfile raise anything on damaged files
         raise UserError(f"{path}: missing or damaged ({e})") from e

@@ -13,30 +13,17 @@ if TYPE_CHECKING:
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, in malloc.h
 
 
-def prepare(device: str | None, threads: int | None) -> "torch.device":
-    """Imports torch, sets it to compute with so many threads, and returns the device that is named.
+def prepare(name: str | None, threads: int | None) -> "torch.device":
+    """Imports torch, sets it to compute with so many threads, and returns the device of that name.
 
     None stands for a GPU if there is one, and for OMP_NUM_THREADS, or else as many threads as the process may use
-    cores. Raises UserError for a device that is not there.
+    cores. `cuda` is the GPU that torchrun or srun means for this process. Raises UserError for a device that is not
+    there.
     """
     import torch  # takes seconds; a signal ends the process, as an exception could leave torch half imported
 
     let_signals_raise()
-    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        from joblib import cpu_count  # heeds affinity and a container's quota, which torch does not know of
-
-        threads = cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    keep_freed_memory()
-    return chosen
-
-
-def _device(name: str) -> "torch.device":
-    """The device of that name; `cuda` is the GPU that torchrun or srun means for this process."""
-    import torch
-
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -49,14 +36,21 @@ def _device(name: str) -> "torch.device":
             torch.cuda.set_device(device)  # Triton launches where CUDA is set to, not where its tensors are
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        from joblib import cpu_count  # heeds affinity and a container's quota, which torch does not know of
+
+        threads = cpu_count()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
     return device
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for what comes next, rather than give it back to the system at once.
+    """Lets glibc keep what is freed for what comes next, unless MALLOC_* are set.
 
     The system clears memory page by page before it hands it out anew, which takes part of every training step on a CPU
-    (docs/performance.md). Other libraries stay as they are, and so does glibc where MALLOC_* are set.
+    (docs/performance.md).
     """
     if not any(name.startswith("MALLOC_") for name in os.environ):
         with contextlib.suppress(AttributeError, OSError):  # no mallopt

@@ -70,35 +70,31 @@ class Run:
     def check(self, overwrite: bool) -> None:
         """Raises UserError if the folder cannot be written, or holds another configuration to be kept."""
         if not overwrite and self.status != "new":
-            theirs = Config.from_json(self.path / "config.json")
-            if theirs.data_digest not in (None, self.config.data_digest):
-                raise UserError(
-                    f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
-                    "choose another --run_batch_name, or --overwrite it"
-                )
-            free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
-            free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
-            different = [f"--{n} {getattr(theirs, n)}" for n in self.config.differs_in(theirs) if n not in free]
-            if different:
-                raise UserError(
-                    f"{self.path}: exists with another configuration ({', '.join(different)}); "
-                    "choose another --run_name or --run_batch_name, or --overwrite it"
-                )
+            self._check_config(Config.from_json(self.path / "config.json"))
         elif not overwrite and self.path.is_dir() and any(p.name[0] != "." for p in self.path.iterdir()):
             raise UserError(f"{self.path}: holds files but no config.json; remove it, or --overwrite it")
         check_writable(self.path)
 
+    def _check_config(self, theirs: Config) -> None:
+        if theirs.data_digest not in (None, self.config.data_digest):
+            raise UserError(
+                f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
+                "choose another --run_batch_name, or --overwrite it"
+            )
+        free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
+        free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
+        different = [f"--{n} {getattr(theirs, n)}" for n in self.config.differs_in(theirs) if n not in free]
+        if different:
+            raise UserError(
+                f"{self.path}: exists with another configuration ({', '.join(different)}); "
+                "choose another --run_name or --run_batch_name, or --overwrite it"
+            )
+
     def create(self) -> None:
-        """Makes the folder and its config.json, where they are not there yet; both or none."""
-        if (self.path / "config.json").exists():
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        try:
+        """Makes the folder and its config.json, where they are not there yet."""
+        if not (self.path / "config.json").exists():
+            self.path.mkdir(parents=True, exist_ok=True)
             self.write_config()
-        except UserError:
-            with contextlib.suppress(OSError):  # another process has made it
-                self.path.rmdir()
-            raise
 
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
         """Holds the folder for this process; see utils/locks.py."""
@@ -152,14 +148,13 @@ class Run:
 
     def step_back(self, position: tuple[int, int]) -> dict | None:
         """Goes back to the previous checkpoint if that is at (epoch, step) = `position`; None if it is not."""
-        try:
-            state = self.read_state(self.path / "resume.prev.pth")
-        except UserError:
-            return None
-        if (state["epoch"], state["step"]) != position:
-            return None
-        os.replace(self.path / "resume.prev.pth", self.path / "resume.pth")
-        return state
+        previous = self.path / "resume.prev.pth"
+        with contextlib.suppress(UserError):
+            state = self.read_state(previous)
+            if (state["epoch"], state["step"]) == position:
+                os.replace(previous, self.path / "resume.pth")
+                return state
+        return None
 
     def read_state(self, path: Path) -> dict:
         """The checkpoint in a file of its folder. Raises UserError if it is damaged, or of another model.
@@ -169,12 +164,10 @@ class Run:
         state = load_tensors(path)
         if path.name == "adam.pth":
             ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
-            state = {**state, **ended, "weights": load_tensors(self.path / "vae.pth")}
+            state |= {**ended, "weights": load_tensors(self.path / "vae.pth")}
         with torch.device("meta"):
-            shapes = {name: (p.shape, p.dtype) for name, p in build_model(self.config).named_parameters()}
-        if not all(_shapes(state.get(key)) == shapes for key in ("weights", "exp_avg", "exp_avg_sq")) or not _fits(
-            state
-        ):
+            layout = _layout(dict(build_model(self.config).named_parameters()))
+        if not _is_state(state, layout):
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
 
@@ -207,25 +200,26 @@ def is_cell(path: Path) -> bool:
         return path.name != "figures"
 
 
-def _shapes(tensors) -> dict | None:
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        return None
+def _layout(tensors: dict[str, torch.Tensor]) -> dict:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
-def _fits(state: dict) -> bool:
-    """Whether a checkpoint's numbers, and its history within an epoch, can be what a training saved."""
-    whole = all(type(state.get(key)) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
-    threads, spread, seconds = state.get("threads", 1), state.get("spread", 0.0), state.get("seconds")
-    whole &= type(threads) is int and 1 <= threads <= 1024 and type(spread) is float and 0 <= spread <= 1
-    whole &= isinstance(seconds, int | float) and math.isfinite(seconds)
-    if "betas" in state:  # of a cell whose betas are steered
-        whole &= all(getattr(state.get(key), "shape", None) == (2,) for key in ("betas", "log_rates"))
-    if not whole or not state["step"]:
-        return whole
-    history = state.get("history")
-    whole = isinstance(history, torch.Tensor) and history.ndim == 2 and history.shape[1] == len(TERMS)
-    return whole and state["step"] < len(history) and isinstance(state.get("noise"), torch.Tensor)
+def _is_state(state: dict, layout: dict) -> bool:
+    """Whether a training of a model with that layout can have saved it."""
+    threads, spread = state.get("threads", 1), state.get("spread", 0.0)
+    is_right = type(threads) is int and 1 <= threads <= 1024 and type(spread) is float and 0 <= spread <= 1
+    try:
+        is_right &= all(_layout(state[key]) == layout for key in ("weights", "exp_avg", "exp_avg_sq"))
+        is_right &= all(type(state[key]) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
+        is_right &= math.isfinite(state["seconds"])
+        if "betas" in state:  # of a cell whose betas are steered
+            is_right &= state["betas"].shape == state["log_rates"].shape == (2,)
+        if state["step"]:  # within an epoch
+            steps, n_terms = state["history"].shape
+            is_right &= state["step"] < steps and n_terms == len(TERMS) and isinstance(state["noise"], torch.Tensor)
+        return is_right
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):  # it lacks a value, or has another type
+        return False
 
 
 def load_model(run: Run, device: torch.device) -> nn.Module:

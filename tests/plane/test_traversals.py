@@ -11,9 +11,8 @@ from models.build import build_model
 from tests.conftest import random_data
 from tests.datasets.files import write_cifar10
 from tests.plane.planes import read_csv
-from utils.config import Config
+from utils.config import Config, what_differs
 from utils.explore import Loaded, load
-from utils.names import what_differs
 from utils.plane.drawing import COLUMN, TEXT
 from utils.plane.traversals import SWEEP, between, dimensions, rates_of_units, redrawn, side_by_side
 from utils.runs import Run

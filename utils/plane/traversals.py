@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.latents import Gaussian
+from utils.config import what_differs
 from utils.errors import UserError
 from utils.explore import Loaded
 from utils.files import check_writable
 from utils.images import tiled
-from utils.names import what_differs
 from utils.plane.drawing import COLUMN, TEXT, Drawing, say, styled, write_drawing
 
 ALONG = 7  # images of a walk, and of a sweep from -3 to 3

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from models.build import build_model
 from utils import locks
 from utils.cli import next_command
-from utils.config import FLAGS, Config
+from utils.config import FLAGS, Config, what_differs
 from utils.distributed import duration, progress
 from utils.errors import UserError
-from utils.names import what_differs
 from utils.runs import Run, runs_in
 
 FORMAT = "{percentage:3.0f}%|{bar:16}| {desc} · {remaining} left"
