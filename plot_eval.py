@@ -17,38 +17,35 @@ from utils.errors import run_script
 from utils.files import check_writable
 from utils.machine import prepare
 
+LIMITS = {"max_rate": "R(z) + R(y|z)", "max_rate_z": "R(z)", "max_rate_y": "R(y|z)"}
+
 
 def parse_args(argv=None):
     """Parses the flags. Raises UserError for unknown or invalid ones."""
     parser = Parser(__doc__)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument(
-        "--run_batch_name", nargs="+",
-        help="the batch: a folder of runs under --runs_dir; several are compared at equal rates",
-    )  # fmt: skip
-    task.add_argument("--traverse", nargs="+", metavar="RUN", help="draw what z and y of these run folders encode")
-    parser.add_argument(
-        "--metrics", nargs="+", help="columns of eval_results.csv to draw, or all (default: one for each task)"
-    )
+    add = task.add_argument
+    text = "the batch: a folder of runs under --runs_dir; several are compared at equal rates"
+    add("--run_batch_name", nargs="+", help=text)
+    text = "draw what z and y of these run folders encode"
+    add("--traverse", nargs="+", metavar="RUN", help=text)
+    add = parser.add_argument
+    text = "columns of eval_results.csv to draw, or all (default: one for each task)"
+    add("--metrics", nargs="+", help=text)
     add_moved_flag(parser)
-    parser.add_argument("--out", type=Path, help="output folder (default: figures/ in the batch's folder)")
-    formats = ("png", "pdf")
-    parser.add_argument("--format", nargs="+", choices=formats, default=formats, help="file formats (default: png pdf)")
-    parser.add_argument(
-        "--images", type=partial(whole, most=100), default=4,
-        help="samples and reconstructions shown per cell (default: 4)",
-    )  # fmt: skip
-    parser.add_argument("--overview", action="store_true", help="also draw the rate plane at a glance, as for a README")
-    parser.add_argument(
-        "--rate_unit",
-        choices=("nats", "bits"),
-        default="nats",
-        help="unit of rates and information, everywhere (default: nats)",
-    )
+    add("--out", type=Path, help="output folder (default: figures/ in the batch's folder)")
+    formats, text = ("png", "pdf"), "file formats (default: png pdf)"
+    add("--format", nargs="+", choices=formats, default=formats, help=text)
+    text = "samples and reconstructions shown per cell (default: 4)"
+    add("--images", type=partial(whole, most=100), default=4, help=text)
+    text = "also draw the rate plane at a glance, as for a README"
+    add("--overview", action="store_true", help=text)
+    text = "unit of rates and information, everywhere (default: nats)"
+    add("--rate_unit", choices=("nats", "bits"), default="nats", help=text)
     group = parser.add_argument_group("rate budget of the advice, per image, in that unit")
-    group.add_argument("--max_rate", type=positive, metavar="RATE", help="upper limit on R(z) + R(y|z)")
-    group.add_argument("--max_rate_z", type=positive, metavar="RATE", help="upper limit on R(z)")
-    group.add_argument("--max_rate_y", type=positive, metavar="RATE", help="upper limit on R(y|z)")
+    for name, rate in LIMITS.items():
+        text = f"upper limit on {rate}"
+        group.add_argument(f"--{name}", type=positive, metavar="RATE", help=text)
     return parser.parse(argv)
 
 
@@ -61,9 +58,9 @@ def main(argv=None) -> int:
         from utils.plane.traversals import traverse
         from utils.runs import is_cell
 
-        paths = [
-            path for path in map(Path, args.traverse) if len(args.traverse) == 1 or is_cell(path)
-        ]  # of a shell's *
+        paths = list(map(Path, args.traverse))
+        if len(paths) > 1:  # of a shell's *
+            paths = list(filter(is_cell, paths))
         cells = [load(path, args.data_dir, device, args.dataset) for path in paths]
         folder = args.out or paths[0].resolve().parent / "figures" / "traversals"
         traverse(cells, folder, args.format, args.images)
@@ -72,7 +69,8 @@ def main(argv=None) -> int:
     from utils.plane.cells import read_plane
     from utils.plane.metrics import wanted
 
-    planes = {name: read_plane(folder / "eval_results.csv", args.rate_unit) for name, folder in folders.items()}
+    files = {name: folder / "eval_results.csv" for name, folder in folders.items()}
+    planes = {name: read_plane(path, args.rate_unit) for name, path in files.items()}
     plane = planes[args.run_batch_name[0]]
     out, names = args.out or plane.folder / "figures", wanted(plane.names, args.metrics)
     check_writable(out, "--out")
@@ -89,7 +87,8 @@ def main(argv=None) -> int:
 
     limits = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: most for name, most in limits.items() if most is not None}
-    write_report(out, plane, Options(args.format, args.metrics, budget, args.images, args.overview), device, data_of)
+    options = Options(args.format, args.metrics, budget, args.images, args.overview)
+    write_report(out, plane, options, device, data_of)
     return 0
 
 

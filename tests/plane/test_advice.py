@@ -5,12 +5,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pytest
+from pytest import approx
 
 from tests.plane.planes import AXIS, exponential, grid, plane_of, rows_of, write_csv, write_terms
 from utils.plane.advice import ADVICE, advice, headings_of, training
 from utils.plane.cells import Cell, Plane, read_plane
-from utils.plane.tables import to_markdown
+from utils.plane.tables import Table
 
 
 def within(plane, **budget):
@@ -32,10 +32,10 @@ def test_advice_on_a_known_surface():
     ordinary = [(16 - 9 * t, 10 ** (-0.1 * (30 - 4 * t))) for t in np.log10(AXIS)]  # rates and squared errors
     pairs = [(a, b, (rb - 15) / (rb - ra)) for ra, a in ordinary for rb, b in ordinary if ra <= 15 < rb]
     mixed = -10 * math.log10(min(share * a + (1 - share) * b for a, b, share in pairs))
-    assert psnr["diagonal_value"] == pytest.approx(mixed) and psnr["gain"] == pytest.approx(34 - mixed)
+    assert psnr["diagonal_value"] == approx(mixed) and psnr["gain"] == approx(34 - mixed)
     assert psnr["diagonal_rate"] == psnr["rate"] == 15 and psnr["told"] == "untested"
     assert (acc["beta_y"], acc["beta_z"], acc["kl_z"]) == (0.1, 1, 6)
-    assert acc["diagonal_rate"] == 16 and acc["gain"] == pytest.approx(0.04)  # less than the 20 of the best
+    assert acc["diagonal_rate"] == 16 and acc["gain"] == approx(0.04)  # less than the 20 of the best
     assert (fid["beta_y"], fid["beta_z"], fid["value"], fid["gain"]) == (0.1, 0.1, 75, 0)
     psnr, acc, fid = within(plane, rate=17)
     assert (psnr["beta_y"], psnr["beta_z"]) == (0.1, 10) and psnr["budget"] == "R(z) + R(y|z) <= 17 nats"
@@ -50,9 +50,9 @@ def test_in_bits_everything_known_in_nats_is_bits():
     bits = Plane(nats.cells, unit="bits")
     for a, b in zip(within(nats, rate=60.0), within(bits, rate=60.0 / bit), strict=True):
         for name in ("kl_y", "kl_z", "rate", "diagonal_rate"):
-            assert b[name] == pytest.approx(a[name] / bit) and headings_of(bits)[name].endswith("(bits)")
+            assert b[name] == approx(a[name] / bit) and headings_of(bits)[name].endswith("(bits)")
         per, units = (bit, ("nats", "bits")) if a["metric"] == "nelbo" else (1, ("dB", "dB"))
-        assert (b["value"], b["gain"]) == pytest.approx((a["value"] / per, a["gain"] / per))
+        assert (b["value"], b["gain"]) == approx((a["value"] / per, a["gain"] / per))
         assert (a["unit"], b["unit"]) == units
         assert b["budget"].endswith("bits") and a["budget"] == "R(z) + R(y|z) <= 60 nats"
 
@@ -60,7 +60,7 @@ def test_in_bits_everything_known_in_nats_is_bits():
 def test_advice_without_ordinary_cells_leaves_them_empty():
     (row,) = advice(plane_of([exponential(1, 10) | {"psnr": 3.0}]))
     assert "gain" not in row and "diagonal_rate" not in row and row["command"] == ""
-    assert "gain" not in to_markdown([row], ADVICE)
+    assert "gain" not in Table([row], ADVICE).markdown()
 
 
 def test_the_advice_of_a_batch_with_terms_of_single_images():

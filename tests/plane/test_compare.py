@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pytest
+from pytest import approx
 
 import plot_eval
 from tests.plane.planes import read_csv, write_csv, write_terms
@@ -38,14 +38,14 @@ def test_a_gain_at_equal_rate_is_told_with_its_error():
     a, b = batch("a"), batch("b", gain=0.5, draw=1)
     (every, *single), (back, *_) = compared(a, b), compared(b, a)
     assert every["rate"] == "15 to 45 nats" and len(single) == 3
-    assert every["gain"] == pytest.approx(0.5, abs=0.05) and every["low"] < 0.5 < every["high"]
+    assert every["gain"] == approx(0.5, abs=0.05) and every["low"] < 0.5 < every["high"]
     assert every["high"] - every["low"] < 0.1  # paired; unpaired, 0.5 x 4.3 dB of 200 images are 0.8 dB
-    assert back["gain"] == pytest.approx(-every["gain"])
+    assert back["gain"] == approx(-every["gain"])
     assert (every["told"], back["told"]) == ("better (one seed)", "worse (one seed)")
     (loss, *_) = compared(a, b, "nelbo")  # less is better
-    assert loss["gain"] == pytest.approx(5) and loss["told"] == "untested"
+    assert loss["gain"] == approx(5) and loss["told"] == "untested"
     hand = np.trapezoid([row["other"] - row["value"] for row in single]) / 2
-    assert every["gain"] == pytest.approx(hand, abs=0.02)
+    assert every["gain"] == approx(hand, abs=0.02)
 
 
 def test_seeds_widen_the_interval_by_what_they_differ_in():

@@ -3,9 +3,10 @@
 import math
 
 import numpy as np
-import pytest
 from matplotlib.colors import Normalize
 from matplotlib.text import Text
+from numpy.testing import assert_allclose, assert_array_equal
+from pytest import approx
 
 import plot_eval
 from tests.plane.planes import AXIS, exponential, grid, plane_of, read_csv, rows_of, write_csv
@@ -13,23 +14,25 @@ from utils.plane import figures
 from utils.plane.cells import read_plane
 from utils.plane.drawing import COLUMN, TEXT, Grid, styled
 from utils.plane.sheets import Pictures, sheet, sheets
-from utils.plane.tables import to_markdown
+from utils.plane.tables import Table
 
-# what deuteranopes and protanopes see of linear RGB (Machado 2009)
+XYZ = [[0.412, 0.358, 0.180], [0.213, 0.715, 0.072], [0.019, 0.119, 0.950]]  # of linear RGB
+# what deuteranopes and protanopes see of it (Machado 2009)
 DEUTERANOPIA = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
 PROTANOPIA = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
 HVAE, LVAE = {"vae_type": "HVAE"}, {"vae_type": "LVAE"}
 
 
 def test_the_colours_of_25_cells_are_told_apart():
-    """Distances of RGB; with a red and a green corner it would be 0.01."""
-    betas = (axis.ravel() for axis in np.meshgrid(AXIS, AXIS, indexing="ij"))
-    colours = figures.beta_colours(*betas)
+    """Distances in CIELAB, of which 2.3 are just seen."""
+    colours = figures.beta_colours(*(betas.ravel() for betas in np.meshgrid(AXIS, AXIS)))
     assert colours.min() >= 0 and colours.max() <= 1
     for seen in (np.eye(3), DEUTERANOPIA, PROTANOPIA):
-        points = (colours**2.2 @ np.transpose(seen)).clip(0, 1) ** (1 / 2.2)
-        distances = np.linalg.norm(points[:, None] - points, axis=2)
-        assert distances[np.triu_indices(25, 1)].min() > 0.1
+        linear = (colours**2.2 @ np.transpose(seen)).clip(0, 1)
+        x, y, z = np.cbrt(linear @ np.transpose(XYZ) / np.sum(XYZ, 1)).T
+        lab = np.stack([116 * y, 500 * (x - y), 200 * (y - z)], 1)
+        distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+        assert distances[np.triu_indices(25, 1)].min() > 12
     assert np.isfinite(figures.beta_colours(np.array([0.0, 1]), np.array([0.0, 0]))).all()
 
 
@@ -40,7 +43,7 @@ def test_what_is_only_known_between_two_ends_is_a_bar():
         figure, data = draw(plane_of(rows, unit="bits"), ["mi_z_low"])
         (bars,) = [c for c in figure.axes[0].collections if hasattr(c, "get_segments")]
         drawn = np.array([segment[:, 1] for segment in bars.get_segments()])
-        np.testing.assert_allclose(drawn, [[*both.values()] / np.log(2) for both in ends])
+        assert_allclose(drawn, [[*both.values()] / np.log(2) for both in ends])
         assert "mi_z_high" in data[0]
 
 
@@ -48,7 +51,7 @@ def test_seeds_are_points_around_their_median_and_collapsed_ones_are_counted():
     rates = {1: 6.6, 2: 6.5, 3: 0.33, 4: 6.7}
     rows = [row for s, r in rates.items() for row in rows_of([1], seed=s, kl_z=r, psnr=20.0 + s)]
     plane = read_plane(write_csv(rows))
-    assert plane.values("kl_z") == pytest.approx(6.55)
+    assert plane.values("kl_z") == approx(6.55)
     assert plane.about.endswith("4 seeds; R(z) < 0.5 nats in 1 of 4 runs")
     assert any("R(z) < 0.5 nats in 1 run(s)" in note for note in plane.notes)
     (ax, *_) = figures.rate_planes(plane, ["psnr"]).figure.axes
@@ -107,7 +110,7 @@ def test_every_figure_comes_with_what_it_shows(passes):
     one = [r for r in rows if r["beta_y"] == r["beta_z"] == "1.0"]
     values = [(r["what"], r["PSNR (dB)"]) for r in one]
     assert values == [("median", "30.5"), ("seed", "21.0"), ("seed", "40.0")]
-    assert float(one[0]["R(z) (bits)"]) == pytest.approx(exponential(1, 1)["kl_z"] / math.log(2))
+    assert float(one[0]["R(z) (bits)"]) == approx(exponential(1, 1)["kl_z"] / math.log(2))
     assert {"hull of all cells", "hull of beta_y = beta_z"} <= {r["what"] for r in rows}
 
 
@@ -124,7 +127,7 @@ def test_cells_of_mixed_settings_have_markers_and_sheets_of_their_own():
     runs = [[row["run"] for row in drawing.rows] for drawing in drawings.values()]
     assert runs == [[c.runs[0] for c in plane.cells[:4]], [c.runs[0] for c in plane.cells[4:]]]
     corners = [d.figure.axes[0].images[0].get_array()[:2, :2].mean() for d in drawings.values()]
-    assert corners == pytest.approx([2 / 8, 6 / 8])  # the largest beta_y, the smallest beta_z
+    assert corners == approx([2 / 8, 6 / 8])  # the largest beta_y, the smallest beta_z
     one = sheets(plane_of(grid([1])), Pictures({"samples": {0: images[0]}}, {}))
     assert list(one) == ["samples"]
 
@@ -142,7 +145,7 @@ def test_of_many_settings_each_keeps_its_marker_in_every_panel():
 
 def test_the_grid_puts_each_cell_in_its_place():
     image = Grid([1, 10, 1], [0.1, 0.1, 5]).image([1.0, 2.0, 3.0])
-    np.testing.assert_array_equal(image, [[1, 3], [2, np.nan]])
+    assert_array_equal(image, [[1, 3], [2, np.nan]])
     figure = sheet({(1.0, 0.1): np.zeros((4, 6, 3)), (10.0, 5.0): np.full((4, 6, 3), 0.5)}, "t")
     canvas = figure.axes[0].images[0].get_array()
     assert canvas.shape == (12, 16, 3) and (canvas[8:, :6] == 0).all()
@@ -151,5 +154,5 @@ def test_the_grid_puts_each_cell_in_its_place():
 
 def test_tables_as_markdown():
     rows = [{"metric": "a|b", "value": 1.23456789, "other": None}]
-    text = to_markdown(rows, {name: name for name in rows[0]})
+    text = Table(rows, {name: name for name in rows[0]}).markdown()
     assert text == "| metric | value |\n| ------ | ----- |\n| a\\|b   | 1.235 |\n"

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from pytest import approx
 
-from utils.plane.gains import gain, verdict
+from utils.plane.gains import gain, interval, mixture
 from utils.plane.metrics import value_of
-from utils.plane.mixtures import mixture
 
 CELLS = 49
 
@@ -76,7 +76,7 @@ def test_a_true_gain_is_found_as_large_as_it_is(times):
         large = make(np.random.default_rng(1), **{**how, "n": 50_000, "cells": 9}).mean((1, 2))
         true = float(10 * np.log10(large[2] / large[1]) if name == "psnr" else large[1] - large[2])
         assert sum(g["low"] < true < g["high"] for g in gains) >= 0.85 * times
-        assert np.mean([g["gain"] for g in gains]) == pytest.approx(true, abs=0.3 * true)
+        assert np.mean([g["gain"] for g in gains]) == approx(true, abs=0.3 * true)
 
 
 def test_the_value_is_the_mean_of_the_two_halves_and_less_is_better_where_it_is():
@@ -86,10 +86,11 @@ def test_the_value_is_the_mean_of_the_two_halves_and_less_is_better_where_it_is(
     assert gain_of("nelbo", terms, [1, 0, 1]) == numbers | {"told": "yes (one seed)"}
     psnr = gain_of("psnr", [v / 100 for v in terms], [1, 0, 1])
     expected = -10 * np.log10(0.03), 10 * np.log10(4.5 / 3)
-    assert (psnr["value"], psnr["gain"]) == pytest.approx(expected)
+    assert (psnr["value"], psnr["gain"]) == approx(expected)
     same = gain_of("nelbo", terms, [1, 1, 1])
     assert (same["gain"], same["diagonal_rate"]) == (0, 1) and same["told"].startswith("no diff")
-    assert verdict(-0.3, -0.1, 3, "yes", "no, worse") == "no, worse"
+    low = interval(-0.2, [-0.3, -0.1], [-0.2] * 3, (0.1, 0.9), ("yes", "no, worse"))
+    assert low["told"] == "no, worse" and low["low"] < -0.2 < low["high"] < 0
     twice = gain_of("nelbo", [np.repeat(v, 2, 0) for v in terms], [1, 0, 0], seeds=["22"] * 3)
     assert (twice["gain"], twice["told"]) == (2, "yes (one seed)")  # a seed twice counts once
 
@@ -116,9 +117,9 @@ def test_choices_are_reported_on_other_images_and_seeds_slowly():
     shuffled[9] = None
     result = gain_of("psnr", shuffled, ordinary, among=among.tolist(), seeds=seeds)
     expected = np.mean(values), np.mean(others)
-    assert (result["value"], result["diagonal_value"]) == pytest.approx(expected)
+    assert (result["value"], result["diagonal_value"]) == approx(expected)
     assert "one seed" not in result["told"]
-    assert result["gain"] == pytest.approx(np.mean(values) - np.mean(others))
+    assert result["gain"] == approx(np.mean(values) - np.mean(others))
 
 
 def test_what_cannot_be_compared_is_not():
@@ -143,4 +144,4 @@ def test_ordinary_cells_beyond_a_budget_count_mixed():
     terms = [np.full((1, 40), 10 ** (-db / 10)) for db in (15, 18, 25)]
     result = gain_of("psnr", terms, [1, 0, 1], rates=[10, 20, 30], among=[1, 1, 0])
     numbers = result["value"], result["diagonal_rate"], result["diagonal_value"]
-    assert numbers == pytest.approx((18, 20, -10 * np.log10((10**-1.5 + 10**-2.5) / 2)))
+    assert numbers == approx((18, 20, -10 * np.log10((10**-1.5 + 10**-2.5) / 2)))

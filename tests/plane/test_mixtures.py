@@ -3,13 +3,13 @@
 import math
 
 import numpy as np
-import pytest
+from pytest import approx
 from scipy.spatial import ConvexHull
 
 from tests.plane.planes import plane_of
 from utils.plane import figures
+from utils.plane.gains import frontier, hull, mixture
 from utils.plane.metrics import metric, score_of
-from utils.plane.mixtures import frontier, hull, mixture
 
 
 def test_the_frontier_is_one_side_of_scipys_hull_up_to_the_best():
@@ -48,12 +48,12 @@ def test_what_cells_reach_within_a_rate():
     ):
         score = score_of(name, value)
         weights = mixture(name, rates, score, most)
-        assert weights == pytest.approx(expected)
+        assert weights == approx(expected)
         if metric(name).mixes and most >= 1:
             share, i, j = np.meshgrid(np.linspace(0, 1, 1201), range(3), range(3))
             within = share * rates[i] + (1 - share) * rates[j] <= most
             best = (share * score[i] + (1 - share) * score[j])[within].max()
-            assert sum(w * score[i] for i, w in weights.items()) == pytest.approx(best, abs=1e-3)
+            assert sum(w * score[i] for i, w in weights.items()) == approx(best, abs=1e-3)
 
 
 def test_of_equal_cells_the_one_of_least_rate_counts_alone():
@@ -73,8 +73,8 @@ def test_half_and_half_of_two_models_is_mixed_in_squared_errors():
     half = 10 * math.log10(2 / (10**-2.23 + 10**-1.34))
     for name, value in (("psnr", half), ("train_psnr", half), ("D", 250.0), ("recons_acc", (22.3 + 13.4) / 60)):
         at, values = np.array([list(row.values()) for row in hull(plane, name)]).T
-        assert np.interp(6.0, at, values) == pytest.approx(value, abs=0.02)
-        assert (values[-1], values[0]) == pytest.approx(plane.values(name))
+        assert np.interp(6.0, at, values) == approx(value, abs=0.02)
+        assert (values[-1], values[0]) == approx(plane.values(name))
     assert {row["lr_acc_mean"] for row in hull(plane, "lr_acc_mean")} == {1 - 13.4 / 30}  # more rate costs no accuracy
     assert not hull(plane, "is_mean") and not hull(plane, "D", np.zeros(2, bool))
     axes = figures.total_rates(plane, ["psnr", "is_mean"]).figure.axes[:2]

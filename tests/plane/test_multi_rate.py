@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
+from numpy.testing import assert_allclose
+from pytest import approx
 
 import eval_beta_grid
 import plot_eval
@@ -17,7 +18,7 @@ from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
 from utils.plane.cells import read_plane
-from utils.plane.excess import by_trainings, excess_rows
+from utils.plane.tables import by_trainings, excess_rows
 from utils.runs import Run
 
 SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z", "num_epochs", "optimizer", "loss"]
@@ -33,13 +34,13 @@ def test_kinds_and_rates_that_were_asked_for_are_kept_apart():
     assert len(plane.cells) == 51 and plane.unfolded.sum() == 26 and np.isfinite(plane.targets).all(1).sum() == 1
     assert {kind: len(part.cells) for kind, part in plane.grids.items()} == {"": 25, "multi_rate": 25}
     (cell,) = [c for c in plane.cells if len(c.runs) == 2]
-    assert cell.median["beta_y"] == pytest.approx(2.7) and cell.median["kl_y"] == 63.5
+    assert cell.median["beta_y"] == approx(2.7) and cell.median["kl_y"] == 63.5
     assert plane.differing == ["multi_rate"]
     (ax, *_) = figures.rate_planes(plane, ["psnr"]).figure.axes
     round_ones, squares = (c.get_offsets() for c in ax.collections if len(c.get_offsets()) >= 25)
     assert len(round_ones) == 25 and len(squares) == 26
     crosses = [line.get_xydata() for line in ax.lines if line.get_label() == "asked for"]
-    np.testing.assert_allclose(crosses, [[[8.0, 60.0]]])
+    assert_allclose(crosses, [[[8.0, 60.0]]])
     assert [[8.0, 60.0], [8.2, 63.5]] in [line.get_xydata().tolist() for line in ax.lines]
 
 
@@ -76,7 +77,7 @@ def test_the_excess_is_the_difference_of_the_losses(passes):
     groups = by_trainings(excess_rows(read_plane(write_csv([*own, *unfolded, muon], header=SETTINGS))))
     assert {own: row["excess"] for (_, own), (row,) in groups.items()} == {"4 epochs, adam": 6, "4 epochs, muon": 17}
     (row,) = excess_rows(read_plane(write_csv([*own, *unfolded], header=SETTINGS)))
-    assert row["excess"] == 6 and row["se"] == pytest.approx(math.sqrt((2 + 8) / 2))
+    assert row["excess"] == 6 and row["se"] == approx(math.sqrt((2 + 8) / 2))
     out = passes(plot_eval.main, "--run_batch_name", "b", "--format", "png", "--metrics", "psnr")
     assert "+6.00 nats on average" in out
     assert Path("runs/b/figures/excess.png").is_file()
@@ -95,6 +96,6 @@ def test_of_one_seed_each_the_error_of_the_excess_is_that_of_the_shared_images()
     path = write_csv(rows, header=SETTINGS)
     (row,) = excess_rows(read_plane(path))
     expected = np.std(2 * more[1] + 3 * more[2] - more[0], ddof=1) / 500**0.5
-    assert row["se"] == pytest.approx(expected, rel=1e-3) and expected < 0.4  # of unpaired images it would be 6
+    assert row["se"] == approx(expected, rel=1e-3) and expected < 0.4  # of unpaired images it would be 6
     shutil.rmtree("runs/b/own")
     assert math.isnan(excess_rows(read_plane(path))[0]["se"])

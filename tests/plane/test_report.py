@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from pytest import approx
 
 import eval_beta_grid
 import plot_eval
@@ -138,9 +139,9 @@ def test_every_column_colours_the_plane_and_the_better_figure_of_two_is_bold(ope
         title, values = plane.title(name), plane.values(name)
         page.select_option("#colour", label=title)
         state = page.evaluate(STATE)
-        assert [float(v) for v in state["values"]] == pytest.approx(values, nan_ok=True)
+        assert [float(v) for v in state["values"]] == approx(values, nan_ok=True)
         assert state["colours"] == [*palette, "gray", title]
-        assert state["ends"] == pytest.approx([np.nanmin(values), np.nanmax(values)])
+        assert state["ends"] == approx([np.nanmin(values), np.nanmax(values)])
         texts = ["unknown" if np.isnan(v) else f"{v:.4g}" + " ± 0.12" * (name == "psnr") for v in values]
         assert state["shown"] == [f"{title}: {text}" for text in texts] and ("unknown" in texts) == (name == "fid")
         row = page.locator("#compared tr", has=page.get_by_role("rowheader", name=title, exact=True))
@@ -223,11 +224,11 @@ def test_cells_and_the_rates_they_were_asked_for_are_where_the_axes_say():
     ticks = {float(text): at for at, text in plot.xaxis.major_label_overrides.items()}
     cells = plot.select_one({"name": "cells"}).data
     x, on = cells["x"], [0, 4, 5, 6, 7]
-    assert x[on] == pytest.approx([ticks[rates[i]] for i in on])
-    assert x[3] == pytest.approx(x[4] / 2) and x[7] - x[6] == pytest.approx(x[6] - x[5])
-    assert cells["y"] == pytest.approx(plane.values("kl_y"))
+    assert x[on] == approx([ticks[rates[i]] for i in on])
+    assert x[3] == approx(x[4] / 2) and x[7] - x[6] == approx(x[6] - x[5])
+    assert cells["y"] == approx(plane.values("kl_y"))
     assert cells["marker"] == ["circle"] * 6 + ["square", "circle"] and cells["kl_z"][6] == "20"
     assert cells["samples"][1:3] == [EMPTY, "data:x"] and "reconstructions" not in cells
     (cross,) = [r.data_source.data for r in plot.renderers if getattr(r.glyph, "marker", None) == "x"]
-    assert [*cross["x"], *cross["y"]] == pytest.approx([ticks[200], cells["y"][6]])  # of y not asked for, so its own
-    assert plot.select_one({"name": "rings"}).data_source.data["x"] == pytest.approx(x[:1])  # where betas are equal
+    assert [*cross["x"], *cross["y"]] == approx([ticks[200], cells["y"][6]])  # of y not asked for, so its own
+    assert plot.select_one({"name": "rings"}).data_source.data["x"] == approx(x[:1])  # where betas are equal

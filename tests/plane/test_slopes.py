@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from pytest import approx
 from scipy.stats import linregress
 
 from tests.plane.planes import AXIS, exponential, grid, plane_of
@@ -19,12 +20,12 @@ def ratios(slopes):
 def test_slopes_at_an_optimum_equal_the_betas():
     of_cells = slopes(plane_of(grid()))
     for s in of_cells:
-        assert (s.ratio_y, s.ratio_z, s.excess) == pytest.approx((1, 1, 0), abs=1e-9) and not s.far_off
+        assert (s.ratio_y, s.ratio_z, s.excess) == approx((1, 1, 0), abs=1e-9) and not s.far_off
     columns = ["run", "beta_y", "beta_z", "slope_y", "slope_z", "excess", "se_y", "se_z", "far_off"]
     assert all(list(row) == columns for row in slope_rows(of_cells))  # those of the figure's data, in their order
     rows = [{f"train_{k}" if k in ("ll", "kl_y", "kl_z") else k: v for k, v in row.items()} for row in grid()]
     rows = [row | {"kl_y": 1.0, "kl_z": 1.0, "ll": math.nan} for row in rows]  # those of training images count
-    assert all(s.ratio_y == pytest.approx(1, abs=1e-9) for s in slopes(plane_of(rows)))
+    assert all(s.ratio_y == approx(1, abs=1e-9) for s in slopes(plane_of(rows)))
 
 
 def test_slopes_of_a_smooth_surface_on_a_fine_grid():
@@ -53,7 +54,7 @@ def test_under_trained_cells_are_found_and_no_others():
         of_cells = slopes(plane_of(rows))
         assert [i for i, s in enumerate(of_cells) if s.far_off] == bad
         for i, s in enumerate(of_cells):
-            assert s.excess > 20 if i in bad else s.excess == pytest.approx(0, abs=1e-9)
+            assert s.excess > 20 if i in bad else s.excess == approx(0, abs=1e-9)
 
 
 def test_cells_of_other_settings_are_no_neighbours_even_if_their_names_are_cut_off_alike():
@@ -112,10 +113,10 @@ def test_an_offset_of_a_seed_is_no_noise():
     for cell in plane.cells:
         cell.repeats[1]["ll"] -= 100
     for s in slopes(plane):
-        assert (s.ratio_y, s.ratio_z) == pytest.approx((1, 1), abs=1e-9) and s.se_y < 1e-6 and not s.far_off
+        assert (s.ratio_y, s.ratio_z) == approx((1, 1), abs=1e-9) and s.se_y < 1e-6 and not s.far_off
     cell = plane.cells[12]
     plane.cells[12] = Cell(cell.settings, cell.runs[:1], cell.repeats[:1], cell.seeds[:1])
-    assert all(s.ratio_z == pytest.approx(1, abs=1e-9) for s in slopes(plane))
+    assert all(s.ratio_z == approx(1, abs=1e-9) for s in slopes(plane))
 
 
 def test_standard_errors_are_those_of_a_regression_with_an_intercept():
@@ -127,4 +128,4 @@ def test_standard_errors_are_those_of_a_regression_with_an_intercept():
     m = [(AXIS[1] - by) / math.log(AXIS[1] / by) if by != AXIS[1] else 0.0 for by in AXIS[:3]]
     x = [mean * (row["kl_y"] - rows[1]["kl_y"]) for mean, row in zip(m, rows, strict=True)]
     line = linregress(x, [row["ll"] for row in rows])
-    assert (s.ratio_y, s.se_y, s.freedom) == pytest.approx((line.slope, line.stderr, 1))
+    assert (s.ratio_y, s.se_y, s.freedom) == approx((line.slope, line.stderr, 1))

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from pytest import approx
+from torch.testing import assert_close
 
 import plot_eval
 from models.build import build_model
@@ -43,15 +45,15 @@ def test_the_rows_are_what_they_say(trained):
     assert [label for label, _ in rows] == ["y drawn", "y of the left", "y of the right"] * 2
     for i in range(2):
         left, right = rows[3 * i + 1][1], rows[3 * i + 2][1]
-        torch.testing.assert_close(torch.stack([left[1], right[-2]]), same[i : i + 2], rtol=0, atol=1e-5)
+        assert_close(torch.stack([left[1], right[-2]]), same[i : i + 2], rtol=0, atol=1e-5)
         assert torch.equal(left[0], x[i]) and torch.equal(left[-1], x[i + 1])
     rates = m.q_z(cell.images(1000)[0]).rate_of_units().mean(0)
-    torch.testing.assert_close(rates_of_units(cell)[0], rates)
+    assert_close(rates_of_units(cell)[0], rates)
     rows = dimensions(cell, 1)
     order = [int(label.split()[1].rstrip(":")) - 1 for label, _ in rows]
     assert sorted(order) == [0, 1, 2, 3] and (rates[order].diff() <= 0).all()
     z[0, order[0]] = -3
-    torch.testing.assert_close(rows[0][1][:1], cell.decode(z[:1]))
+    assert_close(rows[0][1][:1], cell.decode(z[:1]))
     of_q, of_p = (images[1:].var(0).sum() for _, images in redrawn(cell, 1))
     assert of_q < of_p  # the image tells of y more than z alone
     figure, table = side_by_side([cell], dimensions, 1, SWEEP)
@@ -59,7 +61,7 @@ def test_the_rows_are_what_they_say(trained):
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["-3", "-2", "-1", "0", "1", "2", "3"]
     assert figure.get_suptitle().startswith("Digits, 8 epochs") and figure.get_figwidth() == COLUMN
     assert [row["row"] for row in table] == [label for label, _ in rows]
-    assert table[0]["R(z) (nats)"] == pytest.approx(rates.sum().item())
+    assert table[0]["R(z) (nats)"] == approx(rates.sum().item())
 
 
 def test_a_convolutional_z_is_swept_by_channels():

@@ -1,4 +1,4 @@
-"""The advice: for each task the best cell, the best ordinary beta-VAE, and whether the former is really better."""
+"""The advice: for each task the best cell, the best ordinary beta-VAE, and whether it is worse."""
 
 import dataclasses
 import functools
@@ -9,19 +9,22 @@ import numpy as np
 from utils.config import FLAGS, Config, fields_of, kind_of
 from utils.errors import UserError
 from utils.plane.cells import BETAS, TARGETS, Cell, Plane
-from utils.plane.gains import UNTESTED, gain, terms_of
+from utils.plane.gains import UNTESTED, gain, mixture, terms_of
 from utils.plane.metrics import ACCURACIES, mean_term, metric, score_of, value_of
-from utils.plane.mixtures import mixture
 
-ADVICE = {"task": "task", "budget": "budget", "metric": "metric", "unit": "in", "value": "best", "se": "+-"}
-ADVICE |= {"beta_y": "beta_y", "beta_z": "beta_z", "kl_y": "R(y|z)", "kl_z": "R(z)", "rate": "R"}
-ADVICE |= {"diagonal_value": "ordinary", "diagonal_rate": "at R", "gain": "gain", "low": "95 % from", "high": "to"}
-ADVICE |= {"told": "is it better?", "chosen_kl_z": "R(z) of each choice"}  # columns of advice.csv and their headings
+ADVICE = {  # columns and headings
+    "task": "task", "budget": "budget", "metric": "metric", "unit": "in", "value": "best", "se": "+-",
+    "beta_y": "beta_y", "beta_z": "beta_z", "kl_y": "R(y|z)", "kl_z": "R(z)", "rate": "R",
+    "diagonal_value": "ordinary", "diagonal_rate": "at R", "gain": "gain", "low": "95 % from", "high": "to",
+    "told": "is it better?", "chosen_kl_z": "R(z) of each choice",
+}  # fmt: skip
+IN_NATS = ("kl_y", "kl_z", "rate", "diagonal_rate", "chosen_kl_z")
 EXPLAINED = (
-    "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none has it; with less "
-    "R where they end, with the least that one has where all have more, and one alone for metrics that do not mix. "
-    "Each part of the images and seeds chooses for the rest; figures with an interval are of images on which nothing "
-    "was chosen, so they differ a little from eval_results.csv, and from budget to budget."
+    "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none "
+    "has it; with less R where they end, with the least that one has where all have more, and one "
+    "alone for metrics that do not mix. Each part of the images and seeds chooses for the rest; "
+    "figures with an interval are of images on which nothing was chosen, so they differ a little "
+    "from eval_results.csv, and from budget to budget."
 )
 TASKS = {
     "reconstruction": ("psnr",),
@@ -32,74 +35,80 @@ TASKS = {
     "information on the label, in y": ("mi_y_low",),
     "likelihood": ("nelbo",),
 }
-OF_TASKS = [name for names in TASKS.values() for name in names]
+TASK_OF = {name: task for task, names in TASKS.items() for name in names}
 LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 
 
 def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
-    """One row for each task and available metric: the best cell, what ordinary beta-VAEs reach at its rate, the gain.
+    """A row for each task and metric: the best cell, what ordinary ones reach at its rate, the gain.
 
-    `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all. Where runs have terms
-    of single images, values and gains are of images on which nothing was chosen, and the gain has an interval.
+    `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all.
+    Where runs have terms of single images, values and gains are of images on which nothing was
+    chosen, and the gain has an interval.
     """
-    names = [name for name in OF_TASKS if name in plane.names]
+    names = [name for name in TASK_OF if name in plane.names]
     terms, rows = terms_of(plane, names), []
     for limits in [{}, budget] if budget else [{}]:
-        masks = {n: plane.values(n) <= most for n, most in limits.items()}
-        within = np.logical_and.reduce([np.ones(len(plane.cells), bool), *masks.values()])
-        masks.pop("rate", None)  # ordinary cells of too large a total rate, mixed, may be within the budget
-        few = np.logical_and.reduce([plane.diagonal, *masks.values()])
+        within, few = np.ones(len(plane.cells), bool), plane.diagonal
+        for rate, most in limits.items():
+            mask = plane.values(rate) <= most
+            within = within & mask
+            if rate != "rate":  # ordinary cells of too large a total, mixed, may be within
+                few = few & mask
         text = ", ".join(f"{LIMITS[n]} <= {most:g} {plane.unit}" for n, most in limits.items())
-        for task, name in ((task, name) for task, of_task in TASKS.items() for name in of_task if name in names):
+        for name in names:
             best = plane.best(name, within)
             if best is None:
                 continue
-            cell, value = plane.cells[best], float(plane.values(name)[best])
-            row = {"task": task, "budget": text, "metric": name, "unit": plane.unit_of(name), "value": value}
-            row |= plane.shown(cell.median, (*BETAS, "kl_y", "kl_z", "rate"))
+            cell = plane.cells[best]
+            row = {"task": TASK_OF[name], "budget": text, "metric": name, "unit": plane.unit_of(name)}
+            for column, of in (("value", name), *((n, n) for n in (*BETAS, "kl_y", "kl_z", "rate"))):
+                row[column] = float(plane.values(of)[best])
             row |= {n: cell.settings.get(n) for n in plane.differing}
             row["command"] = training(cell) if plane.unfolded[best] else ""
-            rows.append(row | _compared(plane, name, terms[name], within, few, best))
+            rows.append(row | _compared(plane, name, terms[name], (within, few), best))
     return rows
 
 
-def _compared(plane: Plane, name: str, terms: list, within: np.ndarray, few: np.ndarray, best: int) -> dict:
-    """What the advice says of the best cell of those within a budget against a few ordinary ones, both masks (N,)."""
+def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> dict:
+    """The best cell of those within a budget against a few ordinary ones, both `masks` (N,)."""
     unit, values, rates = plane.scale(name), plane.values(name), plane.values("rate")
-    among, few = within & np.isfinite(values), few & np.isfinite(values)
+    among, few = (mask & np.isfinite(values) for mask in masks)
     row = gain(name, terms, [cell.seeds for cell in plane.cells], among, few, rates)
     if row:
         row |= {n: unit * row[n] for n in ("value", "se", "gain", "low", "high", "diagonal_value")}
         rates_z = plane.values("kl_z")[row["chosen"]]
-        row["chosen_kl_z"] = " to ".join(
-            dict.fromkeys(f"{float(f'{v:.3g}'):g}" for v in (rates_z.min(), rates_z.max()))
-        )
+        ends = [f"{float(f'{v:.3g}'):g}" for v in (rates_z.min(), rates_z.max())]
+        row["chosen_kl_z"] = " to ".join(dict.fromkeys(ends))
     elif few.any():
         means = mean_term(name, values)
-        weights = mixture(name, rates, np.where(few, score_of(name, means), np.nan), rates[best])
+        score = np.where(few, score_of(name, means), np.nan)
+        weights = mixture(name, rates, score, rates[best])
         mean, rate = (float(sum(w * v[i] for i, w in weights.items())) for v in (means, rates))
-        row = {"diagonal_rate": rate, "diagonal_value": float(value_of(name, np.array(mean))), "told": UNTESTED}
-        row["gain"] = metric(name).better * (float(values[best]) - row["diagonal_value"])
+        ordinary = float(value_of(name, np.array(mean)))
+        row = {"diagonal_rate": rate, "diagonal_value": ordinary, "told": UNTESTED}
+        row["gain"] = metric(name).better * (float(values[best]) - ordinary)
     if row:
         row["gain"] = round(row["gain"], 12) + 0.0  # never -0
     return row
 
 
 def training(cell: Cell) -> str:
-    """The command that trains a cell on its own: one of a grid as it was trained, with all of its seeds.
+    """The command that trains a cell on its own: of a grid as it was trained, with all its seeds.
 
-    Empty if its settings are not those of a training any more, or it started from other weights.
+    Empty if its settings are not those of a training any more, or it began with other weights.
     """
     unfolded = cell.settings.get("multi_rate") == "True"
     # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
-    unused = ("multi_rate", "no_warmup", "warmup_epochs") if unfolded else ("multi_rate", "no_warmup")
-    names = [n for n in fields_of("model", "training", "data", "name") if n in FLAGS and n not in unused]
+    unused = {"multi_rate", "no_warmup", *(["warmup_epochs"] if unfolded else [])}
+    names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
     flags = _flags(tuple((n, cell.settings[n]) for n in names if cell.settings.get(n)))
     if flags is None or (cell.settings.get("init_from") and not unfolded):
         return ""
     words, searched = list(flags), any(cell.settings.get(rate) for rate in TARGETS.values())
     for name in BETAS:  # those that were searched have more digits than they are known to
-        beta = float(f"{cell.median[name]:.6g}") if unfolded or searched else cell.median[name]
+        beta = cell.median[name]
+        beta = float(f"{beta:.6g}") if unfolded or searched else beta
         words += [f"--{name}", f"{beta}"] if beta != getattr(Config, name) else []
     seeds = [seed for seed in dict.fromkeys(cell.seeds) if seed.isdecimal()]
     words += ["--seed", *seeds] if seeds not in ([], [str(Config.seed)]) else []
@@ -107,11 +116,11 @@ def training(cell: Cell) -> str:
 
 
 @functools.lru_cache(maxsize=64)  # the same for all cells of a grid
-def _flags(texts: tuple[tuple[str, str], ...]) -> tuple[str, ...] | None:
-    """The flags of a training with these settings that are not the default; None if there can be none."""
+def _flags(texts: tuple[tuple[str, str], ...]) -> list[str] | None:
+    """The flags of a training with these settings that are not the default; None if none can be."""
     kinds = {field.name: kind_of(field) for field in dataclasses.fields(Config)}
     try:
-        settings = {k: text == "True" if kinds[k] is bool else kinds[k](text) for k, text in texts}
+        settings = {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in texts}
         config = Config(**settings)
         for name in list(settings):
             fewer = {k: v for k, v in settings.items() if k != name}
@@ -119,19 +128,19 @@ def _flags(texts: tuple[tuple[str, str], ...]) -> tuple[str, ...] | None:
                 settings = fewer
     except (UserError, ValueError):  # of data that is not there any more
         return None
-    return tuple(w for k, v in settings.items() for w in ([f"--{k}"] if v is True else [f"--{k}", f"{v}"]))
+    words = [[f"--{k}"] if v is True else [f"--{k}", f"{v}"] for k, v in settings.items()]
+    return sum(words, [])
 
 
 def commands(rows: list[dict]) -> list[dict[str, str]]:
     """The commands of the advice, each once, with the metrics that it is for."""
-    distinct = {}
+    metrics = {row["command"]: {} for row in rows if row["command"]}
     for row in rows:
-        if row["command"]:
-            distinct.setdefault(row["command"], {})[row["metric"]] = None
-    return [{"metrics": ", ".join(names), "command": command} for command, names in distinct.items()]
+        metrics.get(row["command"], {})[row["metric"]] = None
+    return [{"metrics": ", ".join(names), "command": text} for text, names in metrics.items()]
 
 
 def headings_of(plane: Plane) -> dict[str, str]:
-    """Columns and headings of the advice, including the settings in which the plane's cells differ."""
-    rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in ("kl_y", "kl_z", "rate", "diagonal_rate", "chosen_kl_z")}
+    """Columns and headings of the advice, with the settings in which the plane's cells differ."""
+    rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in IN_NATS}
     return ADVICE | rates | {name: name for name in plane.differing}

@@ -1,34 +1,36 @@
 """Batches against each other: what each reaches at equal rate."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from utils.config import fields_of
 from utils.files import to_csv, write_text
 from utils.plane.cells import Plane
-from utils.plane.drawing import headings, styled, write_drawing
-from utils.plane.figures import batches
-from utils.plane.gains import UNTESTED, resamples, terms_of, tested_images, verdict, widths
+from utils.plane.drawing import MARKERS, Drawing, panels, rate_axis, styled, write_drawing
+from utils.plane.figures import draw_seeds
+from utils.plane.gains import UNTESTED, hull, interval, mixed_values, resamples, terms_of, tested_images
 from utils.plane.metrics import metric, value_of
-from utils.plane.mixtures import mixed_values
-from utils.plane.tables import to_markdown
+from utils.plane.tables import Table, cells_of
 
-OF_DATA = [name for name in fields_of("data") if name != "data_digest"]  # which old runs do not say
+OF_DATA = [name for name in fields_of("data") if name != "data_digest"]  # which old runs lack
 OF_LIKELIHOOD = ["px_y_family_ll", "sigma"]
-LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # metrics that depend on the likelihood
+LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # these depend on the likelihood
 POINTS = 100  # of the rates that two batches share
 RESAMPLED = 200  # of the resamples, each of which takes frontiers anew
 ENDS = 0.025, 0.975  # of the bootstrap
-COMPARED = {"metric": "metric", "unit": "in", "rate": "at R", "first": "batch", "value": "its best"}
-COMPARED |= {"second": "other", "other": "its best ", "gain": "other is better by", "low": "95 % from", "high": "to"}
-COMPARED |= {"told": "is it better?"}  # columns of the table and their headings
+COMPARED = {  # columns and headings of the table
+    "metric": "metric", "unit": "in", "rate": "at R", "first": "batch", "value": "its best", "second": "other",
+    "other": "its best ", "gain": "other is better by", "low": "95 % from", "high": "to", "told": "is it better?",
+}  # fmt: skip
 
 
 class Group(NamedTuple):
-    """A metric, of what data set and likelihood, and by batch the cells in which it can be compared."""
+    """A metric, of what data and likelihood, and by batch the cells that can be compared."""
 
     name: str
     of: str
@@ -36,89 +38,116 @@ class Group(NamedTuple):
 
 
 def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
-    """For each metric the cells that can be compared: of one data set and, where it matters, of one likelihood."""
+    """For each metric the cells of one data set and, where it matters, of one likelihood."""
     parts = {}
     for name in names:
-        settings = OF_DATA + OF_LIKELIHOOD if name.removeprefix("train_") in LIKELY else OF_DATA
+        likely = name.removeprefix("train_") in LIKELY
+        settings = OF_DATA + (OF_LIKELIHOOD if likely else [])
         for batch, plane in planes.items():
-            keys = [tuple(cell.settings.get(n) or "" for n in settings) for cell in plane.cells]
-            # sigma only matters where it is fixed
-            keys = [key if "GaussianFixedSigma" in key else key[: len(OF_DATA) + 1] for key in keys]
+            keys = [tuple(c.settings.get(n) or "" for n in settings) for c in plane.cells]
+            n = len(OF_DATA) + 1  # sigma only matters where it is fixed
+            keys = [key if "GaussianFixedSigma" in key else key[:n] for key in keys]
             for key in dict.fromkeys(keys):
-                part = plane.where(np.array([k == key for k in keys]) & np.isfinite(plane.values(name)))
-                if part.cells:
-                    parts.setdefault((name, key), {})[batch] = part
-    return [Group(name, " ".join(filter(None, key)), of_batch) for (name, key), of_batch in parts.items()]
+                mask = np.array([k == key for k in keys]) & np.isfinite(plane.values(name))
+                if mask.any():
+                    parts.setdefault((name, key), {})[batch] = plane.where(mask)
+    return [Group(n, " ".join(filter(None, key)), part) for (n, key), part in parts.items()]
 
 
 def comparisons(parts: Sequence[Group]) -> list[dict]:
-    """Of each group, the second and further batches against the first: on average over the rates that both have, and
-    at three of these. Positive gains mean that the other batch is better."""
+    """Of each group, further batches against the first: over the rates that both have, and at three.
+
+    Positive gains mean that the other batch is better.
+    """
     rows = []
-    for group in parts:
-        (first, a), *others = group.planes.items()
-        for second, b in others if metric(group.name).mixes and metric(group.name).better else ():
-            pair = {"metric": group.name, "first": first, "second": second}
-            rows += [pair | row for row in _compared(group.name, (a, b))]
+    for name, _, planes in parts:
+        (first, a), *others = planes.items()
+        for second, b in others if metric(name).mixes and metric(name).better else ():
+            pair = {"metric": name, "first": first, "second": second, "unit": a.unit_of(name)}
+            rows += [pair | row for row in _compared(name, (a, b))]
     return rows
 
 
 def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
-    """The comparison of two batches at equal rate. The average over rates is the area between the two frontiers."""
+    """Two batches at equal rate. The average over rates is the area between the two frontiers."""
     rates, unit = [plane.values("rate") for plane in pair], pair[0].scale(name)
     low, high = max(r.min() for r in rates), min(r.max() for r in rates)
     if not low < high:
         return []
     at = np.linspace(low, high, POINTS)
 
-    def best_and_gain(values: Sequence[np.ndarray]) -> np.ndarray:
-        first, second = (mixed_values(name, r, v, at) for r, v in zip(rates, values, strict=True))
-        return np.array([first, second, metric(name).better * (second - first)])
+    def best_of(values: Sequence[np.ndarray]) -> np.ndarray:  # (first, second and gain, POINTS)
+        best = [mixed_values(name, r, v, at) for r, v in zip(rates, values, strict=True)]
+        return unit * np.array([*best, metric(name).better * (best[1] - best[0])])
 
-    best = best_and_gain([np.array([cell.median[name] for cell in plane.cells]) for plane in pair])
-    of_images = np.array([best_and_gain(values)[2] for values in _resampled(name, pair)])
+    best = best_of([np.array([cell.median[name] for cell in p.cells]) for p in pair])
+    of_images = np.array([best_of(values)[2] for values in _resampled(name, pair)])
     by_seed = [[plane.of_seed(name, seed) for plane in pair] for seed in pair[0].seeds]
     shared = [values for values in by_seed if np.isfinite(np.concatenate(values)).all()]
-    of_seeds = np.reshape([best_and_gain(values)[2] for values in shared], (-1, POINTS))
+    of_seeds = np.reshape([best_of(values)[2] for values in shared], (-1, POINTS))
     parts = {f"{low:.4g} to {high:.4g}": slice(None)}
-    parts |= {f"{at[i]:.4g}": slice(i, i + 1) for i in (POINTS // 4, POINTS // 2, 3 * POINTS // 4)}
+    parts |= {f"{at[i]:.4g}": slice(i, i + 1) for i in POINTS * np.arange(1, 4) // 4}
     rows = []
     for rate, part in parts.items():
-        numbers = dict(zip(("value", "other", "gain"), (unit * best[:, part].mean(1)).tolist(), strict=True))
-        row = {"unit": pair[0].unit_of(name), "rate": f"{rate} {pair[0].unit}", **numbers, "told": UNTESTED}
+        numbers = zip(("value", "other", "gain"), best[:, part].mean(1).tolist(), strict=True)
+        row = {"rate": f"{rate} {pair[0].unit}", **dict(numbers), "told": UNTESTED}
         if len(of_images):
             differences = of_images[:, part].mean(1), of_seeds[:, part].mean(1)
-            below, above = widths(best[2, part].mean(), *differences, ENDS)
-            row |= {"low": row["gain"] - unit * below, "high": row["gain"] + unit * above}
-            row["told"] = verdict(row["low"], row["high"], len(of_seeds), "better", "worse")
+            row |= interval(row["gain"], *differences, ENDS, ("better", "worse"))
         rows.append(row)
     return rows
 
 
 def _resampled(name: str, pair: tuple[Plane, Plane]) -> list[tuple[np.ndarray, ...]]:
-    """The metric of the cells of both batches, (N,) each, by each resample of the test images; none if untested."""
     terms = [terms_of(plane, [name])[name] for plane in pair]
     images = tested_images([t for of_batch in terms for t in of_batch])
     if images is None:
         return []
     counts = resamples(len(images), 0)[1 : 1 + RESAMPLED].T
-    means = [[of_cell[:, images] @ counts / len(images) for of_cell in of_batch] for of_batch in terms]
-    values = [np.array([np.median(value_of(name, of_cell), axis=0) for of_cell in of_batch]) for of_batch in means]
-    return list(zip(*(of_batch.T for of_batch in values), strict=True))
+
+    def values(of_cell: np.ndarray) -> np.ndarray:
+        return np.median(value_of(name, of_cell[:, images] @ counts / len(images)), axis=0)
+
+    return list(zip(*(np.array(list(map(values, of_batch))).T for of_batch in terms), strict=True))
+
+
+def batches(parts: Sequence[Group], about: str) -> Drawing:
+    """Each metric against the total rate, with marker, colour and hull of each batch."""
+    several = len({group.of for group in parts}) > 1
+    some, rows = next(iter(parts[0].planes.values())), []
+    names = dict.fromkeys(batch for group in parts for batch in group.planes)
+    looks = dict(zip(names, cycle(MARKERS), strict=False))
+
+    def draw(ax: Axes, group: Group) -> None:
+        name, of, planes = group
+        for batch, plane in planes.items():
+            marker, colour = looks[batch]
+            draw_seeds(ax, plane, "rate", name)
+            at, look = (plane.values("rate"), plane.values(name)), {"ms": 3.5, "mew": 0, "ls": "none"}
+            ax.plot(*at, marker, c=colour, label=batch, **look)
+            corners = hull(plane, name)
+            ax.plot([c["rate"] for c in corners], [c[name] for c in corners], c=colour, lw=1.2)
+            both = {"batch": batch, "of": of}
+            rows.extend(both | row for row in cells_of(plane, [name]))
+            rows.extend(both | {"what": "hull"} | row for row in corners)
+        ax.set_title(f"{some.title(name)}, {of}" if several else some.title(name))
+        rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
+
+    return Drawing(panels(about, parts, draw), rows)
 
 
 @styled
 def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane], names: Sequence[str]) -> str:
-    """Writes the figure and the tables that compare batches; returns what to print: the table and notes."""
-    parts = groups(planes, names)
-    rows, (first, *others) = comparisons(parts), planes
-    name = f"compare_{'_'.join(others)}"
-    drawing = batches(parts, "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items()))
-    write_drawing(out, name, formats, drawing, headings(drawing.rows, planes[first]))
-    write_text(out / f"{name}_table.csv", to_csv(rows, COMPARED))
-    text = to_markdown(rows, COMPARED)
-    write_text(out / f"{name}_table.md", text)
-    apart = [f"{metric(g.name).label} of {g.of or 'other settings'}" for g in parts if len(g.planes) < len(planes)]
-    notes = [f"not in every batch, so not compared with all: {text}" for text in apart]
+    """Writes the figure and tables that compare batches; returns the table and notes to print."""
+    parts, (first, *others) = groups(planes, names), planes
+    table, name = Table(comparisons(parts), COMPARED), f"compare_{'_'.join(others)}"
+    about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
+    write_drawing(out, name, formats, batches(parts, about), planes[first].heading)
+    write_text(out / f"{name}_table.csv", to_csv(table.rows, COMPARED))
+    write_text(out / f"{name}_table.md", table.markdown())
+    notes = [
+        f"not in every batch, so not compared with all: {metric(g.name).label} of {g.of or 'other settings'}"
+        for g in parts if len(g.planes) < len(planes)
+    ]  # fmt: skip
     notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
-    return text + "".join(f"note: {note}\n" for note in dict.fromkeys(notes))
+    return table.markdown() + "".join(f"note: {note}\n" for note in dict.fromkeys(notes))

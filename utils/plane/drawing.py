@@ -1,29 +1,31 @@
-"""How figures look: a paper's column or text width, 7 to 9 point type, colours that colour-blind people tell."""
+"""How figures look: a paper's widths, 7 to 9 point type, colours that colour-blind people tell."""
 
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from utils.files import to_csv, write_atomic, write_text
-from utils.plane.cells import BETAS, UNITS, Plane
-from utils.plane.metrics import metric
+from utils.plane.cells import UNITS, Plane
 
-STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}
-STYLE |= {"legend.fontsize": 7, "axes.linewidth": 0.6, "lines.linewidth": 0.9, "pdf.fonttype": 42, "savefig.dpi": 200}
+STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7}
+STYLE |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.linewidth": 0.6}
+STYLE |= {"lines.linewidth": 0.9, "pdf.fonttype": 42, "savefig.dpi": 200}
 COLUMN, TEXT = 3.25, 6.75  # inches: ICML's
 BETA_Y, BETA_Z, DIAGONAL = r"$\beta_y$", r"$\beta_z$", r"$\beta_y = \beta_z$"
 GREY, RED = "0.55", "#d55e00"
-COLOURS = {1: "viridis", -1: "viridis_r", 0: "cividis"}  # by which way a metric is better: yellow is best
-MARKERS = (("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73"), ("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00"))
+COLOURS = {1: "viridis", -1: "viridis_r", 0: "cividis"}  # by the better way: yellow is best
+MARKERS = [("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73")]
+MARKERS += [("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00")]
 
 styled = matplotlib.rc_context(STYLE)  # decorates what draws and writes figures
 
@@ -35,16 +37,23 @@ class Drawing(NamedTuple):
     rows: list[dict]
 
 
-def panels(plane: Plane, n: int, height: float = 0.8, columns: int = 0) -> tuple[Figure, list[Axes]]:
-    """A figure with n panels that says what it is of; `height` is relative to a panel's width."""
+def panels(about: str, keys: Sequence, draw: Callable, height: float = 0.8, columns: int = 0) -> Figure:
+    """A figure `about` something, with a panel for each key, by `draw(axes, key)`, and a legend.
+
+    `height` is relative to a panel's width.
+    """
+    n = len(keys)
     columns = min(n, columns or (2 if n <= 4 else 3))
     rows, width = math.ceil(n / columns), COLUMN if n == 1 else TEXT
     figure = Figure((width, rows * height * width / columns + 0.6), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for extra in axes[n:]:
         extra.remove()
-    say(figure, plane.about)
-    return figure, list(axes[:n])
+    say(figure, about)
+    for ax, key in zip(axes, keys, strict=False):
+        draw(ax, key)
+    legend(figure, axes[:n])
+    return figure
 
 
 def say(figure: Figure, about: str) -> None:
@@ -55,7 +64,7 @@ def say(figure: Figure, about: str) -> None:
 
 
 def rate_axis(ax: Axes, which: str, plane: Plane, name: str) -> None:
-    """Labels an axis as a rate; where most of the rates would crowd at 0, it is logarithmic from 1 nat on."""
+    """Labels an axis as a rate; logarithmic from 1 nat on where rates would crowd at 0."""
     axis, nat = getattr(ax, f"{which}axis"), UNITS[plane.unit]
     axis.set_label_text(plane.title(name))
     if crowded(plane, name):
@@ -65,30 +74,45 @@ def rate_axis(ax: Axes, which: str, plane: Plane, name: str) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def rate_axes(ax: Axes, plane: Plane) -> None:
+    """Labels the axes as those of the rate plane."""
+    rate_axis(ax, "x", plane, "kl_z")
+    rate_axis(ax, "y", plane, "kl_y")
+
+
 def crowded(plane: Plane, name: str) -> bool:
     """Whether most of the rates would crowd at 0 on a linear axis."""
     rates = plane.values(name)
     return bool(np.median(rates) < rates.max() / 5 and rates.max() > 10 * UNITS[plane.unit])
 
 
-def bar_of(figure: Figure, artist, axes, name: str | None, **look) -> None:
+def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
     """A colour bar, with the better end on top."""
-    bar = figure.colorbar(artist, ax=axes, pad=0.02, **look)
+    bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, pad=0.02, **look)
     bar.minorticks_off()  # whose labels would be of another format
-    if name is not None and metric(name).better < 0:
+    if better < 0:
         bar.ax.invert_yaxis()
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     """Adds one legend for all panels, below them."""
-    entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    pairs = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes]
+    entries = {label: handle for of_panel in pairs for handle, label in of_panel}
     if entries:
-        columns = 2 if figure.get_figwidth() < TEXT else 4
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns, frameon=False)
+        columns, place = 2 if figure.get_figwidth() < TEXT else 4, "outside lower center"
+        figure.legend(entries.values(), entries, loc=place, ncols=columns, frameon=False)
+
+
+def show(ax: Axes, picture: np.ndarray, title: str, **look) -> None:
+    """Shows a picture (H, W, 3) without a frame."""
+    ax.imshow(picture.clip(0, 1), interpolation="nearest", **look)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.set_title(title)
 
 
 class Grid:
-    """The grid of betas: row and column of each cell, with beta_y along y and beta_z along x."""
+    """The grid of betas: each cell's row and column, with beta_y along y and beta_z along x."""
 
     def __init__(self, beta_y: Sequence[float], beta_z: Sequence[float]):
         self.beta_y, self.row = np.unique(beta_y, return_inverse=True)
@@ -96,41 +120,30 @@ class Grid:
         self.shape = len(self.beta_y), len(self.beta_z)
 
     def image(self, values: Sequence[float]) -> np.ndarray:
-        """The value (N,) of the cell at each grid point, (rows, columns); NaN where there is none."""
+        """The value (N,) of the cell at each grid point, (rows, columns); NaN where is none."""
         image = np.full(self.shape, math.nan)
         image[self.row, self.column] = values
         return image
 
     def label(self, ax: Axes, room: int = 11) -> None:
         """Labels the axes with the betas, with at most `room` ticks along x."""
-        for which, name, betas, most in (("x", BETA_Z, self.beta_z, room), ("y", BETA_Y, self.beta_y, 11)):
+        for axis, name, betas, most in (
+            (ax.xaxis, BETA_Z, self.beta_z, room),
+            (ax.yaxis, BETA_Y, self.beta_y, 11),
+        ):
             step = math.ceil(len(betas) / most)
-            ticks = range((len(betas) // 2) % step, len(betas), step)  # including the middle, usually 1
-            ax.set(**{f"{which}ticks": ticks, f"{which}ticklabels": [f"{betas[i]:.3g}" for i in ticks]})
-            ax.set(**{f"{which}label": name})
-
-
-def table(plane: Plane, names: Sequence[str]) -> list[dict]:
-    """What a figure of cells shows: for each the median of the metrics, and its runs where there are several."""
-    columns, rows = dict.fromkeys((*BETAS, "kl_z", "kl_y", "rate", *names)), []
-    for cell in plane.cells:
-        settings = {n: cell.settings.get(n) for n in plane.differing}
-        several = len(cell.runs) > 1
-        lines = [("median" if several else "run", " ".join(cell.runs), cell.median)]
-        lines += [("seed", *pair) for pair in zip(cell.runs, cell.repeats, strict=True)] if several else []
-        rows += [{"what": w, "runs": runs, **settings, **plane.shown(values, columns)} for w, runs, values in lines]
-    return rows
-
-
-def headings(rows: Sequence[Mapping], plane: Plane) -> dict[str, str]:
-    """The headings of such rows' columns, with units."""
-    return {n: n if metric(n).label == n.replace("_", " ") else plane.title(n) for row in rows for n in row}
+            ticks = range((len(betas) // 2) % step, len(betas), step)  # and the middle, usually 1
+            axis.set_ticks(ticks, [f"{betas[i]:.3g}" for i in ticks])
+            axis.set_label_text(name)
 
 
 def write_drawing(
-    folder: Path, name: str, formats: Sequence[str], drawing: Drawing, titles: Mapping[str, str]
+    folder: Path, name: str, formats: Sequence[str], drawing: Drawing, heading: Callable[[str], str] = str
 ) -> bytes:
-    """Writes a figure in each format, with its rows as a CSV under the titles of their columns; returns a PNG of it."""
+    """Writes a figure in each format, and its rows as a CSV with a `heading` for each column.
+
+    Returns the figure as a PNG.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for form in dict.fromkeys(("png", *formats)):
@@ -139,6 +152,7 @@ def write_drawing(
         files[form] = buffer.getvalue()
     for form in formats:
         write_atomic(folder / f"{name}.{form}", files[form])
+    titles = {column: heading(column) for row in drawing.rows for column in row}
     rows = [{titles[column]: value for column, value in row.items()} for row in drawing.rows]
     write_text(folder / f"{name}.csv", to_csv(rows, titles.values()))
     return files["png"]

@@ -1,4 +1,4 @@
-"""The rate plane as a place to explore: its part of the report's page, which Bokeh draws and page.js answers in."""
+"""The rate plane to explore, on the report's page: Bokeh draws it, and page.js answers in it."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,58 +13,67 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from matplotlib.scale import SymmetricalLogTransform  # which Bokeh's axes lack
 
-from utils.plane.advice import OF_TASKS, training
+from utils.plane.advice import TASK_OF, training
 from utils.plane.cells import BETAS, Plane
 from utils.plane.drawing import RED, crowded
 from utils.plane.metrics import FOUR, first_of, metric
 from utils.plane.sheets import Pictures
 
-EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="  # one clear pixel
+# one clear pixel
+EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 TIP = """<div style="max-width: 178px"><b>beta_y @beta_y, beta_z @beta_z</b><br>
 R(z) @kl_z, R(y|z) @kl_y {unit}<br>@shown<br>{pictures}</div>"""
 TIP_PICTURE = '<img src="@{0}" alt="{0}" style="width: 80px; margin: 4px 4px 0 0; image-rendering: pixelated">'
 NO_COMMAND = "none: it started from other weights, or its settings are incomplete"
+PALETTES = [Cividis256, Viridis256, Viridis256[::-1]]  # at 0, 1 and -1: the better way
 
 
 def explorer(plane: Plane, names: Sequence[str], pictures: Pictures) -> dict[str, str]:
-    """What page.html needs of Bokeh: itself, the plot and its script; coloured first by the first of the metrics."""
+    """What page.html needs of Bokeh: itself, the plot and its script; coloured first by a name."""
     lines, plot, document = lines_of(plane), rate_plane(plane, pictures), Document()
-    first = next(n for n in [*names, *first_of(plane.names, FOUR), "rate"] if "values" in lines.get(n, ()))
+    choices = [*names, *first_of(plane.names, FOUR), "rate"]
+    first = next(n for n in choices if "values" in lines.get(n, ()))
     labels = zip(*(lines[name]["texts"] for name in (*BETAS, *plane.differing)), strict=True)
     args = {name: plot.select_one({"name": name}) for name in ("cells", "dots", "mapper", "pair")}
-    args |= {"plot": plot, "lines": list(lines.values()), "first": list(lines).index(first), "empty": EMPTY}
-    args |= {"labels": [", ".join(filter(None, texts)) for texts in labels], "start": plane.best(first)}
-    args["palettes"] = [Cividis256, Viridis256, Viridis256[::-1]]  # at 0, 1 and -1: the better way
+    args |= {"plot": plot, "lines": list(lines.values()), "first": list(lines).index(first)}
+    args["labels"] = [", ".join(filter(None, texts)) for texts in labels]
+    args |= {"start": plane.best(first), "palettes": PALETTES, "empty": EMPTY}
+    code = Path(__file__).with_name("page.js").read_text()
     document.add_root(plot)
-    document.js_on_event(DocumentReady, CustomJS(args=args, code=Path(__file__).with_name("page.js").read_text()))
+    document.js_on_event(DocumentReady, CustomJS(args=args, code=code))
     script, place = components(plot)
     bokeh = Resources(mode="inline", components=["bokeh"]).render_js()
     return {"bokeh": bokeh, "plot": place, "script": script, "empty": EMPTY}
 
 
 def lines_of(plane: Plane) -> dict[str, dict]:
-    """What the page says of the cells, by name: a title, a text for each, and for numbers what colours them."""
-    names = [n for n in dict.fromkeys(["kl_z", "kl_y", "rate", *OF_TASKS, *plane.names]) if n in plane.names]
+    """What the page says of cells, by name: title, a text for each, what colours numbers."""
+    names = ["kl_z", "kl_y", "rate", *TASK_OF, *plane.names]
+    names = [n for n in dict.fromkeys(names) if n in plane.names]
     titles = [plane.title(name) for name in names]
-    lines = {name: {"title": name, "texts": [f"{v:.4g}" for v in plane.values(name)]} for name in BETAS}
+    texts, lines = {name: [f"{v:.4g}" for v in plane.values(name)] for name in BETAS}, {}
     for name, title in zip(names, titles, strict=True):
-        if not name.endswith("_se") or name.removesuffix("_se") not in names:  # shown with its metric
+        if not name.endswith("_se") or name.removesuffix("_se") not in names:  # shown with it
             title = f"{title} [{name}]" if titles.count(title) > 1 else title
-            lines[name] = numbers(title, metric(name).better, plane.values(name), plane.values(f"{name}_se"))
-    for name in BETAS:
-        logs = np.log10(np.where(plane.values(name) > 0, plane.values(name), np.nan))
-        lines[f"log10 {name}"] = numbers(f"log10 {name}", 0, logs, np.nan * logs)
-    texts = {name: [cell.settings.get(name) or "" for cell in plane.cells] for name in plane.differing}
-    texts["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
-    texts["runs"] = [" ".join(cell.runs) for cell in plane.cells]
-    texts["command"] = [training(cell) or NO_COMMAND for cell in plane.cells]
-    return lines | {name: {"title": name, "texts": of_cells} for name, of_cells in texts.items()}
+            both = plane.values(name), plane.values(f"{name}_se")
+            lines[name] = numbers(title, metric(name).better, *both)
+    for name in (f"log10 {beta}" for beta in BETAS):
+        betas = plane.values(name.removeprefix("log10 "))
+        logs = np.log10(np.where(betas > 0, betas, np.nan))
+        lines[name] = numbers(name, 0, logs, np.nan * logs)
+    more = {name: [c.settings.get(name) or "" for c in plane.cells] for name in plane.differing}
+    more["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
+    more["runs"] = [" ".join(cell.runs) for cell in plane.cells]
+    more["command"] = [training(cell) or NO_COMMAND for cell in plane.cells]
+    first, last = ({n: {"title": n, "texts": t} for n, t in of.items()} for of in (texts, more))
+    return first | lines | last
 
 
 def numbers(title: str, better: int, values: np.ndarray, errors: np.ndarray) -> dict:
-    """A line of numbers (N,) with their standard errors, NaN where unknown, and the range of their colours."""
+    """A line of numbers (N,) and standard errors, NaN where unknown, and their colours' range."""
     texts = [f"{v:.4g}" if np.isfinite(v) else "" for v in values]
-    texts = [f"{text} ± {e:.2g}" if np.isfinite(e) else text for text, e in zip(texts, errors, strict=True)]
+    pairs = zip(texts, errors, strict=True)
+    texts = [f"{text} ± {e:.2g}" if np.isfinite(e) else text for text, e in pairs]
     finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     low, high = finite.min(), finite.max()
     ends = {"low": low, "high": high if high > low else high + 1}
@@ -72,48 +81,58 @@ def numbers(title: str, better: int, values: np.ndarray, errors: np.ndarray) -> 
 
 
 def rate_plane(plane: Plane, pictures: Pictures):
-    """The scatter plot of the plane, with places for its colours and for the pair of cells that is compared."""
-    plot = figure(tools="hover,box_zoom,wheel_zoom,pan,reset,save", sizing_mode="stretch_both", title=" ")
+    """The plane's scatter plot, with places for its colours and the pair that is compared."""
+    tools = "hover,box_zoom,wheel_zoom,pan,reset,save"
+    plot = figure(tools=tools, sizing_mode="stretch_both", title=" ")
     plot.toolbar_location, plot.toolbar.logo = "below", None
     plot.toolbar.active_drag = plot.toolbar.active_scroll = None
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
-    x_of, y_of, unit = axis(plot.xaxis, plane, "kl_z"), axis(plot.yaxis, plane, "kl_y"), plane.scale("kl_z")
-    x, y, on = x_of(plane.values("kl_z")), y_of(plane.values("kl_y")), plane.diagonal
+    rates, unit, targets = ("kl_z", "kl_y"), plane.scale("kl_z"), plane.targets[:, ::-1].T
+    scales = [axis(*both) for both in zip((plot.xaxis, plot.yaxis), [plane] * 2, rates, strict=True)]
+
+    def places(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [scale(of_rate) for scale, of_rate in zip(scales, values, strict=True)]
+
+    medians, on = list(map(plane.values, rates)), plane.diagonal
+    small = {"color": "gray", "level": "underlay"}
     seeds = [row for cell in plane.cells if len(cell.repeats) > 1 for row in cell.repeats]
-    at = (scale(unit * np.array([row[name] for row in seeds])) for scale, name in ((x_of, "kl_z"), (y_of, "kl_y")))
-    plot.scatter(*at, size=3, color="gray", level="underlay")
-    target_y, target_z = plane.targets.T
-    at = np.where(np.isnan(target_z), x, x_of(unit * target_z)), np.where(np.isnan(target_y), y, y_of(unit * target_y))
-    is_target = np.isfinite(plane.targets).any(1)
-    plot.scatter(*(v[is_target] for v in at), marker="x", size=9, color="gray", level="underlay")
+    of_seeds = [unit * np.array([row[name] for row in seeds]) for name in rates]
+    plot.scatter(*places(of_seeds), size=3, **small)
+    crosses = places(np.where(np.isnan(targets), medians, unit * targets))
+    plot.scatter(*(v[~plane.is_given] for v in crosses), marker="x", size=9, **small)
+    x, y = places(medians)
     data = {"x": x, "y": y, "value": np.full(len(x), np.nan), "shown": [""] * len(x)}
     data["marker"] = np.where(plane.unfolded, "square", "circle").tolist()
-    data |= {name: [f"{v:.4g}" for v in plane.values(name)] for name in (*BETAS, "kl_z", "kl_y")}
-    data |= {kind: [pictures.of_page[kind].get(i, EMPTY) for i in range(len(x))] for kind in pictures.kinds}
+    data |= {name: [f"{v:.4g}" for v in plane.values(name)] for name in (*BETAS, *rates)}
+    for kind in pictures.kinds:
+        data[kind] = [pictures.of_page[kind].get(i, EMPTY) for i in range(len(x))]
     mapper = LinearColorMapper(palette=Viridis256, low=0, high=1, nan_color="gray", name="mapper")
     dots = plot.scatter(
         "x", "y", source=ColumnDataSource(data, name="cells"), name="dots", marker="marker", size=11,
         line_color="gray", line_width=0.5, fill_color={"field": "value", "transform": mapper},
     )  # fmt: skip
-    plot.scatter(x[on], y[on], size=15, fill_color=None, line_color="gray", name="rings")
+    ring = {"fill_color": None, "line_color": "gray"}
+    plot.scatter(x[on], y[on], size=15, name="rings", **ring)
     pair = ColumnDataSource({"x": [], "y": [], "label": []}, name="pair")
-    plot.scatter("x", "y", source=pair, size=22, fill_color=None, line_color=RED, line_width=2)
-    plot.text("x", "y", "label", source=pair, x_offset=12, y_offset=-6, text_color=RED, text_font_style="bold")
+    plot.scatter("x", "y", source=pair, size=22, line_width=2, **ring | {"line_color": RED})
+    look = {"text_color": RED, "text_font_style": "bold", "x_offset": 12, "y_offset": -6}
+    plot.text("x", "y", "label", source=pair, **look)
     tip = TIP.format(unit=plane.unit, pictures="".join(map(TIP_PICTURE.format, pictures.kinds)))
     plot.select_one(HoverTool).update(renderers=[dots], limit=1, tooltips=tip)
-    bar = ColorBar(color_mapper=mapper, width=14, background_fill_color=None, major_label_text_color="gray")
-    plot.add_layout(bar, "right")
+    look = {"background_fill_color": None, "major_label_text_color": "gray"}
+    plot.add_layout(ColorBar(color_mapper=mapper, width=14, **look), "right")
     return plot
 
 
 def axis(axes, plane: Plane, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Labels an axis as a rate; returns its scale, that of the figures: where rates crowd at 0, symmetric-log."""
+    """Labels an axis as a rate; returns its scale: where rates crowd at 0, symmetric-log."""
     axes.axis_label = plane.title(name)
     if not crowded(plane, name):
         return np.asarray
     scale = SymmetricalLogTransform(10, plane.scale(name), 1).transform
-    ticks = [0.0, *(m * 10.0**k for k in range(12) for m in (1, 2, 5)), 0.5]
-    ticks = np.array([tick for tick in ticks if tick <= 2 * plane.values(name).max()])
-    axes.ticker = scale(ticks).tolist()
-    axes.major_label_overrides = {float(at): f"{tick:g}" for at, tick in zip(scale(ticks), ticks, strict=True)}
+    ticks = np.array([0.0, *(m * 10.0**k for k in range(12) for m in (1, 2, 5)), 0.5])
+    ticks = ticks[ticks <= 2 * plane.values(name).max()]
+    places = scale(ticks).tolist()
+    axes.ticker = places
+    axes.major_label_overrides = {at: f"{tick:g}" for at, tick in zip(places, ticks, strict=True)}
     return scale

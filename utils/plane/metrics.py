@@ -1,4 +1,4 @@
-"""The metrics of a plane: their order, and what is linear in mixtures; utils/evaluation/metrics.py declares them."""
+"""The metrics of a plane: their order, and what is linear in mixtures."""
 
 import math
 
@@ -11,36 +11,14 @@ from utils.evaluation.probes import PROBES
 
 DECIBEL = -10 / math.log(10)
 FIRST = """
-ll loss psnr D nelbo ll_iw bpd is_mean is_div is_sharp fid fid_classifier kid kid_classifier recons_acc mi_q_mc mi_q
-mi_p mi_q_mc_y mi_z_low mi_z_high mi_y_low mi_y_high D_above_floor acc_bound lr_acc_mean svm_rbf_acc svm_linear_acc
-kNN_acc lr_ece lr_nll
+ll loss psnr D nelbo ll_iw bpd is_mean is_div is_sharp fid fid_classifier kid kid_classifier
+recons_acc mi_q_mc mi_q mi_p mi_q_mc_y mi_z_low mi_z_high mi_y_low mi_y_high D_above_floor
+acc_bound lr_acc_mean svm_rbf_acc svm_linear_acc kNN_acc lr_ece lr_nll
 """
-METRICS = {name: DECLARED[name] for name in [*FIRST.split(), *DECLARED]}  # in the order of figures
-ACCURACIES = {key: tuple(column + tail for column in PROBES.values()) for key, tail in TAILS.items()}  # of latents
-BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # lower and upper ends of what is only known between
-
-
-def is_squared(name: str) -> bool:
-    """Whether a metric's mean term is a squared error, as that of PSNR."""
-    return metric(name).unit == "dB"
-
-
-def score_of(name: str, mean):
-    """The mean term of a metric, signed so that more is better; linear in mixtures, as PSNR is not."""
-    return -mean if is_squared(name) else metric(name).better * mean
-
-
-def value_of(name: str, means: np.ndarray) -> np.ndarray:
-    """A metric from the means of its terms."""
-    return DECIBEL * np.log(means.clip(1e-30)) if is_squared(name) else means
-
-
-def mean_term(name: str, value: np.ndarray) -> np.ndarray:
-    """The mean term behind a metric's value."""
-    return np.exp(value / DECIBEL) if is_squared(name) else value
-
-
-FOUR = [  # one metric for each of reconstruction, generation, representation by z and by y: the first that is there
+METRICS = {name: DECLARED[name] for name in [*FIRST.split(), *DECLARED]}  # in figures' order
+ACCURACIES = {key: tuple(column + tail for column in PROBES.values()) for key, tail in TAILS.items()}
+BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # ends of what is known between
+FOUR = [  # for reconstruction, generation, representation by z and by y the first that is there
     ("psnr", "recons_acc", "nelbo"),
     ("is_mean", "fid", "fid_classifier"),
     ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
@@ -54,13 +32,29 @@ INFORMATION = [  # on the label, against R(z)
 ]
 
 
+def score_of(name: str, mean):
+    """A metric's mean term, more is better; linear in mixtures: of PSNR the squared error is."""
+    return -mean if metric(name).unit == "dB" else metric(name).better * mean
+
+
+def value_of(name: str, means: np.ndarray) -> np.ndarray:
+    """A metric from the means of its terms."""
+    return DECIBEL * np.log(means.clip(1e-30)) if metric(name).unit == "dB" else means
+
+
+def mean_term(name: str, value: np.ndarray) -> np.ndarray:
+    """The mean term behind a metric's value."""
+    return np.exp(value / DECIBEL) if metric(name).unit == "dB" else value
+
+
 def first_of(names: list[str], choices: list[tuple[str, ...]]) -> list[str]:
     """Of each choice, the first metric that is among the names."""
-    return [next(name for name in choice if name in names) for choice in choices if set(choice) & set(names)]
+    there = ([name for name in choice if name in names] for choice in choices)
+    return [choice[0] for choice in there if choice]
 
 
 def wanted(names: list[str], requested: list[str] | None) -> list[str]:
-    """Of a batch's metrics those to draw: those requested, all that have a better way, or one for each task.
+    """A batch's metrics to draw: those requested, all that have a better way, or one for each task.
 
     Raises UserError for one that the batch has not.
     """

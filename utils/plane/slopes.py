@@ -1,24 +1,26 @@
-"""The slopes of the distortion: whether each cell is at the optimum for its betas, estimated from its neighbours."""
+"""The slopes of the distortion: whether cells are at the optimum for their betas."""
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 from utils.plane.cells import BETAS, Cell, Plane
-from utils.plane.tables import to_markdown
+from utils.plane.tables import Table
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
-FAR_EXCESS = 0.1  # report an excess loss of more than this fraction of the typical difference in D of neighbours
-LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ for a slope to be estimated
-ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's three tests: two slopes and the excess
-SLOPES = {"run": "run", "beta_y": "beta_y", "beta_z": "beta_z"}  # columns of slopes.csv and their headings
-SLOPES |= {"slope_y": "-dD/dR(y|z)", "se_y": "+- of y", "slope_z": "-dD/dR(z)", "se_z": "+- of z"}
-SLOPES |= {"excess": "excess loss", "far_off": "far off"}
+FAR_EXCESS = 0.1  # and an excess of more than this share of the neighbours' difference in D
+LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ
+ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's tests: two slopes, the excess
+SLOPES = {  # columns and headings of slopes.csv
+    "run": "run", "beta_y": "beta_y", "beta_z": "beta_z", "slope_y": "-dD/dR(y|z)", "se_y": "+- of y",
+    "slope_z": "-dD/dR(z)", "se_z": "+- of z", "excess": "excess loss", "far_off": "far off",
+}  # fmt: skip
 
 
 class Slope(NamedTuple):
-    """How far a cell is from its optimum, at which -dD/dR of each layer equals the layer's beta."""
+    """How far a cell is from its optimum, at which -dD/dR of each layer equals its beta."""
 
     cell: Cell
     ratio_y: float  # -dD/dR(y|z) / beta_y; 1 at the optimum, NaN if it cannot be estimated
@@ -26,51 +28,53 @@ class Slope(NamedTuple):
     se_y: float  # standard errors of the ratios, from the residuals of the fit
     se_z: float
     freedom: int  # degrees of freedom of these errors
-    excess: float  # nats by which the loss of the best cell is lower at this cell's betas; 0 if it is the best
-    under_trained: bool  # whether the excess is large compared with the neighbours' differences in D, and with noise
+    excess: float  # nats by which the best cell's loss is lower at this cell's betas
+    under_trained: bool  # whether the excess is large compared with neighbours' D, and noise
 
     @property
     def far_off(self) -> bool:
-        """Whether it is under-trained, or a slope differs from its beta by FAR_OFF, and by more than noise explains."""
-        from scipy.stats import t
-
+        """Whether it is under-trained, or a slope is off by FAR_OFF, and more than by noise."""
         ratios, errors = np.array([self[1:3], self[3:5]])
-        noisy = abs(ratios - 1) <= t.ppf(1 - ALARM / 2, self.freedom) * errors
+        noisy = abs(ratios - 1) <= student.ppf(1 - ALARM / 2, self.freedom) * errors
         off = (ratios < 1 / FAR_OFF) | (ratios > FAR_OFF)
         return bool(self.under_trained or (off & ~noisy).any())
 
 
 def slopes(plane: Plane) -> list[Slope]:
-    """Estimates -dD/dR(y|z) / beta_y and -dD/dR(z) / beta_z of every cell from its neighbours in the grid.
+    """Estimates -dD/dR(y|z) / beta_y and -dD/dR(z) / beta_z of every cell from its neighbours.
 
-    Least squares on the neighbours' differences, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j - R_y,i),
-    where m is the logarithmic mean of the two betas: exact at an optimum (s = 1) if D falls exponentially with the
-    rates, as for Gaussians. Differences are taken within a seed, so the scatter of seeds is in the standard errors.
-    Under-trained neighbours are left out. Metrics of the training images are used where all cells have them.
+    Least squares on their differences, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j -
+    R_y,i), where m is the logarithmic mean of the two betas: exact at an optimum (s = 1) if D
+    falls exponentially with the rates, as for Gaussians. Differences are taken within a seed, so
+    the scatter of seeds is in the standard errors. Under-trained neighbours are left out. Metrics
+    of the training images are used where all cells have them.
     """
     names = [f"train_{name}" for name in ("ll", "kl_y", "kl_z")]
     if not all(name in cell.median for cell in plane.cells for name in names):
         names = ["ll", "kl_y", "kl_z"]
-    return [slope for mask in plane.kinds.values() for slope in _slopes_of(plane.where(mask), names)]
+    return [s for mask in plane.kinds.values() for s in _slopes_of(plane.where(mask), names)]
 
 
 def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:
-    """The slopes of the cells of one grid, by the metrics that are ll and rates."""
-    ll, *rates = (np.array([plane.of_seed(name, seed) for seed in plane.seeds]) for name in names)  # (seeds, cells)
+    # (seeds, cells) each
+    ll, *rates = (np.array([plane.of_seed(name, s) for s in plane.seeds]) for name in names)
     betas, d = [plane.values(name) for name in BETAS], -ll
-    at_y, at_z = (np.unique(b, return_inverse=True)[1] for b in betas)
-    near = (abs(at_y[:, None] - at_y) <= 1) & (abs(at_z[:, None] - at_z) <= 1) & np.isfinite(d).any(0)
+    near = np.isfinite(d).any(0)
+    for b in betas:
+        at = np.unique(b, return_inverse=True)[1]
+        near = near & (abs(at[:, None] - at) <= 1)
     np.fill_diagonal(near, False)
     of_y, of_z = (b[:, None] * r[:, None] for b, r in zip(betas, rates, strict=True))
     losses = d[:, None] + of_y + of_z  # (seeds, i, j): of cell j at the betas of i
-    worse = _mean(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # means over the seeds that both have
+    worse = _mean(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # over shared seeds
     excess = np.fmax.reduce(worse, axis=1)
     between = abs(_mean(d[:, :, None] - d[:, None]))
-    typical = np.array([np.nanmedian(row[js]) if js.any() else math.inf for row, js in zip(between, near, strict=True)])
+    pairs = zip(between, near, strict=True)
+    typical = np.array([np.nanmedian(row[js]) if js.any() else math.inf for row, js in pairs])
     candidates = excess > FAR_EXCESS * typical
 
     def fit(i: int, outliers: np.ndarray) -> tuple:
-        well = near[i] & ~outliers  # under-trained neighbours count only if hardly any others are left
+        well = near[i] & ~outliers  # outliers count only if hardly any others are left
         js = np.r_[i, np.flatnonzero(well if well.sum() > 1 else near[i])]
         columns, identified = [], []
         for b, r in zip(betas, rates, strict=True):
@@ -85,62 +89,69 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:
     result = []
     for i, cell in enumerate(plane.cells):
         ratios, errors, _, freedom = fit(i, under_trained)
-        result.append(Slope(cell, *ratios.tolist(), *errors.tolist(), freedom, excess[i].item(), under_trained[i]))
+        last = freedom, excess[i].item(), under_trained[i]
+        result.append(Slope(cell, *ratios.tolist(), *errors.tolist(), *last))
     return result
 
 
 def log_mean(a: float, b: float) -> float:
-    """The logarithmic mean (a - b) / ln(a / b): the mean of a slope that changes exponentially from a to b."""
-    return a if math.isclose(a, b, rel_tol=1e-9) or min(a, b) <= 0 else (a - b) / math.log(a / b)
+    """(a - b) / ln(a / b): the mean of a slope that changes exponentially from a to b."""
+    same = math.isclose(a, b, rel_tol=1e-9) or min(a, b) <= 0
+    return a if same else (a - b) / math.log(a / b)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """The mean over the first axis of the values that are not NaN; NaN where there are none."""
     finite = np.isfinite(values)
-    return np.where(finite.any(0), np.where(finite, values, 0).sum(0) / np.maximum(finite.sum(0), 1), math.nan)
+    means = np.where(finite, values, 0).sum(0) / np.maximum(finite.sum(0), 1)
+    return np.where(finite.any(0), means, math.nan)
 
 
 def _noise(fits: list[tuple]) -> float:
-    """The difference that noise makes between the losses of two runs at most, over sqrt(2), nats.
+    """The difference that noise makes between two runs' losses at most, over sqrt(2), nats.
 
-    From the residuals of all fits, which overlap: Student's quantile is that of one plane through all cells, and the
-    chance of an alarm is shared among the differences of which the excess is the largest.
+    From the residuals of all fits, which overlap: Student's quantile is that of one plane through
+    all cells, and the chance of an alarm is shared among the differences of which the excess is
+    the largest.
     """
-    from scipy.stats import t
-
     squares, freedom = (sum(fit[k] for fit in fits if fit[3]) for k in (2, 3))
     if not freedom:
         return 0.0
-    return math.sqrt(squares / freedom) * t.ppf(1 - ALARM / max(1, len(fits) - 1), max(1, len(fits) - 3))
+    quantile = student.ppf(1 - ALARM / max(1, len(fits) - 1), max(1, len(fits) - 3))
+    return math.sqrt(squares / freedom) * quantile
 
 
 def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray) -> tuple:
     """Fits `terms` (k, seeds, cells), where `identified` (k,), to `target` (seeds, cells).
 
-    Each seed has an intercept of its own, so only differences within a seed count. Returns coefficients and standard
-    errors, (k,), the sum of squared residuals and its degrees of freedom. Coefficients are NaN where not identified,
-    and all, with a freedom of 0, if the terms are nearly collinear or no degree of freedom is left.
+    Each seed has an intercept of its own, so only differences within a seed count. Returns
+    coefficients and standard errors, (k,), the sum of squared residuals and its degrees of
+    freedom. Coefficients are NaN where not identified, and all, with a freedom of 0, if the terms
+    are nearly collinear or no degree of freedom is left.
     """
     result = np.full((2, len(terms)), math.nan)
     target = target - terms[~identified].sum(0)  # the small effect of the others, at a ratio of 1
     finite = np.isfinite(target) & np.isfinite(terms).all(0)
     finite &= finite.sum(1, keepdims=True) > 1
     parts = [np.where(finite, part, math.nan) for part in (*terms[identified], target)]
-    *columns, y = (np.where(finite, part - _mean(part.T)[:, None], 0.0)[finite] for part in parts)
+    parts = [np.where(finite, part - _mean(part.T)[:, None], 0.0)[finite] for part in parts]
+    *columns, y = parts
     a = np.array(columns).T
-    freedom, norms = len(y) - int(finite.any(1).sum()) - len(columns), np.linalg.norm(a, axis=0)
+    freedom = len(y) - int(finite.any(1).sum()) - len(columns)
+    norms = np.linalg.norm(a, axis=0)
     if not columns or freedom < 1 or not norms.all() or np.linalg.cond(a / norms) >= 10:
         return *result, 0.0, 0
     coefficients = np.linalg.lstsq(a, y, rcond=None)[0]
     squares = float(((y - a @ coefficients) ** 2).sum())
-    result[:, identified] = coefficients, np.sqrt(squares / freedom * np.linalg.inv(a.T @ a).diagonal())
+    errors = np.sqrt(squares / freedom * np.linalg.inv(a.T @ a).diagonal())
+    result[:, identified] = coefficients, errors
     return *result, squares, freedom
 
 
-def slope_rows(estimates: list[Slope]) -> list[dict]:
-    """The rows of slopes.csv: the estimated slopes, which equal the betas at an optimum, and the excess loss."""
+def slope_rows(slopes: list[Slope]) -> list[dict]:
+    """The rows of slopes.csv: slopes, which equal the betas at an optimum, and excess loss."""
     rows = []
-    for s in estimates:
+    for s in slopes:
         b_y, b_z = (s.cell.median[name] for name in BETAS)
         row = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
         row |= {"excess": s.excess, "se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
@@ -150,11 +161,13 @@ def slope_rows(estimates: list[Slope]) -> list[dict]:
 
 
 def print_far_off(rows: list[dict]) -> None:
-    """Prints the ten cells with the largest excess loss of those that are far from their optimum, if any."""
-    far_off = sorted((row for row in rows if row["far_off"]), key=lambda row: -row.get("excess", 0))
+    """Prints the ten cells with the largest excess loss of those far from their optimum, if any."""
+    far_off = sorted((row for row in rows if row["far_off"]), key=lambda r: -r.get("excess", 0))
     if far_off:
         print(
-            f"\n{len(far_off)} of {len(rows)} cells are far from their optimum, probably under-trained: a slope is off"
-            f"\nits beta by more than a factor of {FAR_OFF:g}, or another cell has a lower loss at the cell's betas:"
+            f"\n{len(far_off)} of {len(rows)} cells are far from their optimum, probably under-trained: "
+            f"a slope is off\nits beta by more than a factor of {FAR_OFF:g}, "
+            "or another cell has a lower loss at the cell's betas:"
         )
-        print(to_markdown(far_off[:10], {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}), end="")
+        headings = {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}
+        print(Table(far_off[:10], headings).markdown(), end="")

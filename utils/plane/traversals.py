@@ -1,7 +1,7 @@
-"""What z encodes and what y adds, in pictures: walks from one image to another, dimensions of z swept, y drawn anew.
+"""What z encodes and what y adds: walks between images, dimensions of z swept, y drawn anew.
 
-Chosen cells stand side by side, so that one sees information move from y to z as the betas change. What y adds to z,
-`own`, is explained in utils/explore.py.
+Chosen cells stand side by side, so that one sees information move from y to z as the betas change.
+What y adds to z, `own`, is explained in utils/explore.py.
 """
 
 import functools
@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.explore import Loaded
 from utils.files import check_writable
 from utils.images import tiled
-from utils.plane.drawing import COLUMN, TEXT, Drawing, say, styled, write_drawing
+from utils.plane.drawing import COLUMN, TEXT, Drawing, say, show, styled, write_drawing
 
 ALONG = 7  # images of a walk, and of a sweep from -3 to 3
 MOST_DIMENSIONS = 8  # of z that are swept: those of the largest rates
@@ -49,38 +49,40 @@ def traverse(cells: Sequence[Loaded], folder: Path, formats: Sequence[str], n: i
     check_writable(folder, "--out")
     print("written:")
     for rows_of, columns in ((between, WALK), (dimensions, SWEEP), (redrawn, AGAIN)):
-        name, drawing = rows_of.__name__, side_by_side(cells, rows_of, n, columns)
-        write_drawing(folder, name, formats, drawing, {column: column for column in drawing.rows[0]})
+        name = rows_of.__name__
+        write_drawing(folder, name, formats, side_by_side(cells, rows_of, n, columns))
         for form in (*formats, "csv"):
             print(f"  {folder / name}.{form}", flush=True)
 
 
-def side_by_side(
-    cells: Sequence[Loaded], rows_of: Callable[[Loaded, int], Rows], n: int, columns: Sequence[str]
-) -> Drawing:
-    """A figure of the same rows for each cell, one panel a cell, under what tells the cells apart and their rates."""
+def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Sequence[str]) -> Drawing:
+    """A panel for each cell, of the same rows, under what tells cells apart and their rates."""
     rows = [rows_of(cell, n) for cell in cells]
     labels = [[label for label, _ in of_cell] for of_cell in rows]
-    pictures = [tiled(torch.cat([images for _, images in of_cell]), len(of_cell[0][1]), 1.0) for of_cell in rows]
+    pictures = [
+        tiled(torch.cat([images for _, images in of_cell]), len(of_cell[0][1]), 1.0).permute(1, 2, 0)
+        for of_cell in rows
+    ]
     across = min(len(cells), SIDE_BY_SIDE)
     down, width = math.ceil(len(cells) / across), COLUMN if len(cells) == 1 else TEXT
-    height = (width / across - 0.8) * max(p.shape[1] / p.shape[2] for p in pictures)
+    height = (width / across - 0.8) * max(p.shape[0] / p.shape[1] for p in pictures)
     figure = Figure((width, down * (height + 0.6) + 0.4), layout="constrained")
     axes, table = figure.subplots(down, across, squeeze=False).ravel(), []
     for extra in axes[len(cells) :]:
         extra.remove()
     names = what_differs([cell.config for cell in cells])
-    for i, (ax, cell, name, picture) in enumerate(zip(axes, cells, names, pictures, strict=False)):
-        high, wide = ((size - 2) / n for size, n in zip(picture.shape[1:], (len(rows[i]), len(columns)), strict=True))
-        ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        ticks = labels[i] if i % across == 0 or labels[i] != labels[i - 1] else []
-        ax.set_yticks([1 + high * (k + 0.5) for k in range(len(ticks))], ticks)
-        ax.set_xticks([1 + wide * (k + 0.5) for k in range(len(columns))], columns)
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
+    for i, (ax, cell, picture) in enumerate(zip(axes, cells, pictures, strict=False)):
         rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
-        title = textwrap.wrap(name, int(14 * width / across))
-        ax.set_title("\n".join([*title, f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}"]))
+        title = textwrap.wrap(names[i], int(14 * width / across))
+        title = "\n".join([*title, f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}"])
+        show(ax, picture.cpu().numpy(), title)
+        once = i % across == 0 or labels[i] != labels[i - 1]  # for alike neighbours
+        for axis, size, texts, shown in (
+            (ax.yaxis, picture.shape[0], labels[i], labels[i] if once else []),
+            (ax.xaxis, picture.shape[1], columns, columns),
+        ):
+            step = (size - 2) / len(texts)
+            axis.set_ticks([1 + step * (k + 0.5) for k in range(len(shown))], shown)
         row = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
         row |= {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
         table += [row | {"row": label} for label in labels[i]]
@@ -99,12 +101,12 @@ def rates_of_units(cell: Loaded) -> tuple[Tensor, Tensor]:
 
 
 def between(cell: Loaded, n: int) -> Rows:
-    """Walks in z from each of n images to the next: y drawn from p(y|z), the same noise all along, or own kept."""
+    """Walks in z from each of n images to the next: with y of p(y|z), of one noise, or own kept."""
     x, _ = cell.images(n + 1)
     q, rows = cell.encode(x), []
     for i in range(len(x) - 1):
         z = cell.interpolate(q.z[i], q.z[i + 1], ALONG)
-        noise = cell.model.noise(1, torch.Generator(cell.device).manual_seed(i)).y
+        noise = noise_of_y(cell, 1, i)
         owns = {"y drawn": noise[0], "y of the left": q.own[i], "y of the right": q.own[i + 1]}
         for label, own in owns.items():
             walk = cell.decode(z, own.expand(ALONG, *own.shape))
@@ -113,7 +115,7 @@ def between(cell: Loaded, n: int) -> Rows:
 
 
 def dimensions(cell: Loaded, n: int) -> Rows:
-    """Dimensions of the first image's z from -3 to 3, stds of the prior, y the mean of p(y|z); by falling rate.
+    """Dimensions of the first image's z from -3 to 3, y the mean of p(y|z); by falling rate.
 
     A convolutional z has channels in place of dimensions, each set everywhere at once.
     """
@@ -122,20 +124,24 @@ def dimensions(cell: Loaded, n: int) -> Rows:
     rates = rates.flatten(1).sum(1) if z.dim() > 2 else rates
     values, rows = torch.linspace(-3, 3, ALONG, device=cell.device), []
     for d in rates.argsort(descending=True, stable=True)[:MOST_DIMENSIONS].tolist():
-        swept = z.repeat(ALONG, *[1] * (z.dim() - 1))
+        swept = z.repeat_interleave(ALONG, 0)
         swept[:, d] = values.view(-1, *[1] * (z.dim() - 2))
         rows.append((f"z {d + 1}: {rates[d]:.2f} nats", cell.decode(swept)))
     return rows
 
 
 def redrawn(cell: Loaded, n: int) -> Rows:
-    """n images, each with z kept and y drawn again and again: from q(y|z,x), and from p(y|z), without the image."""
+    """n images, each with z kept and y drawn anew: from q(y|z,x), and, without it, from p(y|z)."""
     x, _ = cell.images(n)
     z, rows = cell.encode(x).z, []
-    for i in range(len(x)):
-        one, zs = x[i : i + 1], z[i : i + 1].repeat(ALONG, *[1] * (z.dim() - 1))
-        p_y, noise = cell.model.p_y(zs), cell.model.noise(ALONG, torch.Generator(cell.device).manual_seed(i)).y
+    for one, z_of_one in zip(x.split(1), z.split(1), strict=True):
+        zs, noise = z_of_one.repeat_interleave(ALONG, 0), noise_of_y(cell, ALONG, len(rows) // 2)
         q_y = cell.model.q_y(zs, one.expand(ALONG, *one.shape[1:]))
-        for label, y in (("y from q(y|z,x)", q_y.sample(noise)), ("y from p(y|z)", p_y.sample(noise))):
-            rows.append((label, torch.cat([one, cell.model.mean_x(y)])))
+        for label, of_y in (("y from q(y|z,x)", q_y), ("y from p(y|z)", cell.model.p_y(zs))):
+            rows.append((label, torch.cat([one, cell.model.mean_x(of_y.sample(noise))])))
     return rows
+
+
+def noise_of_y(cell: Loaded, n: int, seed: int) -> Tensor:
+    """Standard noise of y, (n, *y_shape)."""
+    return cell.model.noise(n, torch.Generator(cell.device).manual_seed(seed)).y
