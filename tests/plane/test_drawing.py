@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-from matplotlib.colors import Normalize
 from matplotlib.text import Text
 from numpy.testing import assert_allclose, assert_array_equal
 from pytest import approx
@@ -76,22 +75,17 @@ def test_sizes_and_type_are_a_papers_and_every_panel_has_its_labels():
             assert ax.get_xlabel() and any(ticks)
 
 
-def test_less_is_better_is_yellow_and_on_top():
-    plane = plane_of(grid(fid=lambda row: row["beta_y"]))
-    panel, bar = figures.rate_planes(plane, ["fid"]).figure.axes
-    (points,) = [c for c in panel.collections if len(c.get_offsets()) == 25]
-    best = points.cmap(Normalize(0.1, 10)(0.1))
-    assert best[0] > 0.9 and best[2] < 0.3 and bar.yaxis.get_inverted()
-
-
-def test_the_best_is_starred_where_it_is():
-    difference = {name: lambda row: row["beta_y"] - row["beta_z"] for name in ("psnr", "fid")}
-    plane = plane_of(grid(**difference))
-    for name, betas in (("psnr", (10, 0.1)), ("fid", (0.1, 10))):
-        (ax, _) = figures.rate_planes(plane, [name]).figure.axes
+def test_the_best_is_yellow_on_top_of_the_bar_and_starred():
+    best = {"psnr": (10, 0.1), "fid": (0.1, 10)}  # of which less is better
+    plane = plane_of(grid(**dict.fromkeys(best, lambda row: row["beta_y"] - row["beta_z"])))
+    for name, betas in best.items():
+        ax, bar = figures.rate_planes(plane, [name]).figure.axes
         (star,) = [line for line in ax.lines if line.get_label() == "best"]
-        best = exponential(*betas)
-        assert (star.get_xdata()[0], star.get_ydata()[0]) == (best["kl_z"], best["kl_y"])
+        at = exponential(*betas)
+        assert star.get_xydata().tolist() == [[at["kl_z"], at["kl_y"]]]
+        (points,) = [c for c in ax.collections if len(c.get_offsets()) == 25]
+        red, _, blue, _ = points.to_rgba(plane.values(name))[plane.best(name)]
+        assert red > 0.9 and blue < 0.3 and bar.yaxis.get_inverted() == (name == "fid")
 
 
 def test_rates_that_crowd_at_0_get_a_logarithmic_axis_and_others_do_not():
