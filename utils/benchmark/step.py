@@ -27,8 +27,11 @@ THEIRS, PLAIN = "like the paper's code", "plain PyTorch, data on the device"
 
 def machine(device: torch.device) -> str:
     """One line with the device, the number of threads, and versions."""
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpus.exists() and "model name" in (text := cpus.read_text()):
+        name = text.partition("model name")[2].partition("\n")[0].strip("\t :")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return f"{name}, {torch.get_num_threads()} threads, {versions}"
 
