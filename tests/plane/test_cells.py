@@ -5,7 +5,7 @@ import math
 from numpy.testing import assert_array_equal
 from pytest import approx
 
-from tests.plane.planes import grid, plane_of, rows_of, write_csv
+from tests.plane.planes import HEADER, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane.cells import read_plane
 
 
@@ -33,6 +33,15 @@ def test_saturated_estimates_are_left_out():
     assert_array_equal(plane.values("mi_q_mc"), [math.nan, 1.5, 1.5, 1.5])
     assert_array_equal(plane.values("mi_q_mc_y"), [2.0, 2.0, math.nan, math.nan])
     assert [("mi_q_mc_y" in note, "2 of 4" in note) for note in plane.notes] == [(False, False), (True, True)]
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read():
+    path = write_csv(rows_of([0.1, 1]))
+    expected, rows = read_plane(path), read_csv(path)
+    for separator, point in ((",", "."), (";", ","), (";", "."), ("\t", ",")):
+        lines = [HEADER, *([value.replace(".", point) for value in row.values()] for row in rows)]
+        path.write_bytes("\r\n".join(map(separator.join, lines)).encode("utf-8-sig"))
+        assert [cell.median for cell in read_plane(path).cells] == [cell.median for cell in expected.cells]
 
 
 def test_kinds_whose_names_are_cut_off_alike_are_kept_apart():

@@ -5,6 +5,7 @@ Read from eval_results.csv; nothing is drawn here. Rates, D and information are 
 
 import csv
 import dataclasses
+import io
 import math
 import re
 from collections.abc import Iterator
@@ -178,15 +179,22 @@ def number(text: str | None) -> float:
     return value if abs(value) < 1e30 else math.nan  # larger values cannot be drawn
 
 
-def read_plane(path: Path, unit: str = "nats") -> Plane:
-    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV's rows, also with the semicolons and decimal commas of spreadsheets. Raises UserError if unreadable."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        if separator != ",":
+            text = re.sub(r"(?<=\d),(?=\d)", ".", text)
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
     except (OSError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+
+
+def read_plane(path: Path, unit: str = "nats") -> Plane:
+    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
     cells, without = {}, []
-    for row in rows:
+    for row in read_rows(path):
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
         else:  # of searched betas each seed has others
