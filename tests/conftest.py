@@ -131,7 +131,7 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory) -> str:
-    """The digest of the weights of a training of CELL that nothing happens to."""
+    """The digest of the weights of a training of CELL."""
     return weights(next(folder_of(tmp_path_factory, *CELL).glob("singles/*")))
 
 

@@ -11,8 +11,8 @@ import eval_beta_grid
 import train
 import train_classifier
 from datasets.loading import Data
-from tests.conftest import ROOT, TINY, python
-from tests.scripts import done, refusal
+from tests.conftest import ROOT, TINY, all_weights, python
+from tests.reliability.trials import ended
 from utils.distributed import share
 from utils.errors import UserError
 from utils.files import load_tensors
@@ -53,38 +53,34 @@ end()
 """
 
 
-def all_weights(folder):
-    return {path.parent.name: path.read_bytes() for path in Path(folder).rglob("vae.pth")}
-
-
-def test_two_processes_give_what_one_gives(script):
+def test_two_processes_give_what_one_gives(passes):
     """Cells shared, then the batches of each, stopped and continued; it takes long since three processes start."""
     Path("together.py").write_text(TOGETHER)
-    process = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "together.py")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    done(script, train.main, *GRID, "--run_batch_name", "grid", "--runs_dir", "alone")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    status, out, err = ended(python(*launcher, "together.py"), 300)
+    assert status == 0, err
+    passes(train.main, *GRID, "--run_batch_name", "grid", "--runs_dir", "alone")
     assert all_weights("runs/grid") == all_weights("alone/grid") and len(all_weights("runs/grid")) == 4
     assert out.count("The runs are in runs/grid") == 1 and out.count("2 of 2 runs evaluated") == 2
     for path in Path("runs/grid").glob("*/training.json"):  # one table, of all cells
         assert out.count(f"{json.loads(path.read_text())['test']['loss']:10.2f} ") == 1
-    done(script, eval_beta_grid.main, *EVALUATE, "--runs_dir", "alone")
+    passes(eval_beta_grid.main, *EVALUATE, "--runs_dir", "alone")
     ours, expected = (Path(root, "grid/eval_results.csv").read_bytes() for root in ("runs", "alone"))
     assert ours == expected
     for more in ([], MULTI_RATE):  # each process has its part of a last batch of 110
-        done(script, train.main, *SHARED, "--runs_dir", "alone", *more)
-    paths = list(Path("runs/shared").iterdir())
-    for path in paths:
-        ours, expected = load_tensors(path / "vae.pth"), load_tensors(Path("alone/shared", path.name, "vae.pth"))
+        passes(train.main, *SHARED, "--runs_dir", "alone", *more)
+    names = [path.name for path in Path("runs/shared").iterdir()]
+    for name in names:
+        ours, expected = (load_tensors(Path(root, "shared", name, "vae.pth")) for root in ("runs", "alone"))
         for name, weights in expected.items():  # as wholes: of a gradient of almost 0, Adam's steps are rounding
             assert (ours[name] - weights).norm() <= 1e-5 * weights.norm(), name
-    assert len(paths) == 5  # two cells, and two of a multi-rate model
+    assert len(names) == 5  # two cells, and two of a multi-rate model
     assert "rerun to continue" in err and "resuming at epoch" in out
     assert all_weights("runs/stopped") == all_weights("runs/whole") and len(all_weights("runs/whole")) == 1
 
 
-def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch):
-    err = refusal(script, train.main, *TINY, "--data_parallel")
+def test_batches_need_several_processes_but_not_too_many(refused, monkeypatch):
+    err = refused(train.main, *TINY, "--data_parallel")
     assert err.startswith("error: --data_parallel: ") and "torchrun" in err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
@@ -94,9 +90,8 @@ def test_batches_cannot_be_shared_by_one_process_or_too_many(script, monkeypatch
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     """That of its number there, as torchrun or else srun tells it; GPUs that are none."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    for name, value in (("is_available", True), ("device_count", 4), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
     monkeypatch.setattr(torch, "empty", Mock())
     of_srun, of_torchrun = {"SLURM_LOCALID": "3"}, {"LOCAL_RANK": "5", "SLURM_LOCALID": "0"}
     for variables, index in (({}, 0), (of_srun, 3), (of_torchrun, 1)):
@@ -106,15 +101,15 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
             assert prepare(None, 1) == prepare("cuda", 1) == torch.device("cuda", index)
 
 
-def test_the_tasks_of_an_array_share_by_their_variables(script, monkeypatch):
+def test_the_tasks_of_an_array_share_by_their_variables(passes, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert share(list(range(7))) == list(range(7))[int(rank) :: 2]
-        done(script, train.main, *TINY, "--beta_y", "1", "2", "3", "--run_batch_name", "b")
+        passes(train.main, *TINY, "--beta_y", "1", "2", "3", "--run_batch_name", "b")
         assert len(all_weights("runs")) == {"0": 2, "1": 3}[rank]
-    out = done(script, train_classifier.main, "--dataset", "Digits", "--seed", "1")
+    out = passes(train_classifier.main, "--dataset", "Digits", "--seed", "1")
     assert out == "RANK 1 of WORLD_SIZE 2: takes 0 of 1 classifiers\n"
     for rank in ("3", "-1", "x", ""):
         monkeypatch.setenv("RANK", rank)
-        assert refusal(script, train.main, *TINY).startswith("error: RANK and WORLD_SIZE: ")
+        assert refused(train.main, *TINY).startswith("error: RANK and WORLD_SIZE: ")

@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from tests.conftest import ROOT
 from utils.errors import UserError
@@ -24,19 +26,25 @@ def test_an_image_is_what_z_holds_and_what_y_adds(flags, trained):
     run = load(path)
     x, labels = run.images(6)
     model = load_model(run.run, CPU)
+
+    def mean_of(y):
+        return model.p_x(y).mean.clamp(0, 1)
+
     for seed in (None, 3):
-        q = run.encode(x, seed)
-        torch.testing.assert_close(run.decode(q.z, q.own), model.p_x(q.y).mean.clamp(0, 1), rtol=0, atol=1e-5)
-    torch.testing.assert_close(run.decode(*run.encode(x)[::2]), model.reconstruct(x), rtol=0, atol=1e-5)
-    a, b, other = run.encode(x, 3), run.encode(x, 3), run.encode(x, 4)
-    assert torch.equal(a.y, b.y) and not torch.equal(a.y, other.y) and labels.shape == (6,)
-    drawn, mean = run.decode(q.z, seed=1), run.decode(q.z)
-    assert torch.equal(drawn, run.decode(q.z, seed=1)) and not torch.equal(drawn, run.decode(q.z, seed=2))
-    torch.testing.assert_close(mean, model.p_x(model.p_y(q.z).mean).mean.clamp(0, 1))
-    between = run.interpolate(q.z[0], q.z[1], 5)
-    torch.testing.assert_close(between[[0, 2, 4]], torch.stack([q.z[0], (q.z[0] + q.z[1]) / 2, q.z[1]]))
-    assert run.sample(3).shape == (3, 1, 28, 28) and not run.sample(3).requires_grad
-    assert torch.equal(run.sample(3, seed=5), model.sample(3, generator=generator(CPU, 5, "explore")))
+        z, y, own = run.encode(x, seed)
+        assert_close(run.decode(z, own), mean_of(y), rtol=0, atol=1e-5)
+    mode = run.encode(x)
+    assert_close(run.decode(mode.z, mode.own), model.reconstruct(x), rtol=0, atol=1e-5)
+    assert torch.equal(run.encode(x, 3).y, y) and labels.shape == (6,)
+    assert not torch.equal(run.encode(x, 4).y, y)
+    drawn, again, other = (run.decode(z, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other)
+    assert_close(run.decode(z), mean_of(model.p_y(z).mean))
+    middle = (z[0] + z[1]) / 2
+    assert_close(run.interpolate(z[0], z[1], 5)[::2], torch.stack([z[0], middle, z[1]]))
+    sample = run.sample(3, seed=5)
+    assert sample.shape == (3, 1, 28, 28) and not sample.requires_grad
+    assert torch.equal(sample, model.sample(3, generator=generator(CPU, 5, "explore")))
 
 
 def test_categories_and_models_without_z(trained):
@@ -48,7 +56,7 @@ def test_categories_and_models_without_z(trained):
     run.interpolate(q.own[0], q.own[1])
     run = load(trained("--vae_type", "BVAE", batch="v")[0])
     q = run.encode(run.images(4)[0])
-    torch.testing.assert_close(q.own, q.y)
+    assert_close(q.own, q.y)
     assert q.z.shape == (4, 0) and run.decode(q.z, q.own).shape == (4, 1, 28, 28)
 
 
@@ -60,17 +68,16 @@ def test_what_cannot_be_loaded_is_said(trained):
             load(path)
 
 
-def test_the_readme_is_right_from_any_folder(trained, tmp_path):
+def test_the_readme_is_right_from_any_folder(trained):
     (path,) = trained()
     section = (ROOT / "README.md").read_text().split("## Use from Python")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     for name, here in (("path/to/this/repository", ROOT), ("runs/grid/NAME", path.resolve())):
         assert code.count(name) == 1
         code = code.replace(name, str(here))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    subprocess.run([sys.executable, "-c", code], cwd=elsewhere, check=True)
-    assert Image.open(elsewhere / "samples.png").size == (8 * 30 + 2, 2 * 30 + 2)
+    Path("elsewhere").mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd="elsewhere", check=True)
+    assert Image.open("elsewhere/samples.png").size == (8 * 30 + 2, 2 * 30 + 2)
 
 
 def test_the_tour_runs(trained):

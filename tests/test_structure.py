@@ -11,8 +11,8 @@ SCRIPTS = ("train", "train_classifier", "eval_beta_grid", "eval_beta_single", "p
 WINGS = ("utils.training", "utils.evaluation", "utils.plane", "utils.benchmark")
 ABOVE = ("utils.plane", "utils.benchmark")  # these show and measure what the other wings do
 LEAVES = ("utils.errors", "utils.seeds", "utils.files", "utils.locks")
-HEAVY = ("torch", "torchvision", "sklearn", "scipy", "matplotlib", "bokeh", "tensorboard", "joblib")
-MODULES = sorted(p.relative_to(ROOT) for d in ("datasets", "models", "utils") for p in (ROOT / d).rglob("*.py"))
+HEAVY = {"torch", "torchvision", "sklearn", "scipy", "matplotlib", "bokeh", "tensorboard", "joblib"}
+MODULES = [p.relative_to(ROOT) for d in ("datasets", "models", "utils") for p in (ROOT / d).rglob("*.py")]
 
 
 def room(module: str) -> tuple[int, str]:
@@ -24,7 +24,8 @@ def room(module: str) -> tuple[int, str]:
             return 3, wing
     if module in LEAVES:
         return 0, "leaves"
-    return (2, "ground") if module.split(".")[0] == "utils" else (1, module.split(".")[0])
+    folder = module.split(".")[0]
+    return (2, "ground") if folder == "utils" else (1, folder)
 
 
 def imported(path: Path, module: str) -> set[str]:
@@ -35,8 +36,8 @@ def imported(path: Path, module: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = ".".join(filter(None, [package, node.module])) if node.level else node.module
-            submodules = {f"{source}.{alias.name}" for alias in node.names}
-            names |= {n if (ROOT / n.replace(".", "/")).with_suffix(".py").exists() else source for n in submodules}
+            for name in (f"{source}.{alias.name}" for alias in node.names):
+                names.add(name if (ROOT / name.replace(".", "/")).with_suffix(".py").exists() else source)
     return {n for n in names if n.split(".")[0] in (*SCRIPTS, "datasets", "models", "utils")}
 
 
@@ -51,19 +52,18 @@ def test_imports_go_down():
             assert allowed, f"{module} imports {other}"
 
 
-def test_scripts_are_short_and_their_help_imports_only_what_it_uses():
+def test_scripts_are_short_and_their_help_imports_little():
     for script in SCRIPTS:
         assert len((ROOT / f"{script}.py").read_text().splitlines()) < 150
         code = f"import sys, {script}\nprint(*sys.modules)\nsys.argv = ['x', '--help']\n"
         code += f"try: {script}.main()\nexcept SystemExit: print(*sys.modules)"
         out = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
         at_import, *usage, at_help = out.splitlines()
-        assert usage[0].startswith("usage:") and not set(HEAVY) & set(at_help.split()), script
+        assert usage[0].startswith("usage:") and not HEAVY & set(at_help.split()), script
         assert not {"numpy", "PIL"} & set(at_import.split()), script
 
 
-def test_a_package_says_what_it_is_for_and_holds_no_code():
-    for path in MODULES:
-        if path.name == "__init__.py":
-            body = ast.parse((ROOT / path).read_text()).body
-            assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body), path
+def test_an_init_file_holds_no_code():
+    for path in (path for path in MODULES if path.name == "__init__.py"):
+        body = ast.parse((ROOT / path).read_text()).body
+        assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body), path

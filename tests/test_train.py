@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 import train
 from tests.conftest import TINY
-from tests.scripts import done, refusal
 from utils.files import load_tensors
 from utils.runs import Run, load_model
 
@@ -23,31 +22,30 @@ def test_a_run_folder_holds_all_that_is_promised(trained):
     state = torch.load(path / "vae.pth", weights_only=True)
     assert all(isinstance(v, torch.Tensor) for v in state.values())
     load_model(run, torch.device("cpu"))
-    result = json.loads((path / "training.json").read_text())
-    test = result["test"]
-    assert test["loss"] == pytest.approx(-test["ll"] + test["kl_y"] + test["kl_z"], rel=1e-6)
+    test = json.loads((path / "training.json").read_text())["test"]
+    loss = -test["ll"] + test["kl_y"] + test["kl_z"]
+    assert test["loss"] == pytest.approx(loss, rel=1e-6)
     assert test["kl_y"] >= 0 and test["kl_z"] >= 0
     events = EventAccumulator(str(path), size_guidance={"images": 0}).Reload()
-    for split in ("train", "test"):
-        for name in ("loss", "ll", "kl_y", "kl_z"):
-            assert [e.step for e in events.Scalars(f"{split}/{name}")] == [1, 2]
-    assert events.Scalars("test/loss")[-1].value == pytest.approx(test["loss"], rel=1e-6)
-    assert [e.step for e in events.Scalars("test/psnr")] == [1, 2]
-    assert events.Scalars("test/psnr")[-1].value == pytest.approx(test["psnr"], abs=1e-3)  # 360 images, all of them
+    names = [f"{split}/{name}" for split in ("train", "test") for name in ("loss", "ll", "kl_y", "kl_z")]
+    for name in (*names, "test/psnr"):
+        assert [e.step for e in events.Scalars(name)] == [1, 2]
+    for name, error in (("loss", 1e-6), ("psnr", 1e-3)):  # of 360 images, all of them
+        assert events.Scalars(f"test/{name}")[-1].value == pytest.approx(test[name], rel=error)
     assert {"reconstructions", "samples"} <= set(events.Tags()["images"])
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert all(name in hparams for name in (b"beta_y", b"beta_z", b"seed", b"vae_type"))
-    assert not [p for p in path.iterdir() if p.name.startswith("resume") or p.name.endswith(".tmp")]
+    assert not [*path.glob("resume*"), *path.glob("*.tmp")]
 
 
-def test_a_finished_run_again_changes_nothing(trained, script):
+def test_a_finished_run_stays_unless_it_is_overwritten(trained, passes, refused):
     (path,) = trained()
     before = {p.name: p.read_bytes() for p in path.iterdir()}
-    assert "already complete" in done(script, train.main, *TINY)
+    assert "already complete" in passes(train.main, *TINY)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
     flags = [*TINY, "--learning_rate", "0.01"]
-    assert "--learning_rate 0.0009" in refusal(script, train.main, *flags)
-    done(script, train.main, *flags, "--overwrite")
+    assert "--learning_rate 0.0009" in refused(train.main, *flags)
+    passes(train.main, *flags, "--overwrite")
     assert (path / "vae.pth").read_bytes() != before["vae.pth"]
     assert Run.open(path).config.learning_rate == 0.01
 
@@ -56,37 +54,34 @@ def test_one_command_equals_the_bash_loop(trained):
     for beta_y in ("0.1", "10"):
         paths = trained("--beta_y", beta_y, batch="loop")
     loop = {p.name: load_tensors(p / "vae.pth") for p in paths}
-    for batch, at_once, tolerance in (("together", "2", 1e-4), ("apart", "1", 0.0)):
-        paths = trained("--beta_y", "0.1", "10", "--cells_at_once", at_once, batch=batch)
-        assert {p.name for p in paths} == set(loop)
-        for path in paths:
-            for name, p in load_tensors(path / "vae.pth").items():
-                assert_close(p, loop[path.name][name], rtol=tolerance, atol=tolerance)
+    for at_once, error in (("2", 1e-4), ("1", 0.0)):
+        paths = trained("--beta_y", "0.1", "10", "--cells_at_once", at_once, batch=f"by{at_once}")
+        weights = {p.name: load_tensors(p / "vae.pth") for p in paths}
+        assert_close(weights, loop, rtol=error, atol=error)
 
 
-def test_a_damaged_run_is_named(trained, script):
+def test_a_damaged_finished_run_is_named(trained, passes, refused):
     (path,) = trained()
-    again = [script, train.main, *TINY]
     for text in ("", "{", "[]", '{"dataset": 3}', '{"dataset": "Digits", "z_dims": "4"}'):
         (path / "config.json").write_text(text)
-        assert str(path / "config.json") in refusal(*again)
+        assert str(path / "config.json") in refused(train.main, *TINY)
     (path / "config.json").unlink()
-    assert f"{path} holds files but no config.json" in refusal(*again).replace(":", "")
-    done(*again, "--overwrite")
+    assert f"{path}: holds files but no config.json" in refused(train.main, *TINY)
+    passes(train.main, *TINY, "--overwrite")
     assert Run.open(path).status == "finished"
     (path / "vae.pth").write_bytes((path / "vae.pth").read_bytes()[:20])
-    assert f"{path / 'vae.pth'}: damaged" in refusal(*again)
+    assert f"{path / 'vae.pth'}: damaged" in refused(train.main, *TINY)
 
 
-def test_dry_run_tells_each_cell_of_each_seed_and_writes_nothing(script):
-    out = done(script, train.main, *TINY, "--dry_run", "--seed", "2", "3", "--beta_y", "0.1:10:3")
+def test_dry_run_tells_each_cell_of_each_seed_and_writes_nothing(passes):
+    out = passes(train.main, *TINY, "--dry_run", "--seed", "2", "3", "--beta_y", "0.1:10:3")
     assert out.count("  beta_y 10, beta_z 1") == 2 and out.count(" new\n") == 6
     assert not Path("runs").exists()
 
 
-def test_the_papers_command_with_its_trailing_backslash(script):
+def test_the_papers_command_with_its_trailing_backslash(passes):
     command = shlex.split(
         "--vae_type HVAE --dataset CIFAR10 --num_epochs 500 --batch_size 256 --conv_channels 32 --z_dims 32 "
         "--px_y_family_ll GaussianFixedSigma --sigma 0.71 --beta_y 1.0 --beta_z 1.0 --run_batch_name cifar"
     )
-    assert "475,811" in done(script, train.main, *command, " ", "--dry_run")
+    assert "475,811" in passes(train.main, *command, " ", "--dry_run")

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ import torch
 from torch import nn
 
 from models.build import build_model
-from models.reference import translate, unwrapped
 from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
@@ -28,6 +28,17 @@ from utils.files import check_writable, load_tensors, read_json, save_tensors, w
 from utils.locks import locked
 
 CHECKPOINTS = ("resume.pth", "resume.prev.pth")  # a kill between the two renames of a save leaves the latter alone
+
+# The paper's layer names (their stems, for numbered ones) in the order in which our models define theirs.
+ORDER = [
+    *("qz_conv1", "qz_conv2", "qz_conv2_dy", "qz_conv3", "qz_convs", "qz_convs_dy", "qz_convs_dz"),
+    *("qz_mu", "qz_pre_sp", "qz_logit"),
+    *("qy_conv1_x", "qy_conv2_x", "qy_conv_x", "qy_l1_z", "qy_conv1_z", "qy_deconv_z", "qy_conv1_zx", "qy_convs_zx"),
+    *("qy_conv1_dy", "qy_convs_dy", "qy_mu", "qy_pre_sp"),
+    *("py_l1", "py_mu", "py_pre_sp", "py_deconvs"),
+    *("px_l1", "px_conv1", "px_convs", "px_conv2", "px_conv3", "px_deconvs"),
+]
+LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -227,14 +238,48 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     path = run.path / "vae.pth"
     if not path.exists():
         raise UserError(f"{path}: not there; the run is unfinished")
-    state, model = unwrapped(load_tensors(path)), build_model(run.config)
+    state, model = _unwrapped(load_tensors(path)), build_model(run.config)
     try:
         if not all(t.is_floating_point() for t in state.values()):
             raise ValueError("not all of them are floating-point tensors")
-        model.load_state_dict(translate(state, model))
+        model.load_state_dict(_translated(state, model))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         why = f"or are of another version of the code ({' '.join(str(e).split())[:200]})"
         raise UserError(f"{path}: the weights do not fit {run.path}/config.json, {why}") from e
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"{path}: holds weights that are not finite")
     return model.to(device).eval()
+
+
+def _unwrapped(state: dict) -> dict[str, torch.Tensor]:
+    """The weights of a file that holds more, or the weights of a wrapped model (DataParallel, torch.compile)."""
+    for name in ("state_dict", "model_state_dict"):
+        if isinstance(state.get(name), dict):
+            return _unwrapped(state[name])
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): t for name, t in state.items()})
+    return state
+
+
+def _translated(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state_dict of the paper's code with the parameter names of `model`; any other is returned unchanged.
+
+    Raises ValueError if its layers do not correspond to those of the model.
+    """
+    layers = {name.rpartition(".")[0] for name in state if name != "log_sigma"}
+    if not layers or not all(LAYER.fullmatch(layer) for layer in layers):
+        return state
+
+    def position(layer: str) -> tuple[int, int]:
+        stem, _, number = layer.partition(".")
+        return ORDER.index(stem), int(number or 0)
+
+    ours = dict.fromkeys(name.rpartition(".")[0] for name, _ in model.named_parameters() if "log_sigma" not in name)
+    if len(ours) != len(layers):
+        raise ValueError(f"{len(layers)} layers instead of {len(ours)}")
+    pairs = list(zip(ours, sorted(layers, key=position), strict=True))
+    renamed = {f"{our}.{part}": state[f"{their}.{part}"] for our, their in pairs for part in ("weight", "bias")}
+    if "log_sigma" in state:
+        renamed["likelihood.log_sigma"] = state["log_sigma"]
+    return renamed

@@ -29,22 +29,22 @@ def times(n: int, few: int = 1) -> pytest.MarkDecorator:
 
 def launch(name, *argv, before="", prefix=(), **where):
     """Starts a script in a new process, after Python statements that change its surroundings."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {[name, *map(str, argv)]!r}\n{before}\n"
-        f"import {name.removesuffix('.py')} as script\nfrom utils.errors import run_script\nrun_script(script.main)"
-    )
-    command = [*prefix, sys.executable, *(["-c", code] if before else [ROOT / name, *argv])]
+    start = [ROOT / name, *argv]
+    if before:
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {[name, *argv]!r}\n{before}\n"
+        code += f"import {name.removesuffix('.py')} as script\n"
+        start = ["-c", code + "from utils.errors import run_script\nrun_script(script.main)"]
+    command = [*prefix, sys.executable, *start]
     return popen(list(map(str, command)), **{"OMP_NUM_THREADS": "1", **where})
 
 
 def ended(process, seconds: float = 120) -> tuple[int, str, str]:
-    """Status, stdout and stderr of a process that ends within so many seconds; kills it otherwise, and fails."""
+    """Status, stdout and stderr of a process that ends within so many seconds; fails otherwise."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
-        out, err = process.communicate()
-        pytest.fail(f"still there after {seconds} seconds: {out} {err}")
+        pytest.fail(f"still there after {seconds} seconds: {process.communicate()}")
     assert "Traceback" not in (err or ""), err
     return process.returncode, out, err
 
