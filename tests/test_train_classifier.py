@@ -8,7 +8,6 @@ import torch
 
 from models.classifiers import NETWORKS, augmented, evaluator, load_classifier
 from tests.datasets.files import write_cifar10, write_folder, write_svhn
-from tests.scripts import done, refusal
 from train_classifier import main
 from utils.config import Config
 from utils.evaluation.run import Evaluation
@@ -20,45 +19,45 @@ FLAGS = ["--device", "cpu", "--batch_size", "500"]
 PETS = [*FLAGS, "--dataset", "pets", "--image_channels", "1", "--num_epochs", "2"]
 
 
-def test_the_classifier_is_trained_once_a_seed_and_found(script):
+def test_the_classifier_is_trained_once_a_seed_and_found(passes, refused):
     folder, flags = Path("runs/classifiers/Digits"), [*FLAGS, "--num_epochs", "1"]
-    done(script, main, *flags)
+    passes(main, *flags)
     assert 0 < read_json(folder / "config.json")["test_accuracy"] <= 1
-    assert "already complete" in done(script, main, *flags)
-    assert "--num_epochs (1)" in refusal(script, main, *FLAGS, "--num_epochs", "3")
+    assert "already complete" in passes(main, *flags)
+    assert "--num_epochs (1)" in refused(main, *FLAGS, "--num_epochs", "3")
     before = (folder / "classifier.pth").read_bytes()
-    out = done(script, main, *flags, "--seed", "3", "2", "3")
+    out = passes(main, *flags, "--seed", "3", "2", "3")
     assert f"the classifier is in {folder}/seed_3" in out and out.count("already complete") == 1
     assert (folder / "classifier.pth").read_bytes() == before != (folder / "seed_3/classifier.pth").read_bytes()
     (folder / "seed_4").mkdir()  # unfinished
     assert len({digest for _, digest in Evaluation(CPU, "data", "runs").classifiers(Config())}) == 2
 
 
-def test_an_interrupted_classifier_continues_to_the_same_bytes(script, monkeypatch):
+def test_an_interrupted_classifier_continues_to_the_same_bytes(script, passes, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     write_folder(Path("pets"), size=(28, 28))
-    done(script, main, *PETS, "--runs_dir", "whole")
+    passes(main, *PETS, "--runs_dir", "whole")
     with monkeypatch.context() as m:
         accuracies = iter([lambda *_: 0.0, interrupt])  # after the first epoch, and in the second
         m.setattr("utils.training.classifier.accuracy", lambda *args: next(accuracies)(*args))
         assert script(main, *PETS)[0] == 130
-    assert "resuming at epoch 1" in done(script, main, *PETS)
+    assert "resuming at epoch 1" in passes(main, *PETS)
     ours, expected = (Path(root, "classifiers/pets_1x28x28/classifier.pth") for root in ("runs", "whole"))
     assert ours.read_bytes() == expected.read_bytes()
 
 
-def test_a_classifier_that_another_process_trains_is_left_to_it(script):
+def test_a_classifier_that_another_process_trains_is_left_to_it(script, passes, refused):
     write_folder(Path("pets"), size=(28, 28))
     folder = Path("runs/classifiers/pets_1x28x28")
-    done(script, main, *PETS, "--seed", "2")
+    passes(main, *PETS, "--seed", "2")
     (folder / "classifier.pth").unlink()
     with locked(folder):
         status, _, err = script(main, *PETS, "--seed", "2", "3")
         assert status == 0 and f"note: {folder}: locked by pid" in err
         assert (folder / "seed_3/classifier.pth").exists() and not (folder / "classifier.pth").exists()
-        assert "locked by pid" in refusal(script, main, *PETS)
+        assert "locked by pid" in refused(main, *PETS)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -72,18 +71,18 @@ def test_classifiers_say_the_same_of_images_in_parts(name):
             assert ours.shape == theirs.shape and (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_colour_classifiers_train(script):
+def test_colour_classifiers_train(passes):
     for dataset, write in (("SVHN", write_svhn), ("CIFAR10", write_cifar10)):
         write(Path("data"), n=2)
-        done(script, main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
+        passes(main, "--dataset", dataset, "--num_epochs", 1, "--device", "cpu")
         model, _ = load_classifier(Path("runs/classifiers", dataset), Config(dataset=dataset), CPU)
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_bad_input_to_the_classifier(script):
+def test_bad_input_to_the_classifier(refused):
     for flag, value in (("--dataset", "Imagenet"), ("--learning_rate", "0"), ("--num_epochs", "0")):
-        assert refusal(script, main, flag, value).startswith(f"error: {flag}: ")
-    err = refusal(script, main, "--dataset", "SVHN")
+        assert refused(main, flag, value).startswith(f"error: {flag}: ")
+    err = refused(main, "--dataset", "SVHN")
     assert err.startswith("error: SVHN: not found") and not Path("runs").exists()
 
 

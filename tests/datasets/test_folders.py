@@ -25,7 +25,6 @@ from datasets.loading import load_data
 from models.build import build_model
 from tests.conftest import TINY, weights
 from tests.datasets.files import load, refused, write_folder, write_image
-from tests.scripts import done, refusal
 from utils.config import Config
 from utils.errors import UserError
 
@@ -154,17 +153,17 @@ def test_another_layout_is_refused_saying_which():
         refused("./nowhere", "not found", str(Path("nowhere").absolute()), image_size=size)
 
 
-def test_images_without_classes_train(script):
+def test_images_without_classes_train(passes, refused):
     flags = ["--dataset", plant(PETS, ". 5"), "--image_size", "64"]
-    out = done(script, train.main, *TINY, *flags)
+    out = passes(train.main, *TINY, *flags)
     assert "\npets: train 4 images, test 1, no classes\n" in out and "x (3, 64, 64)" in out
     data = load("pets", image_size=64)
     assert not data.labelled and data.n_classes == 0 and data.train.labels.sum() == 0
-    err = refusal(script, train_classifier.main, *flags, "--device", "cpu")
+    err = refused(train_classifier.main, *flags, "--device", "cpu")
     assert err.startswith("error: --dataset: ") and "pets has no classes" in err
-    out = done(script, eval_beta_grid.main, *EVALUATE, "--with_classifier", "--n_samples", "20")
+    out = passes(eval_beta_grid.main, *EVALUATE, "--with_classifier", "--n_samples", "20")
     assert out.count("pets_3x64x64 has no labels") == 1
-    done(script, eval_beta_grid.main, *EVALUATE[:4], "--latents", "test")
+    passes(eval_beta_grid.main, *EVALUATE[:4], "--latents", "test")
     with np.load(next(Path("runs/singles").glob("*/latents_test.npz"))) as arrays:
         assert "label" not in arrays and len(arrays["index"]) == 1
 
@@ -303,14 +302,14 @@ def test_images_that_do_not_fit_into_the_gpu_are_refused(monkeypatch):
         load_data(Config(), "data", gpu)
 
 
-def test_all_damaged_files_are_named_together_before_training(script):
+def test_all_damaged_files_are_named_together_before_training(refused):
     for part in ("train", "val"):
         write_folder(PETS / part, n=10)
     paths = sorted(PETS.rglob("*.png"))
     damaged = [*paths[:7], *paths[-7:]]
     for i, path in enumerate(damaged):
         path.write_bytes(path.read_bytes()[:200] if i % 2 else b"not an image")
-    err = refusal(script, train.main, *TINY, "--dataset", "pets", "--image_size", "32")
+    err = refused(train.main, *TINY, "--dataset", "pets", "--image_size", "32")
     assert not Path("runs").exists()
     assert [str(p) in err for p in damaged] == [True] * 10 + [False] * 4
     assert err.count("damaged image") == 10 and "; 14 images in all" in err
@@ -328,43 +327,43 @@ def test_sizes_and_channels_and_what_streams():
         assert f"pets_{n}x{size}x{size}" in Config(dataset="pets", **config).folder_name
 
 
-def test_training_streams_imagenet_folders(script):
+def test_training_streams_imagenet_folders(passes, refused):
     plant(Path("data/ImageNet"), "train/cat 3, train/dog 3, val/cat 3, val/dog 3")
     flags = "--dataset ImageNet --conv_channels 2 --num_epochs 1 --batch_size 4 --device cpu"
     flags = flags.split()
-    out = done(script, train.main, *flags)
+    out = passes(train.main, *flags)
     assert "(3, 256, 256)" in out and "\nImageNet: train 6 images, test 6, 2 classes: cat, dog\n" in out
     shutil.rmtree("data/ImageNet/val")
-    assert "but no val/ or test/" in refusal(script, train.main, *flags, "--overwrite")
+    assert "but no val/ or test/" in refused(train.main, *flags, "--overwrite")
 
 
-def test_every_evaluation_step_works_for_an_own_folder(script):
+def test_every_evaluation_step_works_for_an_own_folder(script, passes, refused):
     write_folder(PETS, size=(30, 28), n=25)
     flags, batch = ["--dataset", "pets", "--image_channels", "1"], ["--run_batch_name", "singles", "--device", "cpu"]
-    done(script, train.main, *TINY, *flags)
+    passes(train.main, *TINY, *flags)
     step1 = [eval_beta_grid.main, *batch, "--with_classifier", "--n_samples", "20"]
     status, _, err = script(*step1)
     how = f"python train_classifier.py --dataset {PETS.absolute()} --image_size 28 --image_channels 1 makes one"
     assert status == 2 and "pets_1x28x28/classifier.pth: " in err and err.endswith(f"; {how}\n")
-    done(script, train_classifier.main, *flags, "--num_epochs", "1", "--device", "cpu")
+    passes(train_classifier.main, *flags, "--num_epochs", "1", "--device", "cpu")
     assert Path("runs/classifiers/pets_1x28x28/classifier.pth").exists()
     (path,) = Path("runs/singles").glob("No*")
     single = [eval_beta_single.main, "--run_path", path, "--device", "cpu"]
     grid = [eval_beta_grid.main, *batch]
     for step in (step1, single, [*grid, "--get_mi_cal_acc"], [*grid, "--recons_acc"]):
-        done(script, *step)
+        passes(*step)
     os.rename("pets/cat/0.png", "pets/cat/99.png")
-    assert "does not hold the images that the run was trained on" in refusal(script, *step1, "--force")
+    assert "does not hold the images that the run was trained on" in refused(*step1, "--force")
 
 
 @pytest.fixture
-def of_pets(script):
+def of_pets(passes):
     """A model of a folder of images, ./pets, in ./runs/singles."""
     write_folder(PETS, n=15)
-    done(script, train.main, *TINY, "--dataset", "pets", *SMALL)
+    passes(train.main, *TINY, "--dataset", "pets", *SMALL)
 
 
-def test_a_run_whose_images_moved_is_evaluated_once_they_are_told_of(of_pets, script):
+def test_a_run_whose_images_moved_is_evaluated_once_they_are_told_of(of_pets, script, passes):
     for name in ("data", "disk"):
         Path(name).mkdir()
     moves = [("elsewhere", None), ("data/pets", []), ("disk/pets", ["--data_dir", "disk"])]
@@ -379,29 +378,29 @@ def test_a_run_whose_images_moved_is_evaluated_once_they_are_told_of(of_pets, sc
         with open("runs/singles/eval_results.csv", newline="") as file:
             (row,) = csv.DictReader(file)
         assert row["dataset"] == "pets" and float(row["loss"]) > 0
-    out = done(script, plot_eval.main, "--run_batch_name", "singles", "--device", "cpu", *flags)
+    out = passes(plot_eval.main, "--run_batch_name", "singles", "--device", "cpu", *flags)
     assert "no reconstructions" not in out
 
 
-def test_other_images_of_the_same_name_are_told_apart(of_pets, script):
+def test_other_images_of_the_same_name_are_told_apart(of_pets, script, passes, refused):
     extra = next(Path("pets").rglob("*.png"))
     shutil.copy(extra, extra.with_name("another.png"))
     status, _, err = script(eval_beta_grid.main, *EVALUATE)
     assert status == 1 and "does not hold the images that the run was trained on" in err
-    assert "trained on other images" in refusal(script, train.main, *TINY, "--dataset", "pets", *SMALL)
-    done(script, train.main, *TINY, "--dataset", "pets", *SMALL, "--overwrite")
-    done(script, eval_beta_grid.main, *EVALUATE)
+    assert "trained on other images" in refused(train.main, *TINY, "--dataset", "pets", *SMALL)
+    passes(train.main, *TINY, "--dataset", "pets", *SMALL, "--overwrite")
+    passes(eval_beta_grid.main, *EVALUATE)
 
 
-def test_a_training_goes_on_where_images_and_batch_have_moved_to(script, interrupted):
+def test_a_training_goes_on_where_images_and_batch_have_moved_to(passes, interrupted):
     write_folder(PETS, n=15)
     longer = [*TINY[:4], "--num_epochs", "4", "--batch_size", "10", "--save_every", "1", "--device", "cpu", *SMALL]
-    done(script, train.main, *longer, "--dataset", "pets", "--run_batch_name", "whole")
+    passes(train.main, *longer, "--dataset", "pets", "--run_batch_name", "whole")
     interrupted(6, *longer, "--dataset", "pets", "--run_batch_name", "cut")
     Path("disk").mkdir()
     shutil.move("pets", "disk/pets")
     shutil.move("runs/cut", "runs/renamed")
-    out = done(script, train.main, *longer, "--dataset", "disk/pets", "--run_batch_name", "renamed")
+    out = passes(train.main, *longer, "--dataset", "disk/pets", "--run_batch_name", "renamed")
     assert "resuming at epoch" in out
     (a,), (b,) = (list(Path("runs", name).iterdir()) for name in ("whole", "renamed"))
     assert weights(a) == weights(b)

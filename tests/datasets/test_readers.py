@@ -26,7 +26,6 @@ from models.classifiers import OPTIMIZERS, build_classifier
 from tests.conftest import TINY
 from tests.datasets import files
 from tests.datasets.files import CPU, MNIST, RNG, load, refused, write_idx, write_mnist
-from tests.scripts import done, refusal
 from utils.config import Config
 
 DEBIAN = Path(DATASETS["FashionMNIST"].elsewhere)
@@ -222,16 +221,16 @@ def test_the_gate_says_what_a_file_holds_and_transposes_channels_last(monkeypatc
     assert test.labels.dtype == torch.int64 and test.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_training_reads_real_formats_and_damaged_files_are_named(script):
+def test_training_reads_real_formats_and_damaged_files_are_named(passes, refused):
     for name, write, part in (("MNIST", write_mnist, MNIST[0]), ("CIFAR10", files.write_cifar10, "data_batch_1")):
         write(Path("elsewhere", name))
-        done(script, train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
+        passes(train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
         assert name in next(Path("runs/singles").iterdir()).name
         shutil.rmtree("runs")
         for path in Path("elsewhere", name).rglob("*"):
             if path.is_file():
                 path.write_bytes(path.read_bytes()[:50])
-        err = refusal(script, train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
+        err = refused(train.main, *TINY, "--dataset", name, "--data_dir", "elsewhere")
         assert f"{name}: the files under elsewhere/{name} are damaged" in err and part in err
     files.write_svhn(Path("data"))
     Path("data/train_32x32.mat").write_bytes(b"MATLAB 5.0")
@@ -252,16 +251,16 @@ def test_a_missing_data_set_gives_one_line(script, monkeypatch):
     assert (status, err) == (2, "error: --download: could not fetch EMNISTLetters (no network)\n")
 
 
-def test_a_row_of_the_table_is_all_that_a_new_data_set_takes(script, monkeypatch):
+def test_a_row_of_the_table_is_all_that_a_new_data_set_takes(passes, monkeypatch):
     def stripes(root):
         images = np.zeros((40, 1, 28, 28), np.uint8)
         images[::2, :, ::2], images[1::2, :, :, ::2] = 255, 255
         return ((images, np.arange(40) % 2),) * 2
 
     monkeypatch.setitem(table.DATASETS, "Stripes", DataSet((1, 28, 28), "Bernoulli", stripes, "nothing", n_classes=2))
-    assert "Stripes: train 40 images, test 40, 2 classes\n" in done(script, train.main, *TINY, "--dataset", "Stripes")
+    assert "Stripes: train 40 images, test 40, 2 classes\n" in passes(train.main, *TINY, "--dataset", "Stripes")
     flags = ["--dataset", "Stripes", "--num_epochs", "3", "--batch_size", "4", "--device", "cpu"]
-    assert "test accuracy 1.0000" in done(script, train_classifier.main, *flags)
+    assert "test accuracy 1.0000" in passes(train_classifier.main, *flags)
 
 
 def test_every_row_and_every_shape_of_a_folder_has_a_classifier():

@@ -20,7 +20,6 @@ from eval_beta_grid import main as grid
 from eval_beta_single import main as single
 from tests.conftest import start
 from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, rows, runs
-from tests.scripts import done, refusal
 from utils.evaluation.batch import failures_in, finish, worker_processes
 from utils.files import read_json
 
@@ -80,38 +79,38 @@ def test_broken_runs_of_every_kind_fail_alone(batch, script):
     assert {kind: table[name]["status"] for kind, name in names.items()} == expected
 
 
-def test_what_is_lost_cut_or_of_other_weights_is_made_again(evaluated, script):
+def test_what_is_lost_cut_or_of_other_weights_is_made_again(evaluated, passes):
     path, other = runs()[:2]
     for name, flags in (("latents.npz", RATES), ("pca.npz", [*FAST, "--pca"])):
         whole = (path / name).read_bytes()
         for damage in (b"", whole[:1000], (other / name).read_bytes()):
             (path / name).write_bytes(damage)
-            done(script, grid, *flags)
+            passes(grid, *flags)
             assert (path / name).read_bytes() == whole
     shutil.copy(other / "vae.pth", path / "vae.pth")
-    done(script, grid, *RATES)
+    passes(grid, *RATES)
     row = next(row for row in rows() if row["run"] == path.name)
     assert row["psnr"] != "" and row["ll_se"] != ""
     gone = ("mi_q_mc", "is_mean", "acc_bound", "recons_acc", "mi_z_low", "mi_z_high", "kNN_acc", "kNN_acc_sample")
     assert {row[column] for column in gone} == {""}
 
 
-def test_a_batch_is_a_folder_of_runs(script):
+def test_a_batch_is_a_folder_of_runs(refused):
     for name in ("classifiers", "b"):
         Path("runs", name).mkdir(parents=True)
-    assert "(valid: b)" in refusal(script, grid, "--run_batch_name", "c")
-    assert "runs/c: no config.json" in refusal(script, single, "--run_path", "runs/c")
+    assert "(valid: b)" in refused(grid, "--run_batch_name", "c")
+    assert "runs/c: no config.json" in refused(single, "--run_path", "runs/c")
     for name in ("..", ".", "/", "a/b", "", "classifiers"):
         for main in (grid, plot_eval.main):
-            err = refusal(script, main, "--run_batch_name", name, "--device", "cpu")
+            err = refused(main, "--run_batch_name", name, "--device", "cpu")
             assert err.startswith("error: --run_batch_name: must be the name of a folder of runs")
 
 
-def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, monkeypatch, script):
+def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, monkeypatch, passes):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, n in (("0", 2), ("1", 4)):
         monkeypatch.setenv("RANK", rank)
-        assert "2 of 2 runs evaluated" in done(script, grid, *RATES)
+        assert "2 of 2 runs evaluated" in passes(grid, *RATES)
         assert sum(row["psnr"] != "" for row in rows()) == n
 
 
@@ -142,7 +141,7 @@ def test_workers_that_are_killed_or_interrupted():
     assert "_exit: a worker process was killed" in problems[Path("_exit")]
 
 
-def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
+def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script, passes):
     """It takes long since a process and its worker start."""
     script(grid, *RATES)
     process = start("eval_beta_grid.py", *PROBES, PYTHONUNBUFFERED="1")
@@ -154,32 +153,32 @@ def test_a_signal_ends_it_at_once_and_the_same_command_continues(batch, script):
     if "4 of 4 runs evaluated" not in out:  # it may have been done already
         assert process.returncode == 143, err
         assert "interrupted; rerun to continue: python " in err and "Traceback" not in err, err
-    done(script, grid, *PROBES)
+    passes(grid, *PROBES)
     assert all(row["lr_acc_mean"] != "" for row in rows())
 
 
-def test_odd_values(script):
+def test_odd_values(refused):
     for flag, value in (("n_samples", "9"), ("n_samples", "1" + "0" * 25), ("y_samples", "0"), ("cpu_n", "-1")):
-        assert refusal(script, grid, *FAST, f"--{flag}", value).startswith(f"error: --{flag}: must be ")
+        assert refused(grid, *FAST, f"--{flag}", value).startswith(f"error: --{flag}: must be ")
 
 
-def test_classifiers_that_cannot_be_used(batch, script):
+def test_classifiers_that_cannot_be_used(batch, refused):
     good, other = Path("runs/classifiers/Digits"), Path("other")
     shutil.copytree(good, other)
-    step1 = [script, grid, *STEP1, "--classifier_path"]
-    assert "bogus.pth: no trained classifier" in refusal(*step1, good / "bogus.pth")
+    step1 = [grid, *STEP1, "--classifier_path"]
+    assert "bogus.pth: no trained classifier" in refused(*step1, good / "bogus.pth")
     state = torch.load(good / "classifier.pth", weights_only=True)
     torch.save({k: v * math.nan for k, v in state.items()}, other / "classifier.pth")
-    assert "not finite" in refusal(*step1, other)
+    assert "not finite" in refused(*step1, other)
     settings = read_json(good / "config.json") | {"dataset": "SVHN"}
     (other / "config.json").write_text(json.dumps(settings))
-    assert "labels SVHN, not Digits" in refusal(*step1, other)
-    training = [script, train_classifier.main, "--device", "cpu", "--num_epochs", "1"]
+    assert "labels SVHN, not Digits" in refused(*step1, other)
+    training = [train_classifier.main, "--device", "cpu", "--num_epochs", "1"]
     (good / "classifier.pth").write_bytes(b"PK")
-    assert "classifier.pth: damaged" in refusal(*training)
+    assert "classifier.pth: damaged" in refused(*training)
     (good / "classifier.pth").unlink()
     torch.save({"epoch": 1, "model": {}, "optimizer": {}, "scheduler": {}}, good / "resume.pth")
-    assert "resume.pth: damaged; --overwrite" in refusal(*training)
-    err = refusal(*training, "--overwrite", "--learning_rate", "1e30")
+    assert "resume.pth: damaged; --overwrite" in refused(*training)
+    err = refused(*training, "--overwrite", "--learning_rate", "1e30")
     assert "--learning_rate: the loss is not finite in epoch 1" in err
     assert not (good / "classifier.pth").exists()

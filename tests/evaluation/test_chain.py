@@ -25,7 +25,6 @@ from tests.conftest import TINY
 from tests.datasets.files import write_cifar10, write_svhn
 from tests.evaluation.conftest import CPU, FAST, PROBES, RATES, STEP1, four_steps, rows, runs
 from tests.models.test_models import REFERENCE
-from tests.scripts import done, refusal
 from utils.evaluation.batch import gather
 from utils.evaluation.metrics import per_image
 from utils.evaluation.steps import active_units, units
@@ -119,7 +118,7 @@ def test_figures_and_errors_are_those_of_the_terms_of_each_image(evaluated):
         assert pca["projections"].shape == (360, 3)
 
 
-def test_nothing_is_done_twice_and_all_at_once_is_the_same(evaluated, script, monkeypatch):
+def test_nothing_is_done_twice_and_all_at_once_is_the_same(evaluated, script, passes, monkeypatch):
     files = [p for p in Path("runs/b").rglob("*") if p.suffix in (".json", ".csv", ".npz")]
     before = {p: p.read_bytes() for p in files}
     with monkeypatch.context() as m:
@@ -129,17 +128,17 @@ def test_nothing_is_done_twice_and_all_at_once_is_the_same(evaluated, script, mo
     for path in files:
         if path.name not in ("config.json", "training.json"):
             path.unlink()
-    done(script, grid, *PROBES, "--n_samples", "200", "--all", "--pca")
+    passes(grid, *PROBES, "--n_samples", "200", "--all", "--pca")
     table = Path("runs/b/eval_results.csv")
     assert table.read_bytes() == before[table]
 
 
-def test_a_changed_setting_makes_only_its_step_stale(evaluated, script):
+def test_a_changed_setting_makes_only_its_step_stale(evaluated, passes):
     before = rows()
-    done(script, single, *CPU, "--run_path", *runs(), "--y_samples", "1")
+    passes(single, *CPU, "--run_path", *runs(), "--y_samples", "1")
     for old, new in zip(before, rows(), strict=True):
         assert new["mi_q_mc_y"] != old["mi_q_mc_y"]
-    done(script, grid, *STEP1[:-1], "100", "--iw_samples", "3")
+    passes(grid, *STEP1[:-1], "100", "--iw_samples", "3")
     for old, row in zip(before, rows(), strict=True):
         assert row["n_samples"] == "100" and row["psnr"] == old["psnr"]
         v = numbers(row)  # the bound is at least the ELBO's, which one sample of it estimates
@@ -147,22 +146,22 @@ def test_a_changed_setting_makes_only_its_step_stale(evaluated, script):
         assert v["ll_iw_se"] == approx(v["ll_se"], rel=0.5)  # both mostly of the images
 
 
-def test_each_step_tells_when_the_one_before_is_missing(batch, script):
+def test_each_step_tells_when_the_one_before_is_missing(batch, script, refused):
     how = "run eval_beta_grid.py --exclude_mi first"
-    assert how in refusal(script, single, "--run_path", runs()[0], *CPU)
+    assert how in refused(single, "--run_path", runs()[0], *CPU)
     paper = ["--get_mi_cal_acc", "--probe_protocol", "paper"]
     status, _, err = script(grid, *FAST, *paper)
     assert status == 1 and err.count(how) == 4
     shutil.rmtree("runs/classifiers")
-    assert "train_classifier.py" in refusal(script, grid, *STEP1)
+    assert "train_classifier.py" in refused(grid, *STEP1)
 
 
-def test_runs_of_the_papers_code_evaluate_unchanged(script):
+def test_runs_of_the_papers_code_evaluate_unchanged(passes):
     write_cifar10(Path("data"))
     write_svhn(Path("data"))
     shutil.copytree(REFERENCE, "runs/b")
     Path("runs/b/README.md").unlink()
-    done(script, grid, *FAST, "--exclude_fid", "--data_dir", "data")
+    passes(grid, *FAST, "--exclude_fid", "--data_dir", "data")
     by_name = {row["run"]: row for row in rows()}
     gauss, mol = (by_name[f"hvae_fixed_cifar_{name}"] for name in ("gauss", "mol"))
     latents = read_arrays(Path("runs/b/hvae_fixed_cifar_gauss/latents.npz"))
@@ -182,37 +181,37 @@ COLUMNS = ("mi_q_mc", "mi_q", "mi_q_mc_y", "acc_bound", "lr_acc_mean", "lr_acc_m
 
 
 @pytest.mark.parametrize("flags", KINDS)
-def test_every_kind_of_run_goes_through_all_steps(flags, made, script):
+def test_every_kind_of_run_goes_through_all_steps(flags, made, passes):
     """Which leave each other's figures alone."""
     shutil.copytree(made / "runs/classifiers", "runs/classifiers")
-    done(script, train.main, *TINY, *flags.split(), "--run_batch_name", "b")
+    passes(train.main, *TINY, *flags.split(), "--run_batch_name", "b")
     is_gumbel, step1 = "Gumbel" in flags, "--with_classifier --n_samples 50 --iw_samples 2"
     for step in (step1, "--get_mi_cal_acc --probe_images 300", "--recons_acc --pca"):
-        done(script, grid, *FAST, *step.split())
+        passes(grid, *FAST, *step.split())
     (row,), (path,) = rows(), runs()
     assert {column for column in COLUMNS if row[column] == ""} == KINDS[flags]
     assert (row["mi_p"] != "") == is_gumbel
-    done(script, grid, *FAST, "--latents", "test")
+    passes(grid, *FAST, "--latents", "test")
     arrays = read_arrays(path / "latents_test.npz")
     assert ("z_std" in arrays) != is_gumbel and not (path / "latents_train.npz").exists()
     assert "z_std" in arrays or set(np.unique(arrays["z_sample"])) == {0, 1}
     before = read_json(path / "metrics.json")
-    assert ("note: mi_p" in done(script, single, *CPU, "--run_path", path)) == is_gumbel
-    done(script, grid, *FAST, "--exclude_mi")
+    assert ("note: mi_p" in passes(single, *CPU, "--run_path", path)) == is_gumbel
+    passes(grid, *FAST, "--exclude_mi")
     assert read_json(path / "metrics.json") == before
 
 
-def test_both_protocols_of_the_probes_and_an_early_version(batch, script):
+def test_both_protocols_of_the_probes_and_an_early_version(batch, passes):
     for path in runs()[1:]:
         shutil.rmtree(path)
-    done(script, grid, *RATES)
-    done(script, grid, *FAST, "--get_mi_cal_acc", "--probe_protocol", "paper")
+    passes(grid, *RATES)
+    passes(grid, *FAST, "--get_mi_cal_acc", "--probe_protocol", "paper")
     (path,), (old,) = runs(), rows()
     assert old["svm_rbf_acc_paper"] and old["mi_lr_lb_y_paper"] and not old["svm_rbf_acc"]
     p, se = (float(old[f"kNN_acc_paper{end}"]) for end in ("", "_se"))
     assert se == approx(math.sqrt(p * (1 - p) / 71))
     assert np.isnan(per_image(path)["svm_rbf_acc_paper"]).sum() == 288
-    done(script, grid, *PROBES)
+    passes(grid, *PROBES)
     (row,) = rows()
     assert row["svm_rbf_acc_paper"] == old["svm_rbf_acc_paper"] and row["svm_rbf_acc"]
     assert row["probe_images"] == "500"
@@ -221,21 +220,21 @@ def test_both_protocols_of_the_probes_and_an_early_version(batch, script):
     (path / "metrics.json").write_text(json.dumps(metrics))
     gather("runs", "b")
     assert rows()[0]["lr_acc_mean"] == rows()[0]["psnr"] == ""
-    done(script, grid, *RATES)
+    passes(grid, *RATES)
     assert rows()[0]["lr_acc_mean"] == "" and rows()[0]["psnr"] == old["psnr"]
 
 
-def test_the_inception_score_is_averaged_over_classifiers(evaluated, script):
+def test_the_inception_score_is_averaged_over_classifiers(evaluated, passes):
     """Of two, the error is half their difference."""
     good, before = Path("runs/classifiers/Digits"), rows()
     other = Path(shutil.copytree(good, good / "seed_3")) / "classifier.pth"
     state = torch.load(other, weights_only=True)
     torch.save({name: 0.8 * p for name, p in state.items()}, other)
     flags = [*RATES, "--with_classifier", "--n_samples", "200"]
-    done(script, grid, *flags, "--classifier_path", other)
+    passes(grid, *flags, "--classifier_path", other)
     scores = [[float(row["is_mean"]) for row in table] for table in (before, rows())]
     assert all(row["n_classifiers"] == "1" and not row["is_mean_se"] for row in before + rows())
-    done(script, grid, *flags)
+    passes(grid, *flags)
     for row, a, b in zip(map(numbers, rows()), *scores, strict=True):
         assert row["is_mean"] == approx((a + b) / 2) and row["n_classifiers"] == 2
         assert row["is_mean_se"] == approx(abs(a - b) / 2) and a != b
@@ -252,9 +251,9 @@ def test_per_image_terms_of_damaged_and_foreign_files_are_left_out(evaluated):
     assert per_image(path) == {}
 
 
-def test_step_2_of_several_runs(batch, script):
+def test_step_2_of_several_runs(batch, script, passes):
     """A shell's star also finds the folder of figures; one run's failure does not stop the others."""
-    done(script, grid, *RATES)
+    passes(grid, *RATES)
     first, *others = runs()
     Path("runs/b/figures").mkdir()
     (first / "vae.pth").unlink()
@@ -281,9 +280,9 @@ def test_units_of_rates_that_are_known():
     assert active_units(model.q_y(model.q_z(x).mean, x).mean.numpy()) == 5
 
 
-def test_the_latents_of_both_splits(batch, script):
+def test_the_latents_of_both_splits(batch, passes):
     flags, path = [*FAST, "--latents", "train", "test"], runs()[0]
-    assert "steps: latents_train, latents_test" in done(script, grid, *flags)
+    assert "steps: latents_train, latents_test" in passes(grid, *flags)
     model, file = load_model(Run.open(path), torch.device("cpu")), path / "latents_train.npz"
     written = digest_of(file)
     for name in ("train", "test"):
@@ -307,16 +306,16 @@ def test_the_latents_of_both_splits(batch, script):
         z, y = ((values - values.mean(0)) / values.std(0) for values in noise)
         assert (z.T @ y / len(x)).abs().max() < 6 / len(x) ** 0.5  # drawn apart
     changed = file.stat().st_mtime_ns
-    done(script, grid, *flags)
+    passes(grid, *flags)
     assert file.stat().st_mtime_ns == changed
     file.write_bytes(b"cut")
-    done(script, grid, *flags)
+    passes(grid, *flags)
     assert digest_of(file) == written
 
 
-def test_latents_that_do_not_fit_and_other_splits_are_refused(batch, script, monkeypatch):
+def test_latents_that_do_not_fit_and_other_splits_are_refused(batch, script, refused, monkeypatch):
     for flags in (["--latents"], ["--latents", "val"]):
-        assert refusal(script, grid, *FAST, *flags).startswith("error: --latents: ")
+        assert refused(grid, *FAST, *flags).startswith("error: --latents: ")
     monkeypatch.setattr("utils.evaluation.steps.memory", lambda: 1000)
     status, _, err = script(grid, *FAST, "--latents", "test")
     assert status == 1 and "--latents test: needs 604,800 bytes of memory, this machine has 1,000" in err
