@@ -66,7 +66,8 @@ def test_the_rows_are_what_they_say(trained):
 
 def test_a_convolutional_z_is_swept_by_channels():
     config = Config(use_conv_z=True, conv_channels=2)
-    cell = Loaded(Run(Path("x"), config), build_model(config).requires_grad_(False), random_data(config))
+    model = build_model(config).requires_grad_(False)
+    cell = Loaded(Run(Path("x"), config), config, model, random_data(config), torch.device("cpu"))
     rates, rows = rates_of_units(cell)[0].sum((1, 2)), dimensions(cell, 1)
     assert len(rows) == min(8, len(rates))
     assert rows[0][0] == f"z {rates.argmax() + 1}: {rates.max():.2f} nats"
