@@ -234,7 +234,7 @@ def test_training_reads_real_formats_and_damaged_files_are_named(passes, refused
         assert f"{name}: the files under elsewhere/{name} are damaged" in err and part in err
     files.write_svhn(Path("data"))
     Path("data/train_32x32.mat").write_bytes(b"MATLAB 5.0")
-    refused("SVHN", "the files under data are damaged", "train_32x32")
+    files.refused("SVHN", "the files under data are damaged", "train_32x32")
 
 
 def test_a_missing_data_set_gives_one_line(script, monkeypatch):
