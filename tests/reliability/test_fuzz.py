@@ -4,6 +4,7 @@ Never a traceback, a file that hangs it, code that runs, or more than 1 GB. `pyt
 """
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -129,7 +130,7 @@ def changed_json(draw, data: bytes):
         node = draw(st.sampled_from([values, *(v for v in values.values() if isinstance(v, dict))]))
         key = draw(st.sampled_from([*node, "sha256"]) | st.text(max_size=6))
         if draw(st.integers(0, 2)):
-            node[key] = draw(scalars)
+            node[key] = copy.deepcopy(draw(scalars))  # which may be the same list or dictionary each time
         else:
             node.pop(key, None)
     text = json.dumps(values)
