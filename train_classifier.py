@@ -79,6 +79,9 @@ def make(config, settings: dict, folder: Path, load, device, overwrite: bool) ->
         raise UserError(f"--dataset: {config.dataset} has no classes that a classifier could learn")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if weights.exists() and not overwrite:  # by now, by another process
+            print(f"already complete: {folder}")
+            return
         for path in (weights, checkpoint) if overwrite else ():
             path.unlink(missing_ok=True)
         described |= {"n_classes": data.n_classes, "data": data.digest}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.loading import load_data
 from models.classifiers import NETWORKS, augmented, evaluator, load_classifier
 from tests.datasets.files import write_cifar10, write_folder, write_svhn
 from train_classifier import main
@@ -58,6 +59,21 @@ def test_a_classifier_that_another_process_trains_is_left_to_it(script, passes, 
         assert status == 0 and f"note: {folder}: locked by pid" in err
         assert (folder / "seed_3/classifier.pth").exists() and not (folder / "classifier.pth").exists()
         assert "locked by pid" in refused(main, *PETS)
+
+
+def test_a_classifier_that_another_process_finishes_meanwhile_is_kept(passes, monkeypatch):
+    def load(*args):
+        kept.rename(weights)  # as another process would, while this one loads its data
+        return load_data(*args)
+
+    flags = [*FLAGS, "--num_epochs", "1"]
+    weights, kept = Path("runs/classifiers/Digits/classifier.pth"), Path("kept")
+    passes(main, *flags)
+    config = read_json(weights.with_name("config.json"))
+    weights.rename(kept)
+    monkeypatch.setattr("datasets.loading.load_data", load)
+    assert "already complete" in passes(main, *flags)
+    assert read_json(weights.with_name("config.json")) == config and "test_accuracy" in config
 
 
 @pytest.mark.parametrize("name", NETWORKS)
