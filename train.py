@@ -7,8 +7,9 @@ Repeating a command resumes unfinished runs and skips finished ones.
 """
 
 import sys
+from pathlib import Path
 
-from utils.cli import Parser, add_config_flags, grid_configs, whole_or_auto
+from utils.cli import Parser, add_config_flags, grid_configs, next_command, whole_or_auto
 from utils.distributed import is_first, join, share, wait_for_all
 from utils.errors import command_line, run_script
 from utils.machine import prepare
@@ -35,6 +36,7 @@ def parse_args(argv=None):
     )
     init_from += "if it had never ended; of a batch, each cell continues its own"
     group.add_argument("--init_from", metavar="RUN", help=init_from)
+    group.add_argument("--like", metavar="RUN", help="print the command that makes that run again, and stop")
     for name, text in (
         ("data_parallel", "under torchrun: split every batch over the processes, instead of distributing the cells"),
         ("overwrite", "retrain all cells from scratch, even finished ones"),
@@ -50,6 +52,7 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
     from datasets.loading import load_data
+    from utils.provenance import command_of
     from utils.runs import Run
     from utils.training.console import describe, show_status, summarise
     from utils.training.multi_rate import near, sources, unfold
@@ -58,6 +61,10 @@ def main(argv=None) -> int:
     from utils.training.start import note_shorter, with_start
     from utils.training.training import Setup
 
+    if args.like:
+        words = command_of(Run.open(Path(args.like)))
+        print(next_command(*words, runs_dir=args.runs_dir, data_dir=args.data_dir))
+        return 0
     cells = with_start(grid_configs(args), args.init_from)
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
@@ -82,7 +89,7 @@ def main(argv=None) -> int:
         problems = train_all(todo, data, setup, starts)
     except Interrupted as e:
         if setup.writes:
-            print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line()}", file=sys.stderr)
+            print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line('--overwrite')}", file=sys.stderr)
         return 128 + e.signal
     status = report(problems, mine, single, args.overwrite)
     if args.multi_rate and setup.writes:

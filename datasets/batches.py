@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import io
 import multiprocessing
 import re
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import ENDING_SIGNALS, UserError, one_line
+from utils.files import digest
 from utils.seeds import generator
 
 from .folders import centre_crop, decoders, open_image
@@ -40,6 +42,11 @@ class Resident:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the pixels and the labels."""
+        return digest(b"".join(t.cpu().numpy().tobytes() for t in (self.images, self.labels)))
 
     def first(self, n: int) -> "Resident":
         """The first n images, or all if there are fewer."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError, one_line
+from utils.files import digest
 
 from . import folders
 from .batches import Resident, Streamed
@@ -23,6 +24,11 @@ class Data(NamedTuple):
     test: Resident | Streamed
     n_classes: int
     digest: str | None = None  # of a folder's list of files
+
+    @property
+    def content(self) -> str:
+        """What tells it from others: the digest of a folder's list of files, or of all images and labels."""
+        return self.digest or digest(f"{self.train.digest} {self.test.digest}".encode())
 
     @property
     def labelled(self) -> bool:

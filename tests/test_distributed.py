@@ -6,6 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from pytest import approx
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval_beta_grid
 import train
@@ -23,7 +25,7 @@ GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
 EVALUATE = ["--run_batch_name", "grid", "--device", "cpu", "--exclude_fid"]
 SHARED = [*TINY, "--beta_y", "0.5", "2", "--batch_size", "250", "--run_batch_name", "shared"]
 MULTI_RATE = ["--multi_rate", "--force", "--learning_rate", "1e-4"]
-LONGER = [*TINY, "--num_epochs", "4", "--batch_size", "100", "--save_every", "1", "--data_parallel"]
+LONGER = [*TINY, "--num_epochs", "4", "--batch_size", "100", "--save_every", "1"]
 TOGETHER = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -31,12 +33,13 @@ import torch.distributed as dist
 import eval_beta_grid, train
 from utils.training.training import Training
 begin, end, real, steps = dist.init_process_group, dist.destroy_process_group, Training.update, []
+longer = [*{LONGER}, "--data_parallel", "--run_batch_name"]
 dist.init_process_group = lambda *args, **more: dist.is_initialized() or begin(*args, **more)  # once for all trainings
 dist.destroy_process_group = lambda: None
 
 def stopping(self, *args):
     steps.append(None)
-    if len(steps) == 35 and dist.get_rank() == 1:
+    if len(steps) == 20 and dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     return real(self, *args)
 
@@ -44,17 +47,27 @@ assert train.main({[*GRID, "--run_batch_name", "grid"]}) == 0
 assert eval_beta_grid.main({EVALUATE}) == 0
 for more in ([], {MULTI_RATE}):
     assert train.main([*{SHARED}, "--data_parallel", *more]) == 0
-assert train.main([*{LONGER}, "--run_batch_name", "whole"]) == 0
-Training.update = stopping
-assert train.main([*{LONGER}, "--run_batch_name", "stopped"]) == 128 + signal.SIGTERM
-Training.update = real
-assert train.main([*{LONGER}, "--run_batch_name", "stopped"]) == 0
+assert train.main([*longer, "whole"]) == 0
+for batch in ("stopped", "switched"):
+    steps.clear()
+    Training.update = stopping
+    assert train.main([*longer, batch]) == 128 + signal.SIGTERM
+    Training.update = real
+assert train.main([*longer, "stopped"]) == 0
 end()
 """
 
 
-def test_two_processes_give_what_one_gives(passes):
+def curves(folder: Path) -> dict[str, list[float]]:
+    """What TensorBoard has of the runs in a folder, epoch by epoch."""
+    (path,) = folder.glob("NoName*")
+    events = EventAccumulator(str(path)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_two_processes_give_what_one_gives(passes, interrupted):
     """Cells shared, then the batches of each, stopped and continued; it takes long since three processes start."""
+    interrupted(20, *LONGER, "--run_batch_name", "switched")  # from one process to two and back to one
     Path("together.py").write_text(TOGETHER)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     status, out, err = ended(python(*launcher, "together.py"), 300)
@@ -76,6 +89,11 @@ def test_two_processes_give_what_one_gives(passes):
             assert (ours[name] - weights).norm() <= 1e-5 * weights.norm(), name
     assert len(names) == 5  # two cells, and two of a multi-rate model
     assert "rerun to continue" in err and "resuming at epoch" in out
+    assert "resuming at epoch 3 of 4" in passes(train.main, *LONGER, "--run_batch_name", "switched")
+    passes(train.main, *LONGER, "--run_batch_name", "alone")
+    ours, expected = (curves(Path("runs", batch)) for batch in ("switched", "alone"))
+    assert ours.keys() == expected.keys() and all(ours[tag] == approx(expected[tag], rel=1e-5) for tag in ours)
+    assert len(expected["train/loss"]) == 4
     assert all_weights("runs/stopped") == all_weights("runs/whole") and len(all_weights("runs/whole")) == 1
 
 

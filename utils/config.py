@@ -314,6 +314,17 @@ class Config:
         parts[f"seed_{self.seed}"] = self.seed != Config.seed
         return "-".join(text for text, is_said in parts.items() if is_said)
 
+    def flags(self, without: Sequence[str] = ()) -> list[str]:
+        """The fewest flags of train.py that give its fields, but for some. Raises UserError for data that is gone."""
+        names = set(FLAGS) - {"no_warmup", *without}  # which follows from warmup_epochs
+        settings = {n: getattr(self, n) for n in FLAGS if n in names and getattr(self, n) is not None}
+        config = Config(**settings)
+        for name in [*settings]:
+            fewer = {n: v for n, v in settings.items() if n != name}
+            if Config(**fewer) == config:
+                settings = fewer
+        return [word for n, v in settings.items() for word in ([f"--{n}"] if v is True else [f"--{n}", f"{v}"])]
+
     def _name_of_layer(self, layer: str) -> str:
         """What the folder's name says of a layer's rate: its beta, the range of betas, or the rate asked for."""
         beta, largest, target = (getattr(self, n + layer) for n in ("beta_", "beta_max_", "target_rate_"))
@@ -336,6 +347,8 @@ class Config:
         digest = settings.pop("sha256", None)
         if digest is not None and digest != _sha256(settings):
             raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
+        for name in set(settings) - set(fields_of()) if digest is not None else ():
+            raise UserError(f"{path}: has --{name}, which this version of the code does not know; use a newer one")
         settings = {"optimizer": "adam", **settings}  # as all runs were trained that do not say
         try:
             return cls(**{name: settings[name] for name in fields_of() if name in settings})

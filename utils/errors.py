@@ -89,10 +89,10 @@ def one_line(e: BaseException) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
-def command_line() -> str:
-    """The command that continues: as it was given, without --overwrite, which would start anew."""
+def command_line(*without: str) -> str:
+    """The command as it was given, without some of its flags."""
     launcher = "torchrun ..." if "TORCHELASTIC_RUN_ID" in os.environ else "python"
-    return f"{launcher} {shlex.join(a for a in sys.argv if a not in ('--overwrite', '--force'))}"
+    return f"{launcher} {shlex.join(word for word in sys.argv if word not in without)}"
 
 
 class _Output(io.FileIO):
@@ -134,6 +134,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues; until `main` has
     called `let_signals_raise`, as `machine.prepare` does, it ends the process at once.
     """
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's and scipy's; its last digits depend on how many there are
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
     if threading.current_thread() is threading.main_thread():
@@ -154,7 +155,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         for number in ENDING_SIGNALS:  # one is enough
             signal.signal(number, signal.SIG_IGN)
         if not _Output.reader_gone:
-            print(f"\ninterrupted; rerun to continue: {command_line()}", file=sys.stderr)
+            print(f"\ninterrupted; rerun to continue: {command_line('--overwrite', '--force')}", file=sys.stderr)
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     except OSError as e:
         message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"

@@ -3,6 +3,9 @@
 import contextlib
 import ctypes
 import os
+import platform
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.errors import UserError, let_signals_raise, one_line
@@ -44,6 +47,17 @@ def prepare(name: str | None, threads: int | None) -> "torch.device":
         torch.set_num_threads(threads)
     keep_freed_memory()
     return device
+
+
+def name_of(device: "torch.device") -> str:
+    """What the maker calls the device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def keep_freed_memory() -> None:

@@ -2,7 +2,7 @@
 
 config.json     the run's Config
 vae.pth         the trained weights: the model's state_dict, nothing else
-training.json   how the training ended: "finished", or "failed" with epoch and step
+training.json   how the training ended, "finished", or "failed" with epoch and step, and what made it
 adam.pth        once finished: Adam's moments, with which more epochs go on as if they had never ended
 resume.pth      while unfinished: weights, optimiser and position (resume.prev.pth: the one before)
 events.out.*    TensorBoard
@@ -10,6 +10,7 @@ events.out.*    TensorBoard
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from utils.errors import UserError
 from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
 from utils.locks import locked
 
+FORMAT = 1  # of checkpoints; those from before it was counted lack `sessions`, what made them (provenance.py)
 CHECKPOINTS = ("resume.pth", "resume.prev.pth")  # a kill between the two renames of a save leaves the latter alone
 
 # The paper's layer names (their stems, for numbered ones) in the order in which our models define theirs.
@@ -39,6 +41,10 @@ ORDER = [
     *("px_l1", "px_conv1", "px_convs", "px_conv2", "px_conv3", "px_deconvs"),
 ]
 LAYER = re.compile(r"(q[zy]|p[xy])_\w+(\.\d+)?")
+
+
+class OtherVersion(UserError):
+    """A file was written by a newer version of this code."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ class Run:
                 if problems:  # otherwise the next save would keep it as the previous one
                     (self.path / "resume.pth").unlink()
                 return state, problems
+            except OtherVersion:
+                raise
             except UserError as e:
                 problems.append(str(e))
         if problems:
@@ -173,6 +181,8 @@ class Run:
         That of a finished training, adam.pth, is completed by the weights.
         """
         state = load_tensors(path)
+        if type(version := state.get("format")) is int and version > FORMAT:
+            raise OtherVersion(f"{path}: saved by newer code (format {version}, not {FORMAT}); use that")
         if path.name == "adam.pth":
             ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
             state |= {**ended, "weights": load_tensors(self.path / "vae.pth")}
@@ -217,19 +227,22 @@ def _layout(tensors: dict[str, torch.Tensor]) -> dict:
 
 def _is_state(state: dict, layout: dict) -> bool:
     """Whether a training of a model with that layout can have saved it."""
+    sessions = state.get("sessions", [])
     threads, spread = state.get("threads", 1), state.get("spread", 0.0)
     is_right = type(threads) is int and 1 <= threads <= 1024 and type(spread) is float and 0 <= spread <= 1
     try:
         is_right &= all(_layout(state[key]) == layout for key in ("weights", "exp_avg", "exp_avg_sq"))
         is_right &= all(type(state[key]) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
         is_right &= math.isfinite(state["seconds"])
+        is_right &= type(sessions) is list and all(type(session) is dict for session in sessions)
+        json.dumps(sessions, allow_nan=False)
         if "betas" in state:  # of a cell whose betas are steered
             is_right &= state["betas"].shape == state["log_rates"].shape == (2,)
         if state["step"]:  # within an epoch
             steps, n_terms = state["history"].shape
             is_right &= state["step"] < steps and n_terms == len(TERMS) and isinstance(state["noise"], torch.Tensor)
         return is_right
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):  # it lacks a value, or has another type
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # a value of another kind
         return False
 
 

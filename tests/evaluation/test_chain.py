@@ -50,7 +50,8 @@ RANGES = {
 
 
 def numbers(row: dict) -> dict[str, float]:
-    return {k: float(v) for k, v in row.items() if v.lstrip("-")[:1].isdigit()}
+    names = row.keys() - {"commit", "date"}
+    return {k: float(row[k]) for k in names if row[k].lstrip("-")[:1].isdigit()}
 
 
 def data_of(run) -> tuple:

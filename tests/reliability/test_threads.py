@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib import cpu_count
 
 import train
-from tests.conftest import ROOT, TINY, all_weights
-from tests.reliability.trials import there
+import train_classifier
+from tests.conftest import EVALUATION, ROOT, TINY, all_weights, popen
+from tests.reliability.trials import ended, first, kill, launch, there, times, wait_until
 from utils.errors import SPINS
 from utils.files import load_tensors, read_json
 from utils.machine import prepare
+
+SQUARE = ["--beta_y", "0.5", "2", "--beta_z", "0.5", "2"]
 
 
 def env_without(*names: str) -> dict[str, str]:
@@ -33,22 +37,25 @@ def test_threads_are_a_setting(monkeypatch):
 
 
 def test_openmp_is_told_to_wait_passively_before_torch_is_loaded():
-    """A torch that says what it finds, and is no more."""
-    Path("torch.py").write_text("import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nos._exit(0)")
+    """A torch that says what it finds, and is no more; so are numpy's and scipy's products told of their thread."""
+    says = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ['OPENBLAS_NUM_THREADS'])"
+    Path("torch.py").write_text(f"import os\n{says}\nos._exit(0)")
     env = env_without("OMP_", "GOMP_") | {"PYTHONPATH": os.getcwd()}
     for script in ("train.py", "train_classifier.py", "plot_eval.py", "eval_beta_grid.py"):
         flags = [] if script.startswith("train") else ["--run_batch_name", "b"]
         command = [sys.executable, ROOT / script, *flags]
         for policy, spins in (({}, SPINS), ({"OMP_WAIT_POLICY": "active"}, "None")):
-            assert subprocess.check_output(command, env=env | policy, text=True).split() == [spins]
+            assert subprocess.check_output(command, env=env | policy, text=True).split() == [spins, "1"]
 
 
 def test_a_training_goes_on_with_the_threads_it_began_with(passes, refused, interrupted):
     flags = [*TINY, "--save_every", "1"]
     for n in (1, 2):
         passes(train.main, *flags, "--threads", n, "--runs_dir", f"by{n}")
-        assert torch.get_num_threads() == read_json(there("training.json", f"by{n}")[0])["threads"] == n
+        assert torch.get_num_threads() == read_json(there("training.json", f"by{n}")[0])["sessions"][0]["threads"] == n
     assert all_weights("by1") != all_weights("by2")  # they sum in another order: else what follows could not fail
+    by_one, by_two = (read_json(there("training.json", f"by{n}")[0])["test"] for n in (1, 2))
+    assert by_one == pytest.approx(by_two, rel=1e-5)
     interrupted(5, *flags, "--threads", 2)
     assert load_tensors(there("resume.pth")[0])["threads"] == 2
     torch.set_num_threads(1)
@@ -59,6 +66,54 @@ def test_a_training_goes_on_with_the_threads_it_began_with(passes, refused, inte
     assert "--threads 1: the checkpoint was saved with 2" in told
     for wrong in ("0", "x", "5000"):
         assert "--threads" in refused(train.main, *TINY, "--threads", wrong)
+
+
+def figures(folder: str) -> list[dict]:
+    """What the training.json files of a folder say of the models."""
+    results = (read_json(path) for path in there("training.json", folder))
+    return [{name: result[name] for name in ("epoch", "parameters", "train", "test")} for result in results]
+
+
+@pytest.fixture
+def crowd():
+    """Has two processes compute beside the test, when it is called."""
+    return lambda: [popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+
+
+@pytest.mark.parametrize("flags", first(1, [], ["--threads", "1"], ["--threads", "2"]))
+@times(10)
+def test_the_same_bytes_whatever_else_the_machine_does(trial, flags, crowd, passes):
+    """A grid by one process alone, and by two beside a crowd of which one is killed: long, since three start."""
+    command, threads = [*TINY, "--num_epochs", "3", "--save_every", "1", *SQUARE], int((flags or [0, cpu_count()])[1])
+    passes(train.main, *command, "--threads", threads, "--runs_dir", "idle")
+    crowd()
+    command = ["train.py", *command, *flags]
+    shared = [{"OMP_NUM_THREADS": None, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    pair = [launch(*command, "--runs_dir", "busy", **variables) for variables in shared]
+    wait_until(lambda: there("resume.pth", "busy") or pair[trial % 2].poll() is not None)
+    kill(pair[trial % 2])
+    pair[trial % 2] = launch(*command, "--runs_dir", "busy", **shared[trial % 2])
+    assert [ended(process)[0] for process in pair] == [0, 0]
+    assert all_weights("busy") == all_weights("idle") and len(all_weights("idle")) == 4
+    assert figures("busy") == figures("idle")
+    sessions = [session for path in there("training.json", "busy") for session in read_json(path)["sessions"]]
+    assert {session["threads"] for session in sessions} == {threads}
+
+
+@pytest.mark.slow
+@times(10, 10)
+def test_the_same_results_whatever_else_the_machine_does(trial, crowd, passes):
+    """All steps of the evaluation of two cells, with one worker process alone and with two beside a crowd."""
+    passes(train.main, *TINY, "--beta_y", "1", "2")
+    passes(train_classifier.main, "--dataset", "Digits", "--num_epochs", "1", "--device", "cpu")
+    shutil.copytree("runs", "busy")
+    command = ["eval_beta_grid.py", *EVALUATION[:2], "--device", "cpu", "--all", "--with_classifier"]
+    assert ended(launch(*command, OMP_NUM_THREADS=None), 600)[0] == 0
+    crowd()
+    assert ended(launch(*command, "--runs_dir", "busy", "--cpu_n", 2, OMP_NUM_THREADS=None), 600)[0] == 0
+    for name in ("metrics.json", "eval_results.csv", "latents.npz", "per_image.npz"):
+        ours, theirs = ([path.read_bytes() for path in there(name, folder)] for folder in ("busy", "runs"))
+        assert ours == theirs and ours
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")

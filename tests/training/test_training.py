@@ -296,6 +296,7 @@ def test_two_and_three_epochs_are_five(passes, trained, flags):
     assert continued.config == five.config and continued.path.name == five.path.name
     assert weights(continued.path) == weights(five.path)
     moments = [load_tensors(run.path / "adam.pth") for run in (continued, five)]
+    assert [len(state.pop("sessions")) for state in moments] == [2, 1]
     assert_close(*moments, rtol=0, atol=0)
     assert continued.result["test"] == five.result["test"] and "already complete" in passes(train.main, *more)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from datasets.batches import Resident
 from models.build import build_model
 from utils.config import Config
+from utils.machine import name_of
 from utils.runs import Run
 from utils.training.schedule import clock
 from utils.training.training import Setup, Training
@@ -27,13 +28,8 @@ THEIRS, PLAIN = "like the paper's code", "plain PyTorch, data on the device"
 
 def machine(device: torch.device) -> str:
     """One line with the device, the number of threads, and versions."""
-    name, cpus = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif cpus.exists() and "model name" in (text := cpus.read_text()):
-        name = text.partition("model name")[2].partition("\n")[0].strip("\t :")
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    return f"{name}, {torch.get_num_threads()} threads, {versions}"
+    return f"{name_of(device)}, {torch.get_num_threads()} threads, {versions}"
 
 
 def measure(candidates: dict[str, Callable], n: int, device: torch.device) -> dict[str, list[float]]:

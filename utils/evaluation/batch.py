@@ -20,12 +20,13 @@ from utils.evaluation.metrics import columns_of, read_metrics
 from utils.evaluation.run import PATIENCE, EvaluatedRun, Evaluation
 from utils.evaluation.steps import STEPS, Step
 from utils.files import to_csv, write_text
+from utils.provenance import origin
 from utils.runs import Run, locked, runs_in
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # and OPENBLAS_NUM_THREADS, as in this process
 COLUMNS = ["run", "status", *fields_of()]
 COLUMNS += [column for step in STEPS for column in columns_of(step)]
-COLUMNS += [f"train_{name}" for name in TERMS]
+COLUMNS += [*(f"train_{name}" for name in TERMS), "commit", "date"]
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row = {"status": run.status, **vars(run.config), **read_metrics(run.path)}
                 row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 terms = run.result.get("train", {})
-                rows[run.path] = row | {f"train_{name}": value for name, value in terms.items()}
+                rows[run.path] = row | {f"train_{name}": value for name, value in terms.items()} | origin(run.result)
         rows |= {folder: {"status": "broken"} for folder in problems}
         rows = [{"run": folder.name, **row} for folder, row in sorted(rows.items())]
         write_text(path, to_csv(rows, COLUMNS))

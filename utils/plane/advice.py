@@ -120,16 +120,10 @@ def _flags(texts: tuple[tuple[str, str], ...]) -> list[str] | None:
     """The flags of a training with these settings that are not the default; None if none can be."""
     kinds = {field.name: kind_of(field) for field in dataclasses.fields(Config)}
     try:
-        settings = {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in texts}
-        config = Config(**settings)
-        for name in list(settings):
-            fewer = {k: v for k, v in settings.items() if k != name}
-            if Config(**fewer) == config:
-                settings = fewer
+        config = Config(**{k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in texts})
+        return config.flags(without=(*BETAS, "seed"))
     except (UserError, ValueError):  # of data that is not there any more
         return None
-    words = [[f"--{k}"] if v is True else [f"--{k}", f"{v}"] for k, v in settings.items()]
-    return sum(words, [])
 
 
 def commands(rows: list[dict]) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ from utils.plane.metrics import METRICS, metric
 
 BETAS = ("beta_y", "beta_z")
 TARGETS = {"beta_y": "target_rate_y", "beta_z": "target_rate_z"}  # for which betas were searched
-SETTINGS = fields_of()
+SETTINGS = [*fields_of(), "commit", "date"]
 OF_GRID = fields_of("model", "training", "data")  # equal for the cells of one grid
 OF_CELL = [*OF_GRID, *fields_of("objective")]  # equal for the repeats of one cell
 SATURABLE = ("mi_q_mc", "mi_q_mc_y")  # estimates that are left out where they are saturated

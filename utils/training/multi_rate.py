@@ -19,6 +19,7 @@ from utils.config import Config
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.files import digest_of
+from utils.provenance import now, provenance
 from utils.runs import Run, load_model, runs_in
 from utils.seeds import generator
 from utils.training.log import N, figures, pictures, write_pictures
@@ -146,7 +147,9 @@ def unfold(
                 if overwrite:
                     run.restart()
                 if run.status != "finished":
-                    run.finish(*folded(model, run, data, device))
+                    weights, result = folded(model, run, data, device)
+                    result["sessions"] = source.result.get("sessions", []) + result["sessions"]
+                    run.finish(weights, result)
         except UserError as e:
             problems.append((run, e))
     return runs, problems
@@ -154,7 +157,7 @@ def unfold(
 
 def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tuple[dict, dict]:
     """The ordinary model's weights at a cell's betas, and what training.json says of it; draws its pictures."""
-    start, config = time.monotonic(), run.config
+    start, config, origin = time.monotonic(), run.config, provenance(device, data)
     with torch.no_grad():
         log_betas = torch.tensor([config.beta_y, config.beta_z], device=device).log10()
         weights = {name: p.detach().cpu().clone() for name, p in model.weights_at(log_betas).items()}
@@ -168,9 +171,9 @@ def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tu
     )
     values = figures(plain, data, config.batch_size, train=train, test=test)
     write_pictures(run.path, pictures(plain, next(iter(data.test.batches(N)))[0], config.seed))
-    settings = {"epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2), "device": str(device)}
-    parameters = sum(p.numel() for p in plain.parameters())
-    return weights, {"status": "finished", **settings, "torch": torch.__version__, "parameters": parameters, **values}
+    result = {"status": "finished", "epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2)}
+    result["parameters"] = sum(p.numel() for p in plain.parameters())
+    return weights, {**result, "sessions": [{**origin, "end": now()}], **values}
 
 
 class Search:

@@ -19,7 +19,8 @@ from models.hvae import Noise
 from models.stack import TERMS, Stack, losses, sums_of
 from utils.distributed import is_first, largest_of_all, place
 from utils.errors import UserError
-from utils.runs import Run
+from utils.provenance import now, provenance
+from utils.runs import FORMAT, Run
 from utils.seeds import generator
 from utils.training import multi_rate
 from utils.training.betas import Betas, rate_weights
@@ -77,6 +78,8 @@ class Training:
         self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
         self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
         self.fast = None  # `update`, prepared for whole batches
+        self.origin: dict = {}  # what makes it now (provenance.py), and, of each cell, what made it before
+        self.earlier = [(state or {}).get("sessions", []) for state in states]
         self.points: dict[str, dict[str, float]] = {}  # terms of a conditioned model at single betas
         self.saver = Saver(setup.save_every)
         if states[0] is not None:
@@ -109,6 +112,7 @@ class Training:
         """Trains to the last epoch. Raises Interrupted after a signal, once a checkpoint is saved."""
         config, n, size = self.config, len(data.train), self.config.batch_size
         self.steps = math.ceil(n / size)
+        self.origin = provenance(self.device, data)
         log = Log(self.written, data, self.epoch, new=self.epoch == self.steps_done == 0)
         bar.begin(self)
         try:
@@ -246,7 +250,12 @@ class Training:
         state |= {key: copies({name: of_optimizer[p][key] for name, p in parameters.items()}) for key in MOMENTS}
         state |= {"epoch": self.epoch, "step": self.steps_done, "seconds": self.seconds, "spread": self.spread}
         steps = int(next(iter(of_optimizer.values()))["step"])
-        return {**state, "adam_steps": steps, "threads": torch.get_num_threads()}
+        state |= {"format": FORMAT, "adam_steps": steps, "threads": torch.get_num_threads()}
+        return {**state, "sessions": self.sessions(m)}
+
+    def sessions(self, m: int) -> list[dict]:
+        """What has made cell m until now."""
+        return [*self.earlier[m], {**self.origin, "end": now()}]
 
     def save(self, number: int | None = None) -> None:
         """Copies the checkpoints of all live cells to the CPU, and writes them in the background.
@@ -284,6 +293,7 @@ class Training:
             if m in self.written:
                 terms = {name: str(v) for name, v in zip(TERMS, values[bad], strict=True)}
                 result = {"status": "failed", "epoch": self.epoch + 1, "step": bad + 1, "terms": terms}
+                result["sessions"] = self.sessions(m)
                 self.live[m].finish(self.stack.cell(m, self.good), result)
             self.live.pop(m)
 
@@ -296,10 +306,8 @@ class Training:
                 "status": "finished",
                 "epoch": self.epoch,
                 "seconds": round(self.seconds, 2),
-                "device": str(self.device),
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
                 "parameters": sum(p.numel() for p in model.parameters()),
+                "sessions": state["sessions"],
                 **figures(model, data, self.config.batch_size, train=train[m], test=test[m]),
             }
             if run.config.has_target:
@@ -308,5 +316,5 @@ class Training:
                 run.write_config()
             if self.points:
                 result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
-            optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads")}
+            optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads", "format", "sessions")}
             run.finish(state["weights"], result, optimizer if run.config.is_extendable else None)

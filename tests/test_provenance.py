@@ -1,0 +1,139 @@
+"""What made a run is kept with it, told of it, and makes it again."""
+
+import csv
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import eval_beta_grid
+import plot_eval
+import train
+from datasets.batches import Resident
+from datasets.loading import Data
+from tests.conftest import CELL, EVALUATION, ROOT, TINY, all_weights, python
+from tests.reliability.trials import ended, there
+from utils import provenance
+from utils.config import Config, _sha256
+from utils.errors import UserError
+from utils.files import read_json
+from utils.provenance import origin
+
+MODEL = [*TINY, "--run_batch_name", "b"]
+
+
+def git(*words: str, folder: Path = ROOT) -> str:
+    return subprocess.check_output(["git", "-C", folder, *words], text=True).strip()
+
+
+def test_every_process_that_trains_a_run_is_kept(passes, interrupted, monkeypatch):
+    """With its commit, command, versions, device, threads, data, start and end; the table and the report tell."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--overwrite", "a b"])
+    before = datetime.now(UTC).replace(microsecond=0)
+    interrupted(40, *CELL)
+    monkeypatch.setattr(provenance, "code", lambda: {"commit": "f" * 40, "clean": False})
+    passes(train.main, *CELL)
+    first, second = read_json(there("training.json")[0])["sessions"]
+    assert first.pop("clean") is (git("status", "--porcelain", "--untracked-files=no") == "")
+    assert first.pop("commit") == git("rev-parse", "HEAD") and second.pop("commit") == "f" * 40
+    assert first["command"] == "python train.py --overwrite 'a b'"
+    versions = (platform.python_version(), torch.__version__, np.__version__)
+    for session in (first, second):
+        assert tuple(session[name] for name in ("python", "torch", "numpy")) == versions
+        assert session["device"].startswith("cpu, ") and session["threads"] == 1
+        assert before <= datetime.fromisoformat(session["start"]) <= datetime.fromisoformat(session["end"])
+        before = datetime.fromisoformat(session["end"])
+    assert first["data"] == second["data"]
+    passes(eval_beta_grid.main, *EVALUATION, "--exclude_mi")
+    (row,) = csv.DictReader(Path("runs/singles/eval_results.csv").read_text().splitlines())
+    commits = origin(read_json(there("training.json")[0]))["commit"]
+    assert (
+        commits == row["commit"] and re.fullmatch(r"\w{12}\+? f{12}\+", commits) and row["date"] == second["end"][:10]
+    )
+    passes(plot_eval.main, *EVALUATION[:2])
+    report = Path("runs/singles/figures/report.html").read_text()
+    assert commits.replace("+", "&#43;") in report or commits in report and row["date"] in report
+
+
+def test_a_failed_run_says_what_made_it(script):
+    assert script(train.main, *TINY, "--learning_rate", "1e20")[0] == 1
+    (session,) = read_json(there("training.json")[0])["sessions"]
+    assert session["commit"] == git("rev-parse", "HEAD")
+
+
+def test_unfolded_cells_say_what_made_their_model(multi_rate):
+    results = [read_json(path) for path in multi_rate.glob("m/*/training.json")]
+    counts = [len(result["sessions"]) for result in results]
+    assert sorted(counts) == [1] + [2] * 6
+    (model,) = (result for result in results if len(result["sessions"]) == 1)
+    assert all(result["sessions"][0] == model["sessions"][0] for result in results)
+
+
+def test_data_is_told_by_its_content():
+    images = torch.arange(16, dtype=torch.uint8).view(4, 1, 2, 2)
+
+    def content(images, labels) -> str:
+        split = Resident(images, torch.tensor(labels), torch.device("cpu"))
+        return Data(split, split.first(2), 10).content
+
+    same = content(images, [0, 1, 2, 3])
+    assert same == content(images.clone(), [0, 1, 2, 3])
+    assert len({same, content(images, [0, 1, 2, 4]), content(images.flip(0), [0, 1, 2, 3])}) == 3
+    assert Data(None, None, 2, "of its files").content == "of its files"
+
+
+@pytest.mark.parametrize("place", ["alone", "within"])
+def test_code_without_its_repository_has_no_commit(place):
+    """A copy, also one that lies in another repository."""
+    shutil.copytree(ROOT / "utils", "copy/utils", ignore=shutil.ignore_patterns("__pycache__"))
+    for wing in ("datasets", "models"):
+        shutil.copytree(ROOT / wing, f"copy/{wing}")
+    if place == "within":
+        git("init", "-q", folder=Path())
+        git("-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "--allow-empty", "-m", "x", folder=Path())
+    code = "import sys; sys.path.insert(0, 'copy'); from utils.provenance import code; print(code())"
+    assert ended(python("-c", code))[1] == "{'commit': None, 'clean': None}\n"
+
+
+OTHERS = {
+    "ordinary": ["--vae_type", "LVAE", "--beta_y", "0.5", "--warmup_epochs", "1", "--seed", "4", "--run_name", "x y"],
+    "unfolded": ["--multi_rate", "--force", "--beta_y", "0.1", "1", "--beta_z", "0.5", "2"],
+    "started": ["--beta_z", "2", "--init_from", "runs/source/*"],
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_command_makes_a_run_again(kind, passes, refused):
+    """The runs of that command have the bytes of the ones that it was asked for."""
+    passes(train.main, *TINY, "--run_batch_name", "source")
+    flags = [word if "*" not in word else str(next(Path().glob(word))) for word in OTHERS[kind]]
+    passes(train.main, *MODEL, *flags)
+    for path in sorted(Path("runs/b").iterdir())[::3]:
+        command = shlex.split(passes(train.main, "--like", path))
+        assert command[:2] == ["python", "train.py"]
+        passes(train.main, *command[2:], "--device", "cpu", "--runs_dir", "again", "--force")
+        assert all_weights("again/b")[path.name] == all_weights("runs/b")[path.name]
+        shutil.rmtree("again")
+    if kind == "started":
+        shutil.rmtree("runs/source")
+        assert "--like: " in refused(train.main, "--like", path)
+    assert "no config.json" in refused(train.main, "--like", "nothing")
+
+
+def test_settings_of_newer_code_are_not_ignored():
+    path, settings = Path("config.json"), json.loads(Config().to_json())
+    settings |= {"dropout": 0.3}
+    del settings["sha256"]
+    path.write_text(json.dumps(settings))  # as of the paper's code, which has others
+    assert Config.from_json(path) == Config()
+    path.write_text(json.dumps(settings | {"sha256": _sha256(settings)}))
+    with pytest.raises(UserError, match="config.json: has --dropout, which this version .* does not know"):
+        Config.from_json(path)
