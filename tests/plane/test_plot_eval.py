@@ -79,7 +79,7 @@ def test_bad_input(refused):
 
 
 def test_a_real_batch_has_all_figures_and_a_page_of_its_own(passes, trained):
-    """All four steps, once through; a later call removes what is of an earlier one."""
+    """All four steps, once through, hence slow; a later call removes what is of an earlier one."""
     trained("--beta_y", "0.5", "2", "--beta_z", "0.5", "2", batch="b")
     passes(eval_beta_grid.main, *BATCH, "--exclude_fid")
     out = passes(plot_eval.main, *BATCH, "--max_rate", "1000", "--images", "2", "--overview")

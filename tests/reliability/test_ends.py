@@ -134,7 +134,7 @@ CHILDREN = "/proc/{0}/task/{0}/children"
 @pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).exists(), reason="as Linux lists processes")
 @times(10)
 def test_workers_end_with_a_killed_training(trial, pets):
-    """They hold its pipes, which end with the last of them."""
+    """They hold its pipes, which end with the last of them. Processes start, which takes seconds."""
     flags = [*STREAMED, "--num_epochs", "500", "--batch_size", "4"]
     process = trials.training(*flags, until="events.out.*")
     wait_until(Path(CHILDREN.format(process.pid)).read_text)
@@ -146,6 +146,7 @@ def test_workers_end_with_a_killed_training(trial, pets):
 @trials.needs_mounts
 @times(5)
 def test_a_small_dev_shm_is_named(trial, pets):
+    """It takes long since processes start."""
     small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=16m tmpfs /dev/shm && exec "$@"', "sh"]
     flags = [*STREAMED, "--num_epochs", "2", "--batch_size", "100"]  # of 20 MB
     status, _, err = ended(launch("train.py", *flags, prefix=small))

@@ -102,7 +102,10 @@ def test_kill_9_during_an_evaluation(trial, evaluated, passes):
 @needs_mounts
 @pytest.mark.parametrize("left", first(1, 100_000, 0, 200_000, 300_000))
 def test_a_disk_that_fills_up_during_a_grid(left, passes):
-    """At the first config.json or at a later checkpoint: one line; what is there is whole, and it goes on with room."""
+    """At the first config.json or at a later checkpoint: one line; what is there is whole, and it goes on with room.
+
+    Slow, as a process starts, and the grid is trained twice.
+    """
     grid = [*TINY, "--save_every", "1", "--beta_y", "1", "2"]
     small = f"mount -t tmpfs -o size=2500k tmpfs runs && head -c {2_560_000 - left} /dev/zero > runs/filler; "
     small += '"$@"; s=$?; rm runs/filler; cp -a runs after; exit $s'

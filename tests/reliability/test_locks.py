@@ -244,7 +244,7 @@ def test_in_a_grid_it_is_a_note(with_flock, script, refused, monkeypatch):
 
 @times(5, few=1)
 def test_paused_for_longer_than_patience_it_stops_before_it_writes(trial, no_flock):
-    """A training asleep by SIGSTOP, whose run is taken over meanwhile, wakes to one line."""
+    """A training asleep by SIGSTOP, whose run is taken over meanwhile, wakes to one line; slow as it sleeps."""
     before = NO_FLOCK + "\nfrom utils import locks; locks.BEAT = 0.1"
     sleeper = launch("train.py", *CELL, "--num_epochs", "4000", before=before)
     wait_until(lambda: there("resume.pth") or sleeper.poll() is not None)

@@ -58,7 +58,7 @@ def test_bf16_cells_are_not_stacked_on_a_cpu(script):
 
 
 def test_a_cell_at_once_takes_one_open_file_and_no_thread(passes, at_step):
-    """So that 256 of them stay within the usual limit of 1,024 open files."""
+    """So that 256 of them stay within the usual limit of 1,024 open files. 24 are trained, which takes long."""
     cells, threads = 24, []
     before, (soft, hard) = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
     at_step(2, lambda: threads.append(threading.active_count()))
@@ -85,6 +85,7 @@ def sizes(monkeypatch):
 
 
 def test_seven_cells_three_at_once_are_three_two_and_two(passes, sizes):
+    """Seven cells are trained twice, which takes long."""
     grid = [*TINY, "--beta_y", "1:7:7"]
     passes(train.main, *grid, "--cells_at_once", "3")
     assert sizes == [3, 2, 2]

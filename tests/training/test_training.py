@@ -204,7 +204,7 @@ ENDS_OF_A_PROCESS += [(signal.SIGINT, []), (signal.SIGUSR1, [])]  # the latter i
 @pytest.mark.parametrize("case", first(1, *ENDS_OF_A_PROCESS))
 @times(50)
 def test_a_process_ended_at_a_random_moment_goes_on(case, trial, passes, undisturbed):
-    """The second signal must not disturb the exit."""
+    """The second signal must not disturb the exit. Slow, as processes start for each."""
     number, threads = case
     expected = [undisturbed]
     if threads:  # which sum in another order; the training goes on by as many
@@ -226,7 +226,7 @@ def test_a_process_ended_at_a_random_moment_goes_on(case, trial, passes, undistu
 
 
 def test_states_that_are_damaged_or_half_renamed(script, passes, interrupted, undisturbed):
-    """The one before is taken."""
+    """The one before is taken. Many trainings are continued, which takes long."""
     interrupted(3 * 15 + 1, *CELL)
     shutil.copytree("runs", "renamed")  # as by a kill between the two renames of a save
     (damaged,), (renamed,) = there("resume.pth"), there("resume.pth", "renamed")
@@ -302,6 +302,7 @@ def test_two_and_three_epochs_are_five(passes, trained, flags):
 
 
 def test_a_batch_is_continued_cell_by_cell_and_after_a_kill(passes, refused, interrupted, trained):
+    """Several batches are trained, which takes long."""
     grid = ["--beta_y", "1", "2", "--beta_z", "0.5"]
     trained(*grid)
     longer = [*TINY, *grid, "--num_epochs", "4", "--save_every", "1"]
