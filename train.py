@@ -78,7 +78,7 @@ def main(argv=None) -> int:
         show_status(share([*plan]), args.overwrite)
         return 0
     data = load_data(config, args.data_dir, device, args.download)
-    plan = {run.with_settings(data_digest=data.digest): cells for run, cells in plan.items()}
+    plan = {run.of_data(data, starts.get(run.path)): cells for run, cells in plan.items()}
     runs = [*plan] if args.multi_rate else near([*plan], data, device)
     mine = runs if args.data_parallel else share(runs)
     todo = unfinished(mine, args.overwrite)

@@ -70,7 +70,7 @@ def make(config, settings: dict, folder: Path, load, device, overwrite: bool) ->
     for name in (name for name, value in described.items() if stored.get(name) != value):
         raise UserError(f"{folder}: trained with another --{name} ({stored.get(name)}); --overwrite retrains it")
     if weights.exists() and not overwrite:
-        load_classifier(folder, config, device)  # it may be damaged
+        load_classifier(folder, config, device, load())  # it may be damaged, or of other images
         print(f"already complete: {folder}, test accuracy {stored.get('test_accuracy')}")
         return
     check_writable(folder)

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import functools
 import io
 import multiprocessing
 import re
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import ENDING_SIGNALS, UserError, one_line
-from utils.files import digest
 from utils.seeds import generator
 
 from .folders import centre_crop, decoders, open_image
@@ -34,6 +32,19 @@ def shuffled(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=generator("cpu", seed, epoch, "order"))
 
 
+def subset(labels: Tensor, n: int) -> Tensor:
+    """Indices of n images, or of all if there are fewer: random, always the same, of each label in proportion.
+
+    Whatever begins it is such a choice as well.
+    """
+    order = torch.randperm(len(labels), generator=generator("cpu", 0, "subset"))
+    shares = torch.zeros(len(labels), dtype=torch.float64)  # of its class that come up to each image, in that order
+    for label in labels.unique():
+        of_class = order[labels[order] == label]
+        shares[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    return order[shares[order].argsort(stable=True)][:n]
+
+
 class Resident:
     """A split held on the device as one uint8 tensor and batched by index."""
 
@@ -43,14 +54,10 @@ class Resident:
     def __len__(self) -> int:
         return len(self.images)
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """Of the pixels and the labels."""
-        return digest(b"".join(t.cpu().numpy().tobytes() for t in (self.images, self.labels)))
-
-    def first(self, n: int) -> "Resident":
-        """The first n images, or all if there are fewer."""
-        return Resident(self.images[:n], self.labels[:n], self.images.device)
+    def subset(self, n: int) -> "Resident":
+        """Of n images, as `subset` chooses them."""
+        chosen = subset(self.labels.cpu(), n).to(self.labels.device)
+        return Resident(self.images[chosen], self.labels[chosen], self.images.device)
 
     def batches(
         self, batch_size: int, shuffle: tuple[int, int] | None = None, start: int = 0, part: slice = ALL
@@ -109,9 +116,9 @@ class Streamed(Dataset):
         except (MemoryError, OSError, RuntimeError, ValueError) as e:  # of one that is extremely thin
             raise UserError(f"{path}: cannot be cropped ({one_line(e)})") from e
 
-    def first(self, n: int) -> "Streamed":
+    def subset(self, n: int) -> "Streamed":
         """As of `Resident`."""
-        return Streamed(self.samples[:n], self.shape, self.device)
+        return Streamed([self.samples[i] for i in subset(self.labels, n)], self.shape, self.device)
 
     @property
     def labels(self) -> Tensor:
@@ -164,3 +171,9 @@ class Streamed(Dataset):
             atexit.unregister(end_workers)
             if decoded is not None:  # else a finalizer does it after those of its pipes, and closes another file's
                 decoded._shutdown_workers()
+
+
+def chosen(split: Resident | Streamed, n: int) -> Batch:
+    """n images (n, C, H, W) of a split with their labels, or all if there are fewer, as `subset` chooses them."""
+    images, labels = zip(*split.subset(n).batches(250), strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -7,6 +7,7 @@ pets/1.jpg                 images without classes, with or without train/ and va
 
 import contextlib
 import functools
+import hashlib
 import os
 import statistics
 import warnings
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from utils.errors import UserError, one_line
-from utils.files import digest
+from utils.files import digest, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,6 +235,32 @@ def open_image(path: str, channels: int) -> Image.Image:
         raise UserError(f"{path}: too many pixels ({one_line(e)}); make it smaller") from e
     except Exception as e:  # the libraries' parsers raise anything on damaged files
         raise UserError(f"{path}: damaged image ({one_line(e)})") from e
+
+
+def content_digest(samples: list[Sample]) -> str:
+    """Of the files and labels of images, in their order; kept in the user's cache, as it takes as long as reading all.
+
+    What is kept is of files of the same names, sizes and times.
+    """
+    stats = [(path, label, os.stat(path)) for path, label in samples]
+    lines = [f"{path} {label} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for path, label, s in stats]
+    name = digest("\n".join(lines).encode(errors="surrogateescape"))
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hit", name)
+    with contextlib.suppress(OSError, RuntimeError):  # it is not there yet, or there is no home
+        return kept.expanduser().read_text()
+
+    def of_file(path: str) -> bytes:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor(decoders()) as pool:
+        digests = pool.map(of_file, (path for path, _ in samples))
+        of_files = b"".join(tqdm(digests, total=len(samples), unit="image", desc="digest of the images", disable=None))
+    result = digest(of_files + f"{[label for _, label in samples]}".encode())
+    with contextlib.suppress(OSError, RuntimeError):
+        kept.expanduser().parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept.expanduser(), result)
+    return result
 
 
 def decoders() -> int:

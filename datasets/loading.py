@@ -1,6 +1,7 @@
 """Puts a data set where training can batch it: images of 256 pixels stream, smaller ones are on the device."""
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from utils.files import digest
 
 from . import folders
 from .batches import Resident, Streamed
-from .folders import Folder, count, decode, enumeration
+from .folders import Folder, content_digest, count, decode, enumeration
 from .table import DATASETS, LARGE, DataSet, lookup
 
 
@@ -23,12 +24,17 @@ class Data(NamedTuple):
     train: Resident | Streamed
     test: Resident | Streamed
     n_classes: int
-    digest: str | None = None  # of a folder's list of files
+    digest: str | None = None  # of its images and labels, in their order
+    listed: str | None = None  # of a folder's list of files, by which earlier versions told it
 
-    @property
-    def content(self) -> str:
-        """What tells it from others: the digest of a folder's list of files, or of all images and labels."""
-        return self.digest or digest(f"{self.train.digest} {self.test.digest}".encode())
+    def is_of(self, digest: str | None) -> bool:
+        """Whether what keeps that digest is of these images; of earlier versions, what keeps none may be."""
+        return digest in (None, self.digest, self.listed)
+
+    def check(self, config) -> None:
+        """Raises UserError if a run was trained on other images."""
+        if not self.is_of(config.data_digest):
+            raise UserError(f"{config.data_name}: not the images that the run was trained on; files have changed")
 
     @property
     def labelled(self) -> bool:
@@ -38,8 +44,8 @@ class Data(NamedTuple):
 def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
     """Both splits of the Config's data set, under `data_dir` or a folder of its name there; prints what it holds.
 
-    A folder of images may have `moved_to` another place. Raises UserError where files are missing, damaged, not those
-    that the run was trained on, or do not fit into memory.
+    A folder of images may have `moved_to` another place. Raises UserError where files are missing or damaged, or do not
+    fit into memory.
     """
     row, name = lookup(config), Path(config.dataset).name
     if config.dataset in DATASETS:
@@ -54,9 +60,6 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
             raise UserError(f"--download: could not fetch {name} ({e})") from e
     content, root = _read(name, row, roots)
     if isinstance(content, Folder):
-        if config.data_digest not in (None, content.digest):
-            changed = "files were added, removed or renamed"
-            raise UserError(f"{name}: {root} does not hold the images that the run was trained on: {changed}")
         return _of_folder(name, content, row.shape, device)
     try:
         splits = [_checked(*split, row) for split in content]
@@ -65,7 +68,7 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
     origin = f"; from {root}" if str(root) == row.elsewhere else ""
     n, n_test = (len(images) for images, _ in splits)
     _tell(f"{name}: train {n:,} images, test {n_test:,}, {row.n_classes} classes{origin}", root.resolve())
-    return Data(*_resident(name, splits, device), row.n_classes)
+    return Data(*_resident(name, splits, device), row.n_classes, content_of(splits))
 
 
 def _read(name: str, row: DataSet, roots: list[Path]):
@@ -119,11 +122,22 @@ def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: t
         _tell(text, Path(folder.root))
     if size == LARGE[1]:
         splits = [Streamed(part, shape, device) for part in (folder.train, folder.test)]
+        content = digest(f"{n} {content_digest(samples)}".encode())
     else:
         _check_memory(name, len(samples) * channels * size**2, memory(), "this machine has")
         images, labels = decode(samples, channels, size), torch.tensor([label for _, label in samples])
-        splits = _resident(name, [(images[:n], labels[:n]), (images[n:], labels[n:])], device)
-    return Data(*splits, len(folder.classes), folder.digest)
+        splits = [(images[:n], labels[:n]), (images[n:], labels[n:])]
+        splits, content = _resident(name, splits, device), content_of(splits)
+    return Data(*splits, len(folder.classes), content, folder.digest)
+
+
+def content_of(splits: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """The digest of images and labels, split by split."""
+    sha256 = hashlib.sha256()
+    for tensor in (tensor for split in splits for tensor in split):
+        sha256.update(f"{tuple(tensor.shape)}".encode())
+        sha256.update(tensor.numpy())
+    return sha256.hexdigest()[:16]
 
 
 def _resident(name: str, splits: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> list[Resident]:

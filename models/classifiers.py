@@ -114,12 +114,12 @@ def folder_of(seed: int, folder: Path) -> Path:
 
 
 def load_classifier(
-    path: Path, config, device: torch.device, data: str | None = None, how: str = "train_classifier.py"
+    path: Path, config, device: torch.device, data=None, how: str = "train_classifier.py"
 ) -> tuple[Classifier, str]:
     """A Config's classifier in eval mode, from its folder or weights' file, and its digest.
 
-    `data` is the digest of a folder's list of files, `how` the command that trains it. Raises UserError if it cannot
-    be used.
+    `data` is the Data that it labels, `how` the command that trains it. Raises UserError if it cannot be used, or was
+    trained on other images.
     """
     file, name = path if path.suffix == ".pth" else path / "classifier.pth", config.data_name
     settings = file.with_name("config.json")
@@ -128,9 +128,8 @@ def load_classifier(
     stored, state = read_json(settings), load_tensors(file)
     if stored.get("dataset") != name:
         raise UserError(f"{file}: labels {stored.get('dataset')}, not {name}")
-    if data is not None and stored.get("data") != data:
-        why = f"trained on another list of files by the name of {name}"
-        raise UserError(f"{file}: {why}; --overwrite trains it anew")
+    if data is not None and not data.is_of(stored.get("data")):
+        raise UserError(f"{file}: trained on other images by the name of {name}; --overwrite trains it anew")
     try:
         model = build_classifier(config, int(stored["n_classes"]))
         model.load_state_dict(state)

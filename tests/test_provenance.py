@@ -17,8 +17,6 @@ import torch
 import eval_beta_grid
 import plot_eval
 import train
-from datasets.batches import Resident
-from datasets.loading import Data
 from tests.conftest import CELL, EVALUATION, ROOT, TINY, all_weights, python
 from tests.reliability.trials import ended, there
 from utils import provenance
@@ -75,19 +73,6 @@ def test_unfolded_cells_say_what_made_their_model(multi_rate):
     assert sorted(counts) == [1] + [2] * 6
     (model,) = (result for result in results if len(result["sessions"]) == 1)
     assert all(result["sessions"][0] == model["sessions"][0] for result in results)
-
-
-def test_data_is_told_by_its_content():
-    images = torch.arange(16, dtype=torch.uint8).view(4, 1, 2, 2)
-
-    def content(images, labels) -> str:
-        split = Resident(images, torch.tensor(labels), torch.device("cpu"))
-        return Data(split, split.first(2), 10).content
-
-    same = content(images, [0, 1, 2, 3])
-    assert same == content(images.clone(), [0, 1, 2, 3])
-    assert len({same, content(images, [0, 1, 2, 4]), content(images.flip(0), [0, 1, 2, 3])}) == 3
-    assert Data(None, None, 2, "of its files").content == "of its files"
 
 
 @pytest.mark.parametrize("place", ["alone", "within"])

@@ -97,7 +97,7 @@ class Config:
     )
     run_name: str = _flag("", "prefix of the run folder's name", "name")
     run_batch_name: str = _flag("singles", "folder under --runs_dir in which the runs of a batch lie", "name")
-    data_digest: str | None = _flag(None, None, "data")  # of the list of files of a folder of images
+    data_digest: str | None = _flag(None, None, "data")  # of its images and labels
     # A conditioned model is trained for all beta_y from beta_y to beta_max_y, and so for beta_z.
     beta_max_y: float | None = _flag(None, None, "objective", least=0)
     beta_max_z: float | None = _flag(None, None, "objective", least=0)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from datasets.batches import chosen
 from datasets.loading import Data, load_data
 from models.latents import Gaussian
 from utils.cli import default_data_dir
@@ -55,8 +56,8 @@ class Loaded:
     device: torch.device
 
     def images(self, n: int, split: str = "test") -> tuple[Tensor, Tensor]:
-        """The first n images of a split, (n, C, H, W) in [0, 1], and their labels."""
-        return next(iter(getattr(self.data, split).batches(n)))
+        """n images of a split, (n, C, H, W) in [0, 1], of each class in proportion, and their labels."""
+        return chosen(getattr(self.data, split), n)
 
     def encode(self, x: Tensor, seed: int | None = None) -> Latents:
         """The latents of images x (B, C, H, W): the posterior modes, or with a seed a sample of q(z|x) q(y|z,x)."""

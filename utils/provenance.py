@@ -39,7 +39,7 @@ def provenance(device: torch.device, data: Data) -> dict:
     """What makes a run from now on: one of the `sessions` of training.json and checkpoints, still without its `end`."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     machine = {"device": f"{device}, {name_of(device)}", "threads": torch.get_num_threads()}
-    return {**code(), "command": command_line(), **versions, **machine, "data": data.content, "start": now()}
+    return {**code(), "command": command_line(), **versions, **machine, "data": data.digest, "start": now()}
 
 
 def now() -> str:

@@ -95,7 +95,7 @@ class Run:
     def _check_config(self, theirs: Config) -> None:
         if theirs.data_digest not in (None, self.config.data_digest):
             raise UserError(
-                f"{self.path}: trained on other images: files of {self.config.dataset} are new, gone or renamed; "
+                f"{self.path}: trained on other images by the name of {self.config.data_name}; "
                 "choose another --run_batch_name, or --overwrite it"
             )
         free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
@@ -120,6 +120,13 @@ class Run:
     def with_settings(self, **settings) -> "Run":
         """The run with some settings changed."""
         return Run(self.path, dataclasses.replace(self.config, **settings))
+
+    def of_data(self, data, source: "Run | None" = None) -> "Run":
+        """The run with the digest of the Data that it is trained on, as it has it, or the one that it continues."""
+        exists = (self.path / "config.json").exists()
+        stored = Config.from_json(self.path / "config.json") if exists else source and source.config
+        is_listed = stored is not None and stored.data_digest is not None and stored.data_digest == data.listed
+        return self.with_settings(data_digest=data.listed if is_listed else data.digest)
 
     def write_config(self) -> None:
         """Writes the configuration anew."""

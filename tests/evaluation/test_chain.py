@@ -32,7 +32,7 @@ from utils.files import digest_of, read_arrays, read_json
 from utils.runs import Run, load_model
 
 EMPTY = """
-data_digest beta_max_y beta_max_z target_rate_y target_rate_z init_from source bpd bpd_se ll_iw ll_iw_se iw_samples
+beta_max_y beta_max_z target_rate_y target_rate_z init_from source bpd bpd_se ll_iw ll_iw_se iw_samples
 fid fid_se fid_floor fid_features fid_samples kid kid_se mi_q mi_p is_mean_se run_name image_size image_channels
 """
 ACCURACIES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
@@ -50,7 +50,7 @@ RANGES = {
 
 
 def numbers(row: dict) -> dict[str, float]:
-    names = row.keys() - {"commit", "date"}
+    names = row.keys() - {"commit", "date", "data_digest"}
     return {k: float(row[k]) for k in names if row[k].lstrip("-")[:1].isdigit()}
 
 

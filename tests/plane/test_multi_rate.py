@@ -58,7 +58,7 @@ def test_a_real_batch_of_both_kinds(passes):
         (config,) = grid_configs(train.parse_args(shlex.split(training(cell))[2:]))
         (run,) = [Run.open(Path("runs/b", name)) for name in cell.runs]
         assert config.warmup_epochs == config.default_warmup == 0
-        assert config.differs_in(run.config) == ["warmup_epochs", "multi_rate", "source"]
+        assert config.differs_in(run.config) == ["warmup_epochs", "multi_rate", "data_digest", "source"]
     assert "--learning_rate 0.0005" in training(unfolded[0]) and "--vae_type" not in training(unfolded[0])
     advised = [line for line in out.splitlines() if line.startswith("python train.py")]
     assert set(advised) <= {training(cell) for cell in unfolded}

@@ -107,7 +107,7 @@ def test_a_failed_loader_has_closed_its_pipes(streamed, pets):
     damage(*pets)
     before = {*threading.enumerate()}
     with pytest.raises(UserError, match="damaged image") as error:
-        list(streamed.first(4).batches(1))
+        list(streamed.subset(4).batches(1))
     wait_until(lambda: before.issuperset(threading.enumerate()), WITHIN)  # those that feed its pipes, too
     assert not workers() and error.tb
 

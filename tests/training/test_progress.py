@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 import train
+from datasets.batches import chosen
 from datasets.loading import load_data
 from tests.conftest import ROOT, TINY
 from tests.reliability.trials import first, in_terminal
@@ -145,7 +146,7 @@ def test_pictures_are_the_models_own(tiny, multi_rate):
             assert (run.path / "samples.png").is_file()
             continue
         model, cpu = load_model(run, torch.device("cpu")), torch.device("cpu")
-        images = next(iter(load_data(run.config, "data", cpu).test.batches(16)))[0]
+        images, _ = chosen(load_data(run.config, "data", cpu).test, 16)
         originals, reconstructions = tiles(run.path / "reconstructions.png", 2).reshape(2, 16, 28, 28)
         assert_allclose(originals, images[:, 0], atol=1 / 255)
         assert_allclose(reconstructions, model.reconstruct(images)[:, 0], atol=1.5 / 255)

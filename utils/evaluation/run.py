@@ -42,7 +42,7 @@ def once(function):
 
     @functools.wraps(function)
     def kept(evaluation, config, *more):
-        key = function, config.dataset, config.image_shape, *more
+        key = function, config.dataset, config.image_shape, config.data_digest, *more
         if key not in evaluation.shared:
             evaluation.shared[key] = function(evaluation, config, *more)
         return evaluation.shared[key]
@@ -84,8 +84,10 @@ class Evaluation:
 
     @once
     def data(self, config: Config) -> Data:
-        """The data set of a Config. Raises UserError if it is missing or damaged."""
-        return load_data(config, self.data_dir, self.device, self.download, self.dataset)
+        """The data set of a Config. Raises UserError if it is missing, damaged or not what the run was trained on."""
+        data = load_data(config, self.data_dir, self.device, self.download, self.dataset)
+        data.check(config)
+        return data
 
     def has_labels(self, config: Config) -> bool:
         """Whether the images of a Config's data set have labels; a note if they have none."""
@@ -100,12 +102,11 @@ class Evaluation:
         """The data set's classifiers, with digests; none without labels. Raises UserError if one is missing."""
         if not self.has_labels(config):
             return []
-        files = None if config.dataset in DATASETS else self.data(config).digest
         path = Path(self.classifier_path or Path(self.runs_dir) / "classifiers" / config.data_name)
         folders = {"runs_dir": self.runs_dir, "data_dir": self.data_dir}
         command = next_command("train_classifier.py", *config.data_flags, **folders)
         paths = [path, *(p.parent for p in sorted(path.glob("seed_*/classifier.pth")))]
-        return [load_classifier(p, config, self.device, files, command) for p in paths]
+        return [load_classifier(p, config, self.device, self.data(config), command) for p in paths]
 
     @functools.cached_property
     def inception(self) -> Features | None:
@@ -144,6 +145,7 @@ class EvaluatedRun:
             raise UserError(f"{run.path}: {run.status}; only finished runs are evaluated")
         self.run, self.path, self.config, self.evaluation = run, run.path, run.config, evaluation
         self.weights = digest_of(self.path / "vae.pth")
+        evaluation.data(run.config)  # raises UserError if it is of other images, also if nothing is to be done
 
     @functools.cached_property
     def model(self) -> nn.Module:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.batches import subset
 from datasets.loading import memory
 from models.latents import Gaussian
 from utils.errors import UserError
@@ -195,7 +196,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def kernel_distance(a: np.ndarray, b: np.ndarray, most: int = 10_000) -> tuple[float, float]:
     """Unbiased kernel distance (KID; Binkowski 2018) of features (N, F), (M, F); its first-order error."""
-    a, b = (t[:most].astype(np.float64) for t in (a, b))
+    a, b = (t[subset(torch.zeros(len(t)), most).numpy()].astype(np.float64) for t in (a, b))
     if min(len(a), len(b)) < 2:
         return math.nan, math.nan
 

@@ -193,8 +193,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def read_plane(path: Path, unit: str = "nats") -> Plane:
     """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
-    cells, without = {}, []
-    for row in read_rows(path):
+    cells, without, rows = {}, [], read_rows(path)
+    digests = {row.get("data_digest") for row in rows} - {None, ""}
+    for row in rows:
+        if len(digests) == 1:  # runs of earlier versions have none
+            row["data_digest"] = next(iter(digests))
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
             without.append(row)
         else:  # of searched betas each seed has others

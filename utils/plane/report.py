@@ -18,7 +18,7 @@ from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.drawing import Drawing, styled, write_drawing
 from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
-from utils.plane.sheets import OVERVIEW, Pictures, first_images, overview, pictures_of, sheets, to_uri
+from utils.plane.sheets import OVERVIEW, Pictures, images_to_reconstruct, overview, pictures_of, sheets, to_uri
 from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
 from utils.plane.tables import DRIVERS, EXCESS, Table, cells_of, drivers, excess_rows, print_excess
 
@@ -46,7 +46,7 @@ def write_report(out: Path, plane: Plane, options: Options, device: torch.device
     names, advised = wanted(plane.names, options.metrics), advice(plane, options.budget)
     if options.budget and not any(row["budget"] for row in advised):
         plane.notes.append("no evaluated cell is within the budget")
-    x = first_images(plane, load_data, max(options.images, 2 * OVERVIEW))
+    x = images_to_reconstruct(plane, load_data, max(options.images, 2 * OVERVIEW))
     pictures = pictures_of(plane, device, options.images, x)
     estimates, excess = slopes(plane), excess_rows(plane)
     drawings = draw(plane, names, options.metrics, estimates, excess)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from datasets.batches import chosen
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.images import tiled, to_pil
@@ -41,22 +42,22 @@ class Pictures(NamedTuple):
         return [kind for kind, of_cells in self.of_page.items() if of_cells]
 
 
-def first_images(plane: Plane, load_data: Callable, n: int) -> torch.Tensor | None:
-    """The first n test images (B, C, H, W) of the first run; None, with a note, without them.
+def images_to_reconstruct(plane: Plane, load_data: Callable, n: int) -> torch.Tensor | None:
+    """n test images (B, C, H, W) of the first run; None, with a note, without them.
 
     `load_data` gives the data set of a Config.
     """
     paths = [plane.folder / cell.runs[0] for cell in plane.cells]
     path = next((path for path in paths if (path / "config.json").is_file()), paths[0])
     try:
-        return next(iter(load_data(Run.open(path).config).test.batches(n)))[0]
+        return chosen(load_data(Run.open(path).config).test, n)[0]
     except UserError as e:
         plane.notes.append(f"no reconstructions: {e}")
         return None
 
 
 def images_of(path: Path, device: torch.device, n: int, x: torch.Tensor | None) -> dict:
-    """By kind n samples of a run and its reconstructions of the first n images x, (B, C, H, W).
+    """By kind n samples of a run and its reconstructions of n of the images x, (B, C, H, W).
 
     Raises UserError if the model cannot be read, or its images have another shape than x.
     """

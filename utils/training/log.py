@@ -1,7 +1,6 @@
 """What is told of cells: curves and pictures in TensorBoard, pictures as files, the figures of training.json."""
 
 import io
-import itertools
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams, image, scalar
 
+from datasets.batches import chosen
 from datasets.loading import Data
 from models.stack import TERMS
 from utils import locks
@@ -38,8 +38,7 @@ class Log:
 
     def __init__(self, runs: dict[int, Run], data: Data, epochs: int, new: bool):
         self.runs, stem = runs, f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self.images = next(iter(data.test.batches(N)))[0]
-        self.curve_images = torch.cat([x for x, _ in itertools.islice(data.test.batches(N_CURVES // 4), 4)])
+        self.images, self.curve_images = (chosen(data.test, n)[0] for n in (N, N_CURVES))
         self.paths = {m: run.path / f"{stem}.{run.config.seed}" for m, run in runs.items()}
         start = {"file_version": "brain.Event:2"}, {"session_log": SessionLog(status=SessionLog.START)}
         for m, run in runs.items():
@@ -87,7 +86,7 @@ def figures(model: nn.Module, data: Data, batch_size: int, **means: Tensor) -> d
 
 @torch.no_grad()
 def pictures(model: nn.Module, images: Tensor, seed: int) -> dict[str, Tensor]:
-    """Pictures (3, H', W') in [0, 1] by name: `reconstructions` of the first N images (B, C, H, W), `samples`."""
+    """Pictures (3, H', W') in [0, 1] by name: `reconstructions` of up to N images (B, C, H, W), `samples`."""
     images = images[:N]
     samples = model.sample(N if images.shape[-1] > 32 else 4 * N, generator=generator(images.device, seed, "samples"))
     pairs = torch.cat([images, model.reconstruct(images)])

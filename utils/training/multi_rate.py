@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.batches import chosen
 from datasets.loading import Data
 from models.build import build_model
 from models.conditioned import Conditioned
@@ -167,10 +168,10 @@ def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tu
     betas = [torch.tensor([b], device=device) for b in (config.beta_y, config.beta_z)]
     train, test = (
         stack.evaluate(split, config.batch_size, generator(device, config.seed, "test"), *betas)[0]
-        for split in (data.train.first(TRAIN_IMAGES), data.test)
+        for split in (data.train.subset(TRAIN_IMAGES), data.test)
     )
     values = figures(plain, data, config.batch_size, train=train, test=test)
-    write_pictures(run.path, pictures(plain, next(iter(data.test.batches(N)))[0], config.seed))
+    write_pictures(run.path, pictures(plain, chosen(data.test, N)[0], config.seed))
     result = {"status": "finished", "epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2)}
     result["parameters"] = sum(p.numel() for p in plain.parameters())
     return weights, {**result, "sessions": [{**origin, "end": now()}], **values}
@@ -181,7 +182,7 @@ class Search:
 
     def __init__(self, model: Conditioned, data: Data, batch_size: int):
         self.model, self.stack, self.device = model, Stack(model.model, 1), model.gates.weight.device
-        self.images, self.batch_size = data.train.first(SEARCHED_IMAGES), batch_size
+        self.images, self.batch_size = data.train.subset(SEARCHED_IMAGES), batch_size
         self.low, self.high = model.log_range.cpu().numpy()
         self.table: dict[tuple[float, ...], np.ndarray] = {}  # of the rates so far, by log10 betas
 

@@ -85,7 +85,7 @@ def begin(run: Run, source: Run) -> None:
     """Writes the first checkpoint of a run that starts from another one."""
     weights = dict(load_model(source, torch.device("cpu")).named_parameters())
     if run.config.init_from is None:
-        if source.config.data_digest != run.config.data_digest:
+        if source.config.data_digest not in (None, run.config.data_digest):
             raise UserError(f"--init_from: {source.path} was trained on other images than {run.config.dataset} has")
         state = source.read_state(source.path / "adam.pth")
     else:
