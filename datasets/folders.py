@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import statistics
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -136,7 +137,7 @@ def _by_class(top: str, images: list[str], is_root: bool) -> dict[str, list[str]
     if not images:
         raise UserError(f"{top}: no images there that can be read")
     for path in sorted(images, key=os.path.split):
-        name, _, below = path.removeprefix(start).partition(os.sep)
+        name, _, below = unicodedata.normalize("NFC", path.removeprefix(start)).partition(os.sep)
         classes.setdefault(name if below else "", []).append(path)
     inner = os.path.commonpath([os.path.dirname(path) for path in images])
     if len(classes) == 1 and inner != top and inner not in map(os.path.dirname, images):
@@ -157,7 +158,8 @@ def _split_folders(root: str, folders: list[str]) -> list[str]:
 
 def _check_classes(parts: dict[str, dict[str, list[str]]], classes: list[str], folders: list[str]) -> list[str]:
     """Notes on the images by class of each part of a folder, whose own images are left out."""
-    notes, names = [], {os.path.basename(f) for f in folders if os.path.dirname(f) in parts} | {*classes}
+    names = {unicodedata.normalize("NFC", os.path.basename(f)) for f in folders if os.path.dirname(f) in parts}
+    notes, names = [], names | {*classes}
     for top, part in parts.items():
         own, others = len(part.pop("", [])), sum(map(len, part.values()))
         if own > others:
@@ -234,7 +236,15 @@ def open_image(path: str, channels: int) -> Image.Image:
     except Image.DecompressionBombError as e:
         raise UserError(f"{path}: too many pixels ({one_line(e)}); make it smaller") from e
     except Exception as e:  # the libraries' parsers raise anything on damaged files
+        if _begins_with(path, b"version https://git-lfs"):
+            raise UserError(f"{path}: a pointer of git-LFS; `git lfs pull` fetches the image itself") from e
         raise UserError(f"{path}: damaged image ({one_line(e)})") from e
+
+
+def _begins_with(path: str, start: bytes) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(len(start)) == start
+    return False
 
 
 def content_digest(samples: list[Sample]) -> str:

@@ -25,6 +25,7 @@ REFUSED = r"""
 --beta_z nan                                    got nan
 --vae_type BVAE --beta_z 1 2                    BVAE
 --z_dims 0                                      got 0
+--qz_family GumbelSoftmax --z_dims 1            at least 2 categories, got 1
 --conv_channels 1000000                         at most 4096, got 1000000
 --batch_size 999999999999999999999999999999     at most
 --use_conv_z --linear_y_with_dims 8             vector z
@@ -121,10 +122,22 @@ def test_defaults_are_the_papers_but_for_the_digits():
     assert len({Config(), Config(beta_y=1)}) == 1
 
 
+def test_homes_and_line_ends_of_windows_in_flags(passes, monkeypatch):
+    """Where no shell reads a `~`, or a script of commands has another system's lines."""
+    Path("home").mkdir()
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    for where in (["--runs_dir=~/a"], ["--runs_dir", "~/a\r"]):
+        assert train.parse_args(where).runs_dir == str(Path("home/a").absolute())
+    monkeypatch.setenv("HIT_DATA_DIR", "~/sets")
+    assert train.parse_args([]).data_dir == str(Path("home/sets").absolute())
+    assert train.parse_args(["--run_name", "a~b"]).run_name == "a~b"
+
+
 def test_axis():
     assert axis("0.3") == [0.3] and axis("1:8:4") == [1, 2, 4, 8]
     assert axis("0.1:10:21") == [round(10 ** (k / 10), 8) for k in range(-10, 11)]
     assert axis("0.1:10:21")[1] == 0.12589254
+    assert len(set(axis("1e-6:2e-6:200"))) == len(set(axis("1e-6:1.00001e-6:1000")[::10])) * 2 == 200
 
 
 def test_config_round_trips_through_its_file():

@@ -43,12 +43,13 @@ class Parser(argparse.ArgumentParser):
             flag("--download", action="store_true", help="download a missing data set from its authors")
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parses; arguments of white space (a backslash and a space ending a pasted command) are dropped.
+        """Parses. White space around arguments goes (pasted commands, lines of Windows), `~` is the home.
 
         Raises UserError for what is wrong, and for a list of values given twice, of which the last would count.
         """
         self._add_machine_flags()
-        argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
+        argv = [a.strip("\r\n") for a in (sys.argv[1:] if argv is None else argv) if not a.isspace()]
+        argv = [re.sub("(?<==)~.*|^~.*", lambda path: os.path.expanduser(path[0]), a) for a in argv]
         flags = [a.partition("=")[0] for a in argv if a.startswith("--")]
         for flag, action in self._option_string_actions.items():
             if action.nargs == "+" and flags.count(flag) > 1:
@@ -91,7 +92,7 @@ def next_command(*words: str, runs_dir: str, data_dir: str) -> str:
 
 def default_data_dir() -> str:
     """Where the data sets are, unless --data_dir says otherwise."""
-    return os.environ.get("HIT_DATA_DIR", "data")
+    return os.path.expanduser(os.environ.get("HIT_DATA_DIR", "data"))
 
 
 def whole(text: str, least: int = 1, most: int = 10**9) -> int:
@@ -127,7 +128,8 @@ def axis(text: str) -> list[float]:
     if not (1e-6 <= low < high < math.inf and 2 <= n <= 1000):
         raise argparse.ArgumentTypeError(f"LO:HI:N needs 1e-6 <= LO < HI and N from 2 to 1000, got {text!r}")
     step = math.log10(high / low) / (n - 1)
-    return [round(low * 10 ** (step * k), 8) for k in range(n)]
+    exact = [low * 10 ** (step * k) for k in range(n)]
+    return next(values for d in (8, 12, 16, 20) if len({*(values := [round(value, d) for value in exact])}) == n)
 
 
 def batch_folder(runs_dir: str, batch: str) -> Path:

@@ -1,5 +1,6 @@
 """What a run is: the Config, its flags, its config.json, and the name of its folder."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -211,6 +212,8 @@ class Config:
         if self.image_shape[0] == 3 and not LIKELIHOODS[likelihood].colour:
             raise UserError(f"--px_y_family_ll: {likelihood} is for grey images, {self.dataset} is in colour")
         MODELS[self.vae_type].check(self)
+        if self.qz_family == "GumbelSoftmax" and self.z_dims < 2:
+            raise UserError(f"--z_dims: GumbelSoftmax needs at least 2 categories, got {self.z_dims}")
         if self.target_rate_z is not None and self.vae_type == "BVAE":
             raise UserError("--target_rate_z: BVAE has no z")
         if (self.target_rate_z or 0) >= self.most_rate_z:
@@ -315,14 +318,14 @@ class Config:
         return "-".join(text for text, is_said in parts.items() if is_said)
 
     def flags(self, without: Sequence[str] = ()) -> list[str]:
-        """The fewest flags of train.py that give its fields, but for some. Raises UserError for data that is gone."""
+        """The fewest flags of train.py that give its fields, but for some."""
         names = set(FLAGS) - {"no_warmup", *without}  # which follows from warmup_epochs
         settings = {n: getattr(self, n) for n in FLAGS if n in names and getattr(self, n) is not None}
         config = Config(**settings)
         for name in [*settings]:
             fewer = {n: v for n, v in settings.items() if n != name}
-            if Config(**fewer) == config:
-                settings = fewer
+            with contextlib.suppress(UserError):  # of what cannot be without it
+                settings = fewer if Config(**fewer) == config else settings
         return [word for n, v in settings.items() for word in ([f"--{n}"] if v is True else [f"--{n}", f"{v}"])]
 
     def _name_of_layer(self, layer: str) -> str:

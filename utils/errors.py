@@ -8,8 +8,10 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -137,6 +139,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's and scipy's; its last digits depend on how many there are
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
+    try:
+        Path.home()
+    except RuntimeError:  # of a user without an entry; some libraries cannot do without
+        os.environ["HOME"] = tempfile.gettempdir()
     if threading.current_thread() is threading.main_thread():
         if sys.getfilesystemencoding() == "ascii":  # in which other libraries cannot open what has other characters
             os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

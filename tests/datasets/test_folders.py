@@ -315,6 +315,21 @@ def test_all_damaged_files_are_named_together_before_training(refused):
     assert err.count("damaged image") == 10 and "; 14 images in all" in err
 
 
+def test_a_pointer_of_git_lfs_is_named(refused):
+    write_folder(PETS)
+    path = next(PETS.rglob("*.png"))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    err = refused(train.main, *TINY, "--dataset", "pets", "--image_size", "32")
+    assert str(path) in err and "git lfs pull" in err
+
+
+def test_a_class_is_the_same_in_both_forms_of_unicode(capfd):
+    write_folder(Path("pets/train"), classes=("caf\u00e9", "dog"))
+    write_folder(Path("pets/val"), classes=("cafe\u0301", "dog"))
+    folder = scan(PETS)
+    assert folder.classes == ["caf\u00e9", "dog"] and not folder.notes
+
+
 def test_sizes_and_channels_and_what_streams():
     write_folder(PETS, n=5)
     for size, n in itertools.product((28, 32, 64, 128, 256), (1, 3)):

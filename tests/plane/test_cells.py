@@ -8,6 +8,8 @@ from pytest import approx
 from tests.plane.planes import HEADER, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane.cells import read_plane
 
+MORE = ["multi_rate", "use_conv_z", "data_digest"]  # columns
+
 
 def test_repeats_with_other_seeds_become_one_cell():
     rows, (first, *others) = rows_of([1, 2]), rows_of([1, 2], seed=3, psnr=30.0)
@@ -42,6 +44,25 @@ def test_a_table_that_a_spreadsheet_saved_is_read():
         lines = [HEADER, *([value.replace(".", point) for value in row.values()] for row in rows)]
         path.write_bytes("\r\n".join(map(separator.join, lines)).encode("utf-8-sig"))
         assert [cell.median for cell in read_plane(path).cells] == [cell.median for cell in expected.cells]
+
+
+def test_a_spreadsheets_truth_is_a_settings():
+    path = write_csv([row | {"multi_rate": "TRUE", "use_conv_z": "FALSE"} for row in rows_of([1])], header=MORE)
+    assert read_plane(path).unfolded.all() and read_plane(path).cells[0].settings["use_conv_z"] == "False"
+
+
+def test_runs_of_earlier_versions_are_of_the_kind_of_those_that_know_their_images():
+    rows = rows_of([1, 2, 3])
+    rows = [row | {"data_digest": digest} for row, digest in zip(rows, ["", "a", ""] * 3, strict=True)]
+    assert list(read_plane(write_csv(rows, header=MORE)).kinds) == [""]
+    rows[0]["data_digest"] = "b"
+    assert len(read_plane(write_csv(rows, header=MORE)).kinds) == 3
+
+
+def test_a_layer_that_is_not_there_has_not_collapsed():
+    rows = [row | {"kl_z": 0.0, "kl_y": 5.0} for row in grid([1, 2])]
+    told = [plane_of(rows, *[{"vae_type": kind}] * 4).about for kind in ("HVAE", "BVAE")]
+    assert "R(z) < 0.5 nats in 4 of 4 runs" in told[0] and "nats in" not in told[1]
 
 
 def test_kinds_whose_names_are_cut_off_alike_are_kept_apart():

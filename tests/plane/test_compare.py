@@ -3,13 +3,16 @@
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from pytest import approx
 
 import plot_eval
-from tests.plane.planes import read_csv, write_csv, write_terms
+from tests.plane.planes import grid, plane_of, read_csv, write_csv, write_terms
+from utils.plane.advice import advice
 from utils.plane.cells import read_plane
 from utils.plane.compare import comparisons, groups
+from utils.plane.drawing import literal
 
 SETTINGS = ["dataset", "px_y_family_ll", "sigma"]
 
@@ -64,6 +67,28 @@ def test_what_cannot_be_compared_is_apart():
     assert [list(g.planes) for g in groups({"a": a, "c": c}, ["psnr", "nelbo"])] == [["a", "c"], ["a"], ["c"]]
     assert len(groups({"a": a, "d": batch("d", sigma=0.7)}, ["nelbo"])) == 1  # of Bernoulli, which has none
     assert not compared(a, batch("e"), "is_mean")  # does not mix
+
+
+def test_the_advice_compares_densities_with_densities():
+    """Two likelihoods in one batch: each has its own best cell, and ordinary ones of its kind."""
+    rows = [row | {"nelbo": row["kl_y"] + row["kl_z"] - row["ll"], "psnr": 20.0 + i} for i, row in enumerate(grid())]
+    other = [row | {"nelbo": row["nelbo"] - 1000, "psnr": row["psnr"] + 9} for row in rows]
+    kinds = [{"px_y_family_ll": name} for name in ("Bernoulli", "GaussianLearnedSigma") for _ in rows]
+    advised = advice(plane_of(rows + other, *kinds))
+    likely = {row["px_y_family_ll"]: row for row in advised if row["metric"] == "nelbo"}
+    assert len(likely) == 2 and all(abs(row["gain"]) < 100 for row in likely.values())
+    assert [row["px_y_family_ll"] for row in advised if row["metric"] == "psnr"] == ["GaussianLearnedSigma"]
+
+
+def test_names_are_drawn_as_they_are(passes):
+    """Dollars, a first `_`, and a matplotlibrc that asks for LaTeX."""
+    matplotlib.rcParams["text.usetex"] = True
+    try:
+        batch("_$a_and_$b", dataset="$x_$y"), batch("c", dataset="$x_$y", gain=0.5)
+        passes(plot_eval.main, "--run_batch_name", "_$a_and_$b", "c", "--format", "png")
+    finally:
+        matplotlib.rcParams["text.usetex"] = False
+    assert literal("_$a") == r" _\$a" and literal("a_b") == "a_b"
 
 
 def test_two_batches_are_drawn_and_told(passes, refused):

@@ -177,6 +177,11 @@ def test_rates_and_ranges_that_cannot_be(refused):
         assert message in refused(train.main, *TINY, *flags) and not Path("runs").exists()
 
 
+def test_a_rate_of_a_layer_of_one_beta_is_refused_with_what_it_is(script):
+    status, _, err = script(train.main, *UNFOLDED, "--beta_y", "0.1", "10", "--target_rate_z", "50")
+    assert status == 2 and "error: --target_rate_z" in err and err.count("at beta_y") == 2 and "beta_z 1" in err
+
+
 @pytest.mark.parametrize("how", first(1, ["12", "30", "BVAE"], ["60", "100", "HVAE"]))
 def test_betas_are_steered_to_the_rates_asked_for(how, passes):
     flags = [*LONGER, "--num_epochs", how[0], "--batch_size", how[1], "--vae_type", how[2], "--conv_channels", "4"]

@@ -97,7 +97,10 @@ def worker_processes(n: int) -> Iterator[Callable[..., Future]]:
     def submit(*job) -> Future:
         nonlocal executor
         with signals_postponed(SIGHUP, SIGUSR1):  # workers do not heed them: this process ends them
-            executor = get_reusable_executor(n, env=dict.fromkeys(THREADS, "1"))  # a new one, if one was killed
+            try:
+                executor = get_reusable_executor(n, env=dict.fromkeys(THREADS, "1"))  # a new one, if one was killed
+            except OSError as e:
+                raise UserError(f"/dev/shm: worker processes cannot share memory there ({e.strerror or e})") from e
             return executor.submit(*job)
 
     try:

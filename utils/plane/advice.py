@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import shlex
+from pathlib import Path
 
 import numpy as np
 
+from datasets.table import DATASETS
 from utils.config import FLAGS, Config, fields_of, kind_of
 from utils.errors import UserError
 from utils.plane.cells import BETAS, TARGETS, Cell, Plane
 from utils.plane.gains import UNTESTED, gain, mixture, terms_of
 from utils.plane.metrics import ACCURACIES, mean_term, metric, score_of, value_of
+from utils.runs import Run
 
 ADVICE = {  # columns and headings
     "task": "task", "budget": "budget", "metric": "metric", "unit": "in", "value": "best", "se": "+-",
@@ -40,7 +43,7 @@ LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 
 
 def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
-    """A row for each task and metric: the best cell, what ordinary ones reach at its rate, the gain.
+    """A row for each task, metric and `comparable` cells: the best one, what ordinary ones reach at its rate, the gain.
 
     `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all.
     Where runs have terms of single images, values and gains are of images on which nothing was
@@ -56,8 +59,8 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
             if rate != "rate":  # ordinary cells of too large a total, mixed, may be within
                 few = few & mask
         text = ", ".join(f"{LIMITS[n]} <= {most:g} {plane.unit}" for n, most in limits.items())
-        for name in names:
-            best = plane.best(name, within)
+        for name, part in ((n, part) for n in names for part in plane.comparable(n).values()):
+            best = plane.best(name, within & part)
             if best is None:
                 continue
             cell = plane.cells[best]
@@ -65,8 +68,8 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
             for column, of in (("value", name), *((n, n) for n in (*BETAS, "kl_y", "kl_z", "rate"))):
                 row[column] = float(plane.values(of)[best])
             row |= {n: cell.settings.get(n) for n in plane.differing}
-            row["command"] = training(cell) if plane.unfolded[best] else ""
-            rows.append(row | _compared(plane, name, terms[name], (within, few), best))
+            row["command"] = training(cell, plane.folder) if plane.unfolded[best] else ""
+            rows.append(row | _compared(plane, name, terms[name], (within & part, few & part), best))
     return rows
 
 
@@ -93,16 +96,23 @@ def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> 
     return row
 
 
-def training(cell: Cell) -> str:
+def training(cell: Cell, folder: Path | None = None) -> str:
     """The command that trains a cell on its own: of a grid as it was trained, with all its seeds.
 
-    Empty if its settings are not those of a training any more, or it began with other weights.
+    The runs in `folder` tell where a folder of images is. Empty if its settings are not those of a training any more,
+    or it began with other weights.
     """
     unfolded = cell.settings.get("multi_rate") == "True"
     # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
     unused = {"multi_rate", "no_warmup", *(["warmup_epochs"] if unfolded else [])}
     names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
-    flags = _flags(tuple((n, cell.settings[n]) for n in names if cell.settings.get(n)))
+    settings = dict(cell.settings)
+    if settings.get("dataset", Config.dataset) not in DATASETS:
+        try:
+            settings["dataset"] = Run.open((folder or Path()) / cell.runs[0]).config.dataset
+        except UserError:
+            return ""
+    flags = _flags(tuple((n, settings[n]) for n in names if settings.get(n)))
     if flags is None or (cell.settings.get("init_from") and not unfolded):
         return ""
     words, searched = list(flags), any(cell.settings.get(rate) for rate in TARGETS.values())

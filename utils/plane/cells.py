@@ -28,6 +28,9 @@ SETTINGS = [*fields_of(), "commit", "date"]
 OF_GRID = fields_of("model", "training", "data")  # equal for the cells of one grid
 OF_CELL = [*OF_GRID, *fields_of("objective")]  # equal for the repeats of one cell
 SATURABLE = ("mi_q_mc", "mi_q_mc_y")  # estimates that are left out where they are saturated
+OF_DATA = [name for name in fields_of("data") if name != "data_digest"]  # which old runs lack
+OF_LIKELIHOOD = ["px_y_family_ll", "sigma"]
+LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # these depend on the likelihood
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}  # per nat
 
 
@@ -48,8 +51,9 @@ class Cell:
         return {n: float(np.median(of_runs)) for n, of_runs in values.items()}
 
     def collapsed(self, *rates: str) -> int:
-        """The number of runs in which one of some rates is below COLLAPSED."""
-        return sum(min(row[rate] for rate in rates) < COLLAPSED for row in self.repeats)
+        """The number of runs in which one of some rates, of layers that there are, is below COLLAPSED."""
+        rates = [r for r in rates if (r, self.settings.get("vae_type")) != ("kl_z", "BVAE")]
+        return sum(any(row[rate] < COLLAPSED for rate in rates) for row in self.repeats)
 
 
 @dataclass
@@ -146,6 +150,14 @@ class Plane:
             kinds[name] = np.array([k == key for k in keys])
         return kinds
 
+    def comparable(self, name: str) -> dict[tuple[str, ...], np.ndarray]:
+        """Masks (N,) of cells of one data set and, where a metric depends on it, of one likelihood, by these."""
+        settings = OF_DATA + (OF_LIKELIHOOD if name.removeprefix("train_") in LIKELY else [])
+        keys = [tuple(cell.settings.get(n) or "" for n in settings) for cell in self.cells]
+        n = len(OF_DATA) + 1  # sigma only matters where it is fixed
+        keys = [key if "GaussianFixedSigma" in key else key[:n] for key in keys]
+        return {key: np.array([k == key for k in keys]) for key in dict.fromkeys(keys)}
+
     @property
     def grids(self) -> dict[str, "Plane"]:
         """The cells of each kind whose betas were given, if there are any."""
@@ -196,6 +208,9 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
     cells, without, rows = {}, [], read_rows(path)
     digests = {row.get("data_digest") for row in rows} - {None, ""}
     for row in rows:
+        for name in SETTINGS:  # of which spreadsheets make TRUE
+            if row.get(name) in ("TRUE", "FALSE"):
+                row[name] = row[name].capitalize()
         if len(digests) == 1:  # runs of earlier versions have none
             row["data_digest"] = next(iter(digests))
         if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):

@@ -8,18 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
-from utils.config import fields_of
 from utils.files import to_csv, write_text
 from utils.plane.cells import Plane
-from utils.plane.drawing import MARKERS, Drawing, panels, rate_axis, styled, write_drawing
+from utils.plane.drawing import MARKERS, Drawing, literal, panels, rate_axis, styled, write_drawing
 from utils.plane.figures import draw_seeds
 from utils.plane.gains import UNTESTED, hull, interval, mixed_values, resamples, terms_of, tested_images
 from utils.plane.metrics import metric, value_of
 from utils.plane.tables import Table, cells_of
 
-OF_DATA = [name for name in fields_of("data") if name != "data_digest"]  # which old runs lack
-OF_LIKELIHOOD = ["px_y_family_ll", "sigma"]
-LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # these depend on the likelihood
 POINTS = 100  # of the rates that two batches share
 RESAMPLED = 200  # of the resamples, each of which takes frontiers anew
 ENDS = 0.025, 0.975  # of the bootstrap
@@ -41,15 +37,9 @@ def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
     """For each metric the cells of one data set and, where it matters, of one likelihood."""
     parts = {}
     for name in names:
-        likely = name.removeprefix("train_") in LIKELY
-        settings = OF_DATA + (OF_LIKELIHOOD if likely else [])
         for batch, plane in planes.items():
-            keys = [tuple(c.settings.get(n) or "" for n in settings) for c in plane.cells]
-            n = len(OF_DATA) + 1  # sigma only matters where it is fixed
-            keys = [key if "GaussianFixedSigma" in key else key[:n] for key in keys]
-            for key in dict.fromkeys(keys):
-                mask = np.array([k == key for k in keys]) & np.isfinite(plane.values(name))
-                if mask.any():
+            for key, mask in plane.comparable(name).items():
+                if (mask := mask & np.isfinite(plane.values(name))).any():
                     parts.setdefault((name, key), {})[batch] = plane.where(mask)
     return [Group(n, " ".join(filter(None, key)), part) for (n, key), part in parts.items()]
 
@@ -124,13 +114,13 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
             marker, colour = looks[batch]
             draw_seeds(ax, plane, "rate", name)
             at, look = (plane.values("rate"), plane.values(name)), {"ms": 3.5, "mew": 0, "ls": "none"}
-            ax.plot(*at, marker, c=colour, label=batch, **look)
+            ax.plot(*at, marker, c=colour, label=literal(batch), **look)
             corners = hull(plane, name)
             ax.plot([c["rate"] for c in corners], [c[name] for c in corners], c=colour, lw=1.2)
             both = {"batch": batch, "of": of}
             rows.extend(both | row for row in cells_of(plane, [name]))
             rows.extend(both | {"what": "hull"} | row for row in corners)
-        ax.set_title(f"{some.title(name)}, {of}" if several else some.title(name))
+        ax.set_title(f"{some.title(name)}, {literal(of)}" if several else some.title(name))
         rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
 
     return Drawing(panels(about, parts, draw), rows)

@@ -18,6 +18,7 @@ from utils.files import to_csv, write_atomic, write_text
 from utils.plane.cells import UNITS, Plane
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7}
+STYLE |= {"text.usetex": False}  # LaTeX may not be there, and would read names
 STYLE |= {"xtick.labelsize": 7, "ytick.labelsize": 7, "axes.linewidth": 0.6}
 STYLE |= {"lines.linewidth": 0.9, "pdf.fonttype": 42, "savefig.dpi": 200}
 COLUMN, TEXT = 3.25, 6.75  # inches: ICML's
@@ -56,9 +57,14 @@ def panels(about: str, keys: Sequence, draw: Callable, height: float = 0.8, colu
     return figure
 
 
+def literal(name: str) -> str:
+    """A name as matplotlib draws it: dollars are not TeX, and a first `_` does not keep it from the legend."""
+    return (" " * name.startswith("_") + name).replace("$", r"\$")
+
+
 def say(figure: Figure, about: str) -> None:
     """Writes above a figure what it is of."""
-    width = int(20 * figure.get_figwidth())  # characters
+    width, about = int(20 * figure.get_figwidth()), literal(about)  # characters
     text = "\n".join(textwrap.fill(line, width) for line in about.splitlines())
     figure.suptitle(text, x=0.01, ha="left", fontsize=7, color="0.35")
 

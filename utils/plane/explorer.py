@@ -64,7 +64,7 @@ def lines_of(plane: Plane) -> dict[str, dict]:
     more = {name: [c.settings.get(name) or "" for c in plane.cells] for name in plane.differing}
     more["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
     more["runs"] = [" ".join(cell.runs) for cell in plane.cells]
-    more["command"] = [training(cell) or NO_COMMAND for cell in plane.cells]
+    more["command"] = [training(cell, plane.folder) or NO_COMMAND for cell in plane.cells]
     first, last = ({n: {"title": n, "texts": t} for n, t in of.items()} for of in (texts, more))
     return first | lines | last
 

@@ -57,7 +57,7 @@ def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) ->
     kinds = [(kind, mask, bool(plane.unfolded[mask][0])) for kind, mask in plane.kinds.items()]
     numbers = Counter(unfolded for _, _, unfolded in kinds)
     for kind, mask, unfolded in kinds:
-        cells, marker, label = finite & mask, next(markers[unfolded]), textwrap.fill(kind, 40)
+        cells, marker, label = finite & mask, next(markers[unfolded]), textwrap.fill(drawing.literal(kind), 40)
         if numbers[unfolded] == 1:
             label = "multi-rate model" if unfolded else None
         if cells.any():

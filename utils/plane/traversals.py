@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.explore import Loaded
 from utils.files import check_writable
 from utils.images import tiled
-from utils.plane.drawing import COLUMN, TEXT, Drawing, say, show, styled, write_drawing
+from utils.plane.drawing import COLUMN, TEXT, Drawing, literal, say, show, styled, write_drawing
 
 ALONG = 7  # images of a walk, and of a sweep from -3 to 3
 MOST_DIMENSIONS = 8  # of z that are swept: those of the largest rates
@@ -73,7 +73,7 @@ def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Se
     names = what_differs([cell.config for cell in cells])
     for i, (ax, cell, picture) in enumerate(zip(axes, cells, pictures, strict=False)):
         rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
-        title = textwrap.wrap(names[i], int(14 * width / across))
+        title = textwrap.wrap(literal(names[i]), int(14 * width / across))
         title = "\n".join([*title, f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}"])
         show(ax, picture.cpu().numpy(), title)
         once = i % across == 0 or labels[i] != labels[i - 1]  # for alike neighbours

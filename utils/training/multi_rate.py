@@ -201,14 +201,16 @@ class Search:
     def betas(self, cell: Config) -> tuple[Config, np.ndarray, bool]:
         """The cell with the betas at which the rates are its targets, the rates there, and whether they are met.
 
-        A beta whose rate is not asked for stays. Least squares of log rates within the range, from the best point of a
-        coarse table; met is what is CLOSE.
+        A beta whose rate is not asked for, or of which the model has one, stays. Least squares of log rates within the
+        range, from the best point of a coarse table; met is what is CLOSE.
         """
         from scipy.optimize import least_squares
 
         targets = np.array([math.nan if t is None else t for t in (cell.target_rate_y, cell.target_rate_z)])
-        start, free = np.log10([cell.beta_y, cell.beta_z]), np.isfinite(targets)
-        goal = np.log(np.maximum(targets[free], LEAST))
+        start, asked = np.log10([cell.beta_y, cell.beta_z]), np.isfinite(targets)
+        free = asked & (self.high > self.low)
+        start[asked & ~free] = self.low[asked & ~free]
+        goal = np.log(np.maximum(targets[asked], LEAST))
 
         def place(u):
             log_betas = start.copy()
@@ -216,7 +218,7 @@ class Search:
             return log_betas
 
         def residual(u):
-            return np.log(np.maximum(self.rates(place(u))[free], LEAST)) - goal
+            return np.log(np.maximum(self.rates(place(u))[asked], LEAST)) - goal
 
         def jacobian(u):
             columns = []
@@ -226,14 +228,15 @@ class Search:
                 columns.append((residual(ahead) - residual(behind)) / (ahead - behind)[i])
             return np.stack(columns, 1)
 
-        axes = [np.linspace(lo, hi, COARSE) for lo, hi in zip(self.low[free], self.high[free], strict=True)]
-        coarse = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
-        best = min(coarse, key=lambda u: np.abs(residual(u)).sum())
-        bounds = self.low[free], self.high[free]
-        fit = least_squares(residual, best, jacobian, bounds, xtol=1e-4, ftol=1e-9, max_nfev=10)
-        log_betas = place(fit.x)
+        best, bounds = start[free], (self.low[free], self.high[free])
+        if free.any():
+            axes = [np.linspace(lo, hi, COARSE) for lo, hi in zip(*bounds, strict=True)]
+            coarse = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes))
+            best = min(coarse, key=lambda u: np.abs(residual(u)).sum())
+            best = least_squares(residual, best, jacobian, bounds, xtol=1e-4, ftol=1e-9, max_nfev=10).x
+        log_betas = place(best)
         beta_y, beta_z = (float(f"{10**u:.6g}") for u in log_betas)
-        met = bool(np.abs(fit.fun).max() <= CLOSE)
+        met = bool(np.abs(residual(best)).max() <= CLOSE)
         return dataclasses.replace(cell, beta_y=beta_y, beta_z=beta_z), self.rates(log_betas), met
 
 
