@@ -241,6 +241,20 @@ def test_the_inception_score_is_averaged_over_classifiers(evaluated, passes):
         assert row["is_mean_se"] == approx(abs(a - b) / 2) and a != b
 
 
+def test_results_of_an_earlier_classifier_do_not_stand_beside_those_of_a_new_one(evaluated, passes):
+    path = Path("runs/classifiers/Digits/classifier.pth")
+    state = torch.load(path, weights_only=True)
+    torch.save({name: 0.8 * p for name, p in state.items()}, path)
+    before = {row["run"]: row for row in rows()}
+    assert "note: results of is by an earlier classifier are left out" in passes(grid, *RATES[:4], "--recons_acc")
+    for row in rows():
+        assert row["recons_pred_entropy"] != before[row["run"]]["recons_pred_entropy"]
+        assert row["is_mean"] == row["fid_classifier"] == "" != before[row["run"]]["is_mean"]
+        assert row["psnr"] == before[row["run"]]["psnr"] and row["mi_z_low"] == before[row["run"]]["mi_z_low"]
+    passes(grid, *RATES, "--with_classifier", "--n_samples", "200")
+    assert all(row["is_mean"] and row["recons_acc"] for row in rows())
+
+
 def test_per_image_terms_of_damaged_and_foreign_files_are_left_out(evaluated):
     path = runs()[0]
     whole = set(per_image(path))

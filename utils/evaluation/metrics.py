@@ -149,7 +149,7 @@ def read_metrics(folder: Path) -> dict:
     path = folder / "metrics.json"
     metrics = read_json(path) if path.exists() else {}
     for name, value in metrics.items():
-        right = isinstance(value, dict if name in ("steps", "files") else int | float | str)
+        right = isinstance(value, dict if name in ("steps", "files", "classifiers") else int | float | str)
         if not right or isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{path}: damaged ({name} cannot be {value!r:.40}); remove it and evaluate the run again")
     new = {"lr_acc_mean": "probe_images", "acc_bound": "mi_z_high"}  # of names with another meaning before

@@ -209,15 +209,22 @@ class EvaluatedRun:
         """Of all that its metrics depend on: weights, settings, classifiers, other metrics."""
         parts = {name: getattr(self.evaluation, name) for name in step.settings}
         parts |= {name: self.metrics.get(name) for name in step.metrics}
-        if step.classifier and (classifiers := self.evaluation.classifiers(self.config)):
-            parts["classifier"] = "+".join(digest for _, digest in classifiers)
+        if step.classifier and (classifier := self._classifier()):
+            parts["classifier"] = classifier
         if step.version > 1:
             parts["version"] = step.version
         text = json.dumps([self.weights, self.config.to_json(), parts], sort_keys=True)
         return digest(text.encode())
 
+    def _classifier(self) -> str:
+        """The digests of the data set's classifiers."""
+        return "+".join(digest for _, digest in self.evaluation.classifiers(self.config))
+
     def record(self, step, results: dict) -> None:
-        """Merges a Step's finite results into metrics.json, without metrics of other weights; writes its files."""
+        """Merges a Step's finite results into metrics.json, and writes its files.
+
+        Metrics of other weights go; so do, with a note, those of other steps by another classifier.
+        """
         columns, metrics = columns_of(step.name), {}
         for name in (c for c in columns if c in results):
             if isinstance(results[name], float) and not math.isfinite(results[name]):
@@ -226,13 +233,21 @@ class EvaluatedRun:
                 metrics[name] = results[name]
         with self.run.locked(PATIENCE):
             self.__dict__.pop("metrics", None)  # to read what another process may have written
-            old, dropped = self.metrics, (*columns, "steps", "files", "weights")
+            old, dropped = self.metrics, (*columns, "steps", "files", "weights", "classifiers")
             steps = {**old.get("steps", {}), step.name: self._fingerprint(step)}
             files = old.get("files", {}) | {name: digest(results[name]) for name in step.files}
+            classifiers = old.get("classifiers", {}) | ({step.name: self._classifier()} if step.classifier else {})
+            first = {name: digests.partition("+")[0] for name, digests in classifiers.items()}
+            for name in [n for n in first if step.classifier and first[n] != first[step.name]]:
+                self.evaluation.note(f"results of {name} by an earlier classifier are left out; repeat that step")
+                dropped += tuple(columns_of(name))
+                for of_steps, key in ((steps, name), (classifiers, name), (files, f"per_image_{name}.npz")):
+                    of_steps.pop(key, None)
             for name in step.files:
                 write_atomic(self.path / name, results[name])
             self.metrics = {k: v for k, v in old.items() if k not in dropped} | metrics
             self.metrics |= {"steps": steps, "files": files, "weights": self.weights}
+            self.metrics |= {"classifiers": classifiers} if classifiers else {}
             write_json(self.path / "metrics.json", self.metrics)
 
 
