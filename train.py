@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, grid_configs, next_command, whole_or_auto
 from utils.distributed import is_first, join, share, wait_for_all
-from utils.errors import command_line, run_script
+from utils.errors import UserError, command_line, run_script
 from utils.machine import prepare
 
 
@@ -44,7 +44,13 @@ def parse_args(argv=None):
         ("dry_run", "print settings, shapes and where each run stands, without training"),
     ):
         group.add_argument(f"--{name}", action="store_true", help=text)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    alone = {"like", "runs_dir", "data_dir", "device", "threads"}
+    defaults = vars(parser.parse_args([]))
+    others = [n for n, v in vars(args).items() if n not in alone and v != defaults[n]]
+    if args.like is not None and others:
+        raise UserError(f"--like: goes without --{others[0]}; change the command that it prints")
+    return args
 
 
 def main(argv=None) -> int:
@@ -61,9 +67,10 @@ def main(argv=None) -> int:
     from utils.training.start import note_shorter, with_start
     from utils.training.training import Setup
 
-    if args.like:
-        words = command_of(Run.open(Path(args.like)))
-        print(next_command(*words, runs_dir=args.runs_dir, data_dir=args.data_dir))
+    if args.like is not None:
+        path = Path(args.like)
+        above = path.parent.parent if len(path.parts) > 2 else path.resolve().parent.parent
+        print(next_command(*command_of(Run.open(path)), runs_dir=str(above), data_dir=args.data_dir))
         return 0
     cells = with_start(grid_configs(args), args.init_from)
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}

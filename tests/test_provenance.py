@@ -17,13 +17,15 @@ import torch
 import eval_beta_grid
 import plot_eval
 import train
-from tests.conftest import CELL, EVALUATION, ROOT, TINY, all_weights, python
-from tests.reliability.trials import ended, there
+from tests.conftest import CELL, EVALUATION, ROOT, TINY, all_weights
+from tests.datasets.files import write_folder
+from tests.reliability.trials import there
 from utils import provenance
+from utils.cli import grid_configs
 from utils.config import Config, _sha256
 from utils.errors import UserError
-from utils.files import read_json
-from utils.provenance import origin
+from utils.files import read_json, write_json
+from utils.provenance import commit_and_date
 
 MODEL = [*TINY, "--run_batch_name", "b"]
 
@@ -40,7 +42,7 @@ def test_every_process_that_trains_a_run_is_kept(passes, interrupted, monkeypatc
     monkeypatch.setattr(provenance, "code", lambda: {"commit": "f" * 40, "clean": False})
     passes(train.main, *CELL)
     first, second = read_json(there("training.json")[0])["sessions"]
-    assert first.pop("clean") is (git("status", "--porcelain", "--untracked-files=no") == "")
+    assert first.pop("clean") is (git("status", "--porcelain", "--", "*.py") == "")
     assert first.pop("commit") == git("rev-parse", "HEAD") and second.pop("commit") == "f" * 40
     assert first["command"] == "python train.py --overwrite 'a b'"
     versions = (platform.python_version(), torch.__version__, np.__version__)
@@ -52,7 +54,7 @@ def test_every_process_that_trains_a_run_is_kept(passes, interrupted, monkeypatc
     assert first["data"] == second["data"]
     passes(eval_beta_grid.main, *EVALUATION, "--exclude_mi")
     (row,) = csv.DictReader(Path("runs/singles/eval_results.csv").read_text().splitlines())
-    commits = origin(read_json(there("training.json")[0]))["commit"]
+    commits = commit_and_date(read_json(there("training.json")[0]))["commit"]
     assert (
         commits == row["commit"] and re.fullmatch(r"\w{12}\+? f{12}\+", commits) and row["date"] == second["end"][:10]
     )
@@ -75,23 +77,24 @@ def test_unfolded_cells_say_what_made_their_model(multi_rate):
     assert all(result["sessions"][0] == model["sessions"][0] for result in results)
 
 
-@pytest.mark.parametrize("place", ["alone", "within"])
-def test_code_without_its_repository_has_no_commit(place):
-    """A copy, also one that lies in another repository."""
-    shutil.copytree(ROOT / "utils", "copy/utils", ignore=shutil.ignore_patterns("__pycache__"))
-    for wing in ("datasets", "models"):
-        shutil.copytree(ROOT / wing, f"copy/{wing}")
-    if place == "within":
-        git("init", "-q", folder=Path())
-        git("-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "--allow-empty", "-m", "x", folder=Path())
-    code = "import sys; sys.path.insert(0, 'copy'); from utils.provenance import code; print(code())"
-    assert ended(python("-c", code))[1] == "{'commit': None, 'clean': None}\n"
+def test_code_without_its_repository_has_no_commit(monkeypatch):
+    """A copy within another repository, of a name that no text has."""
+    folder = Path("copy\udce9")
+    folder.mkdir()
+    git("init", "-q", folder=Path())
+    git("-c", "user.name=a", "-c", "user.email=a", "commit", "-q", "--allow-empty", "-m", "x", folder=Path())
+    for root in (folder.absolute(), ROOT):
+        monkeypatch.setattr(provenance, "ROOT", root)
+        commit = provenance.code.__wrapped__()["commit"]
+        assert commit == (git("rev-parse", "HEAD") if root == ROOT else None)
 
 
 OTHERS = {
     "ordinary": ["--vae_type", "LVAE", "--beta_y", "0.5", "--warmup_epochs", "1", "--seed", "4", "--run_name", "x y"],
     "unfolded": ["--multi_rate", "--force", "--beta_y", "0.1", "1", "--beta_z", "0.5", "2"],
     "started": ["--beta_z", "2", "--init_from", "runs/source/*"],
+    "steered": ["--target_rate_y", "2", "--beta_y", "3", "--run_name=-x", "--threads", "2"],
+    "folder": ["--dataset", "my pets", "--image_channels", "1", "--num_epochs", "3"],
 }
 
 
@@ -99,18 +102,36 @@ OTHERS = {
 def test_a_command_makes_a_run_again(kind, passes, refused):
     """The runs of that command have the bytes of the ones that it was asked for."""
     passes(train.main, *TINY, "--run_batch_name", "source")
+    write_folder(Path("my pets"))
     flags = [word if "*" not in word else str(next(Path().glob(word))) for word in OTHERS[kind]]
     passes(train.main, *MODEL, *flags)
     for path in sorted(Path("runs/b").iterdir())[::3]:
         command = shlex.split(passes(train.main, "--like", path))
         assert command[:2] == ["python", "train.py"]
-        passes(train.main, *command[2:], "--device", "cpu", "--runs_dir", "again", "--force")
+        torch.set_num_threads(1)
+        passes(train.main, *command[2:], "--device", "cpu", "--runs_dir", "again")
         assert all_weights("again/b")[path.name] == all_weights("runs/b")[path.name]
         shutil.rmtree("again")
     if kind == "started":
         shutil.rmtree("runs/source")
         assert "--like: " in refused(train.main, "--like", path)
     assert "no config.json" in refused(train.main, "--like", "nothing")
+    assert "no config.json" in refused(train.main, "--like", "")
+    assert "goes without --beta_y" in refused(train.main, "--like", path, "--beta_y", "3")
+
+
+def test_flags_are_the_fewest_whatever_depends_on_them():
+    for settings in ({"num_epochs": 300, "warmup_epochs": 100}, {"vae_type": "LVAE", "warmup_epochs": 0}):
+        config = Config(**settings)
+        assert grid_configs(train.parse_args(config.flags())) == [config]
+    assert Config(num_epochs=300).flags() == ["--num_epochs", "300"] and Config().flags() == []
+
+
+@pytest.mark.parametrize("sessions", [[{}], "x", None, [{"commit": 3}], [[]]])
+def test_damaged_sessions_are_told(sessions, trained, refused):
+    (path,) = trained()
+    write_json(path / "training.json", read_json(path / "training.json") | {"sessions": sessions})
+    assert f"{path}/training.json: damaged" in refused(eval_beta_grid.main, *EVALUATION, "--exclude_mi")
 
 
 def test_settings_of_newer_code_are_not_ignored():

@@ -326,7 +326,10 @@ class Config:
             fewer = {n: v for n, v in settings.items() if n != name}
             with contextlib.suppress(UserError):  # of what cannot be without it
                 settings = fewer if Config(**fewer) == config else settings
-        return [word for n, v in settings.items() for word in ([f"--{n}"] if v is True else [f"--{n}", f"{v}"])]
+        words = {n: [f"--{n}"] if v is True else [f"--{n}", f"{v}"] for n, v in settings.items()}
+        odd = [n for n, v in settings.items() if f"{v}"[:1] == "-" or f"{v}".isspace()]  # which no flag can be beside
+        words |= {n: [f"--{n}={settings[n]}"] for n in odd}
+        return [word for of_one in words.values() for word in of_one]
 
     def _name_of_layer(self, layer: str) -> str:
         """What the folder's name says of a layer's rate: its beta, the range of betas, or the rate asked for."""

@@ -45,8 +45,35 @@ def prepare(name: str | None, threads: int | None) -> "torch.device":
         threads = cpu_count()
     if threads is not None:
         torch.set_num_threads(threads)
+    call_mkl_once()
     keep_freed_memory()
     return device
+
+
+def call_mkl_once() -> None:
+    """Calls the functions that torch takes from MKL once, on this thread alone.
+
+    Where two threads are the first to call one at a time, one of them may compute by its fast version, of 4 digits.
+    """
+    import torch
+
+    for dtype in (torch.float32, torch.float64):
+        for name in (
+            "exp",
+            "expm1",
+            "log",
+            "log1p",
+            "log2",
+            "log10",
+            "sqrt",
+            "erf",
+            "erfc",
+            "erfinv",
+            "sin",
+            "cos",
+            "tanh",
+        ):
+            getattr(torch, name)(torch.full((8,), 0.5, dtype=dtype))
 
 
 def name_of(device: "torch.device") -> str:

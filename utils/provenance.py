@@ -21,16 +21,15 @@ BETAS = ("beta_y", "beta_z")
 
 @functools.cache
 def code() -> dict[str, str | bool | None]:
-    """The commit of this code, and whether its files are as committed; None where git does not tell."""
+    """The commit of this code, and whether its Python files are just those; None where git does not tell."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, check=True, text=True).stdout
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, check=True).stdout.decode().strip()
 
     try:
-        root, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
-        if Path(root) == ROOT:  # else this is a copy within another repository
-            return {"commit": commit, "clean": not git("status", "--porcelain", "--untracked-files=no")}
-    except (OSError, subprocess.CalledProcessError):
+        if (ROOT / ".git").exists():  # else this is a copy, perhaps within another repository
+            return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain", "--", "*.py")}
+    except (OSError, ValueError, subprocess.CalledProcessError):
         pass
     return {"commit": None, "clean": None}
 
@@ -47,7 +46,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def origin(result: dict) -> dict[str, str]:
+def commit_and_date(result: dict) -> dict[str, str]:
     """The commits that made a run and its day, by its training.json; `+` is for files that were changed since."""
     sessions = result.get("sessions", [])
     commits = [s["commit"][:12] + ("" if s["clean"] else "+") for s in sessions if s["commit"]]
@@ -66,12 +65,13 @@ def command_of(run: Run) -> list[str]:
             raise UserError(f"--like: {run.path} comes from weights ({weights}) that no run in {batches} has")
         source = Run.open(file.parent)
     words = ["train.py", *config.flags(without=BETAS)]
+    of_source = {**vars((source if config.source else run).config), **run.result.get("first_betas", {})}
     for layer in "yz":
         target = getattr(config, f"target_rate_{layer}")
-        of_source = (source if config.source else run).config
-        betas = {getattr(of_source, f"beta_{layer}"), getattr(of_source, f"beta_max_{layer}")}
+        betas = {of_source[f"beta_{layer}"], of_source[f"beta_max_{layer}"]} - {None}
         betas |= {getattr(config, f"beta_{layer}")} if target is None else set()
-        words += [f"--beta_{layer}", *map(str, sorted(betas - {None}))]
+        words += [f"--beta_{layer}", *map(str, sorted(betas))]
         words += [f"--target_rate_{layer}", str(target)] if target is not None else []
     words += ["--init_from", str(source.path)] if config.init_from else []
+    words += ["--threads", str(session["threads"])] if (session := (run.result.get("sessions") or [None])[-1]) else []
     return [*words, "--force"] if source.result.get("collapsed") else words

@@ -80,7 +80,8 @@ class Run:
         """What training.json holds; empty while there is none."""
         path = self.path / "training.json"
         result = read_json(path) if path.exists() else {}
-        if not isinstance(result.get("train", {}), dict) or not isinstance(result.get("status", ""), str):
+        is_right = isinstance(result.get("train", {}), dict) and isinstance(result.get("status", ""), str)
+        if not is_right or not _are_sessions(result.get("sessions", [])):
             raise UserError(f"{path}: damaged; remove it, the run counts as finished without it")
         return result
 
@@ -228,6 +229,15 @@ def is_cell(path: Path) -> bool:
         return path.name != "figures"
 
 
+def _are_sessions(values) -> bool:
+    """Whether they are what provenance.py makes, as far as anything reads it."""
+    kinds = {"commit": str | None, "clean": bool | None, "threads": int, "end": str}
+    return isinstance(values, list) and all(
+        isinstance(of_one, dict) and all(isinstance(of_one.get(name, ...), kind) for name, kind in kinds.items())
+        for of_one in values
+    )
+
+
 def _layout(tensors: dict[str, torch.Tensor]) -> dict:
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
@@ -241,7 +251,7 @@ def _is_state(state: dict, layout: dict) -> bool:
         is_right &= all(_layout(state[key]) == layout for key in ("weights", "exp_avg", "exp_avg_sq"))
         is_right &= all(type(state[key]) is int and state[key] >= 0 for key in ("adam_steps", "epoch", "step"))
         is_right &= math.isfinite(state["seconds"])
-        is_right &= type(sessions) is list and all(type(session) is dict for session in sessions)
+        is_right &= _are_sessions(sessions) and type(state.get("format", 0)) is int
         json.dumps(sessions, allow_nan=False)
         if "betas" in state:  # of a cell whose betas are steered
             is_right &= state["betas"].shape == state["log_rates"].shape == (2,)

@@ -27,6 +27,7 @@ from tests.conftest import TINY, weights
 from tests.datasets.files import load, refused, write_folder, write_image
 from utils.config import Config
 from utils.errors import UserError
+from utils.runs import Run
 
 PETS = Path("pets")
 SMALL = ["--image_size", "28", "--image_channels", "1"]
@@ -405,6 +406,22 @@ def test_other_images_of_the_same_name_are_told_apart(of_pets, script, passes, r
     assert "trained on other images" in refused(train.main, *TINY, "--dataset", "pets", *SMALL)
     passes(train.main, *TINY, "--dataset", "pets", *SMALL, "--overwrite")
     passes(eval_beta_grid.main, *EVALUATE)
+
+
+@pytest.mark.parametrize("kept", ["listed", None])
+def test_a_run_of_an_earlier_version_is_of_the_images_that_it_lists(kept, of_pets, passes, refused):
+    """It keeps the digest of a list of files, or none; it is evaluated and continued."""
+    (path,) = Path("runs/singles").iterdir()
+    run = Run.open(path)
+    digest = kept and getattr(load_data(run.config, "data", torch.device("cpu")), kept)
+    run.with_settings(data_digest=digest).write_config()
+    flags = [*TINY, "--dataset", "pets", *SMALL]
+    assert "already complete" in passes(train.main, *flags)
+    passes(eval_beta_grid.main, *EVALUATE)
+    assert "resuming at epoch 2 of 3" in passes(train.main, *flags, "--num_epochs", "3", "--init_from", path)
+    if kept:
+        write_image(next(PETS.rglob("*.png")).with_name("new.png"))
+        assert "trained on other images" in refused(train.main, *flags)
 
 
 def test_a_training_goes_on_where_images_and_batch_have_moved_to(passes, interrupted):

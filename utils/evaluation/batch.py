@@ -20,7 +20,7 @@ from utils.evaluation.metrics import columns_of, read_metrics
 from utils.evaluation.run import PATIENCE, EvaluatedRun, Evaluation
 from utils.evaluation.steps import STEPS, Step
 from utils.files import to_csv, write_text
-from utils.provenance import origin
+from utils.provenance import commit_and_date
 from utils.runs import Run, locked, runs_in
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # and OPENBLAS_NUM_THREADS, as in this process
@@ -125,7 +125,8 @@ def gather(runs_dir: str, batch: str) -> Path:
                 row = {"status": run.status, **vars(run.config), **read_metrics(run.path)}
                 row["dataset"] = Path(run.config.dataset).name  # wherever it lies
                 terms = run.result.get("train", {})
-                rows[run.path] = row | {f"train_{name}": value for name, value in terms.items()} | origin(run.result)
+                row |= {f"train_{name}": value for name, value in terms.items()}
+                rows[run.path] = row | commit_and_date(run.result)
         rows |= {folder: {"status": "broken"} for folder in problems}
         rows = [{"run": folder.name, **row} for folder, row in sorted(rows.items())]
         write_text(path, to_csv(rows, COLUMNS))

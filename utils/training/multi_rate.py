@@ -137,9 +137,9 @@ def unfold(
     asking = [c for c in cells if c.has_target]
     if asking:
         cells = [c for c in cells if not c.has_target] + with_betas(model, asking, data)
-    origin = digest_of(source.path / "vae.pth")
+    weights_digest = digest_of(source.path / "vae.pth")
     for cell in progress(cells, unit="cell", desc="unfolding"):
-        run = Run.of(dataclasses.replace(cell, source=origin, data_digest=source.config.data_digest), runs_dir)
+        run = Run.of(dataclasses.replace(cell, source=weights_digest, data_digest=source.config.data_digest), runs_dir)
         runs.append(run)
         try:
             run.check(overwrite)
@@ -158,7 +158,7 @@ def unfold(
 
 def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tuple[dict, dict]:
     """The ordinary model's weights at a cell's betas, and what training.json says of it; draws its pictures."""
-    start, config, origin = time.monotonic(), run.config, provenance(device, data)
+    start, config, session = time.monotonic(), run.config, provenance(device, data)
     with torch.no_grad():
         log_betas = torch.tensor([config.beta_y, config.beta_z], device=device).log10()
         weights = {name: p.detach().cpu().clone() for name, p in model.weights_at(log_betas).items()}
@@ -174,7 +174,7 @@ def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tu
     write_pictures(run.path, pictures(plain, chosen(data.test, N)[0], config.seed))
     result = {"status": "finished", "epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2)}
     result["parameters"] = sum(p.numel() for p in plain.parameters())
-    return weights, {**result, "sessions": [{**origin, "end": now()}], **values}
+    return weights, {**result, "sessions": [{**session, "end": now()}], **values}
 
 
 class Search:

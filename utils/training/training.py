@@ -78,7 +78,7 @@ class Training:
         self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
         self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
         self.fast = None  # `update`, prepared for whole batches
-        self.origin: dict = {}  # what makes it now (provenance.py), and, of each cell, what made it before
+        self.session: dict = {}  # what makes it now (provenance.py), and, of each cell, what made it before
         self.earlier = [(state or {}).get("sessions", []) for state in states]
         self.points: dict[str, dict[str, float]] = {}  # terms of a conditioned model at single betas
         self.saver = Saver(setup.save_every)
@@ -112,7 +112,7 @@ class Training:
         """Trains to the last epoch. Raises Interrupted after a signal, once a checkpoint is saved."""
         config, n, size = self.config, len(data.train), self.config.batch_size
         self.steps = math.ceil(n / size)
-        self.origin = provenance(self.device, data)
+        self.session = provenance(self.device, data)
         log = Log(self.written, data, self.epoch, new=self.epoch == self.steps_done == 0)
         bar.begin(self)
         try:
@@ -255,7 +255,7 @@ class Training:
 
     def sessions(self, m: int) -> list[dict]:
         """What has made cell m until now."""
-        return [*self.earlier[m], {**self.origin, "end": now()}]
+        return [*self.earlier[m], {**self.session, "end": now()}]
 
     def save(self, number: int | None = None) -> None:
         """Copies the checkpoints of all live cells to the CPU, and writes them in the background.
@@ -311,6 +311,7 @@ class Training:
                 **figures(model, data, self.config.batch_size, train=train[m], test=test[m]),
             }
             if run.config.has_target:
+                result["first_betas"] = {name: getattr(run.config, name) for name in ("beta_y", "beta_z")}
                 beta_y, beta_z = (float(f"{b:.6g}") for b in self.betas.values[m].tolist())
                 run = run.with_settings(beta_y=beta_y, beta_z=beta_z)
                 run.write_config()
