@@ -31,11 +31,6 @@ class Data(NamedTuple):
         """Whether what keeps that digest is of these images; of earlier versions, what keeps none may be."""
         return digest in (None, self.digest, self.listed)
 
-    def check(self, config) -> None:
-        """Raises UserError if a run was trained on other images."""
-        if not self.is_of(config.data_digest):
-            raise UserError(f"{config.data_name}: not the images that the run was trained on; files have changed")
-
     @property
     def labelled(self) -> bool:
         return self.n_classes > 0
@@ -44,8 +39,8 @@ class Data(NamedTuple):
 def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
     """Both splits of the Config's data set, under `data_dir` or a folder of its name there; prints what it holds.
 
-    A folder of images may have `moved_to` another place. Raises UserError where files are missing or damaged, or do not
-    fit into memory.
+    A folder of images may have `moved_to` another place. Raises UserError where files are missing, damaged, not those
+    that the run was trained on, or do not fit into memory.
     """
     row, name = lookup(config), Path(config.dataset).name
     if config.dataset in DATASETS:
@@ -60,7 +55,15 @@ def load_data(config, data_dir: str, device: torch.device, download: bool = Fals
             raise UserError(f"--download: could not fetch {name} ({e})") from e
     content, root = _read(name, row, roots)
     if isinstance(content, Folder):
-        return _of_folder(name, content, row.shape, device)
+        data = _of_folder(name, content, row.shape, device)
+    else:
+        data = _of_arrays(name, content, row, root, device)
+    if not data.is_of(config.data_digest):
+        raise UserError(f"{config.data_name}: {root} does not hold the images that the run was trained on")
+    return data
+
+
+def _of_arrays(name: str, content, row: DataSet, root: Path, device: torch.device) -> Data:
     try:
         splits = [_checked(*split, row) for split in content]
     except ValueError as e:

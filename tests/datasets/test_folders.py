@@ -369,7 +369,7 @@ def test_every_evaluation_step_works_for_an_own_folder(script, passes, refused):
     for step in (step1, single, [*grid, "--get_mi_cal_acc"], [*grid, "--recons_acc"]):
         passes(*step)
     os.rename("pets/cat/0.png", "pets/cat/99.png")
-    assert "not the images that the run was trained on" in refused(*step1, "--force")
+    assert "does not hold the images that the run was trained on" in refused(*step1, "--force")
 
 
 @pytest.fixture
@@ -402,7 +402,7 @@ def test_other_images_of_the_same_name_are_told_apart(of_pets, script, passes, r
     extra = next(Path("pets").rglob("*.png"))
     shutil.copy(extra, extra.with_name("another.png"))
     status, _, err = script(eval_beta_grid.main, *EVALUATE)
-    assert status == 1 and "not the images that the run was trained on" in err
+    assert status == 1 and "does not hold the images that the run was trained on" in err
     assert "trained on other images" in refused(train.main, *TINY, "--dataset", "pets", *SMALL)
     passes(train.main, *TINY, "--dataset", "pets", *SMALL, "--overwrite")
     passes(eval_beta_grid.main, *EVALUATE)

@@ -85,9 +85,7 @@ class Evaluation:
     @once
     def data(self, config: Config) -> Data:
         """The data set of a Config. Raises UserError if it is missing, damaged or not what the run was trained on."""
-        data = load_data(config, self.data_dir, self.device, self.download, self.dataset)
-        data.check(config)
-        return data
+        return load_data(config, self.data_dir, self.device, self.download, self.dataset)
 
     def has_labels(self, config: Config) -> bool:
         """Whether the images of a Config's data set have labels; a note if they have none."""

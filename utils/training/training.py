@@ -255,7 +255,7 @@ class Training:
 
     def sessions(self, m: int) -> list[dict]:
         """What has made cell m until now."""
-        return [*self.earlier[m], {**self.session, "end": now()}]
+        return self.earlier[m] + ([{**self.session, "end": now()}] if self.session else [])
 
     def save(self, number: int | None = None) -> None:
         """Copies the checkpoints of all live cells to the CPU, and writes them in the background.
