@@ -21,6 +21,11 @@ from utils.files import read_json
 FILES = sorted(Path(__file__).parent.glob("*.zip"))
 RUNS = [(f, kind) for f in FILES for kind in KINDS if any(n.startswith(kind) for n in zipfile.ZipFile(f).namelist())]
 OLD_MAP = [run for run in RUNS if run[0].stem == "ffe71fc" and run[1] == "multi_rate"]
+OLDEST = [run for run in RUNS if run[0].stem == "74f2430"]
+ORDERED = [
+    *OLDEST,
+    *sorted((run for run in RUNS if run not in OLDEST), key=lambda run: list(KINDS).index(run[1]), reverse=True),
+]
 named = {"ids": lambda run: f"{run[0].stem}-{run[1]}"}
 
 
@@ -35,7 +40,7 @@ def unpacked():
     return unpack
 
 
-@pytest.mark.parametrize("run", RUNS, **named)
+@pytest.mark.parametrize("run", first(6, *ORDERED), **named)
 def test_an_interrupted_training_goes_on(run, unpacked, passes):
     whole, half = unpacked(*run)
     flags = [*FLAGS, *KINDS[run[1]]]
