@@ -53,12 +53,21 @@ def parse_args(argv=None):
     return args
 
 
+def print_command(path: Path, data_dir: str) -> int:
+    """Prints the command that makes the run in a folder again."""
+    from utils.provenance import command_of
+    from utils.runs import Run
+
+    above = path.parent.parent if len(path.parts) > 2 else path.resolve().parent.parent
+    print(next_command(*command_of(Run.open(path)), runs_dir=str(above), data_dir=data_dir))
+    return 0
+
+
 def main(argv=None) -> int:
     """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
     from datasets.loading import load_data
-    from utils.provenance import command_of
     from utils.runs import Run
     from utils.training.console import describe, show_status, summarise
     from utils.training.multi_rate import near, sources, unfold
@@ -68,22 +77,17 @@ def main(argv=None) -> int:
     from utils.training.training import Setup
 
     if args.like is not None:
-        path = Path(args.like)
-        above = path.parent.parent if len(path.parts) > 2 else path.resolve().parent.parent
-        print(next_command(*command_of(Run.open(path)), runs_dir=str(above), data_dir=args.data_dir))
-        return 0
+        return print_command(Path(args.like), args.data_dir)
     cells = with_start(grid_configs(args), args.init_from)
     plan = sources([*cells], args.runs_dir) if args.multi_rate else {Run.of(c, args.runs_dir): [c] for c in cells}
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
     config, single = next(iter(plan)).config, len(cells) == 1
     setup = Setup(device, **{name: getattr(args, name) for name in Setup._fields[1:]})
     check_setup(setup, config)
-    if is_first():
-        describe([run.config for run in plan], device)
-        note_shorter(plan, starts)
+    describe([run.config for run in plan], device)
+    note_shorter(plan, starts)
     if args.dry_run:
-        show_status(share([*plan]), args.overwrite)
-        return 0
+        return show_status(share([*plan]), args.overwrite)
     data = load_data(config, args.data_dir, device, args.download)
     plan = {run.of_data(data, starts.get(run.path)): cells for run, cells in plan.items()}
     runs = [*plan] if args.multi_rate else near([*plan], data, device)
@@ -100,8 +104,8 @@ def main(argv=None) -> int:
         return 128 + e.signal
     status = report(problems, mine, single, args.overwrite)
     if args.multi_rate and setup.writes:
-        models, runs = [run for run in mine if run.status == "finished"], []
-        for model in models:
+        runs = []
+        for model in (run for run in mine if run.status == "finished"):
             cells, problems = unfold(model, plan[model], data, args.runs_dir, device, args.overwrite, args.force)
             runs += cells
             status = max(status, report(problems, cells, single, args.overwrite))

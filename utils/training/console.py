@@ -14,7 +14,7 @@ from models.build import build_model
 from utils import locks
 from utils.cli import next_command
 from utils.config import FLAGS, Config, what_differs
-from utils.distributed import duration, progress
+from utils.distributed import duration, is_first, progress
 from utils.errors import UserError
 from utils.runs import Run, runs_in
 
@@ -25,7 +25,9 @@ HEADINGS = {"beta_y": 10, "beta_z": 10, "loss": 10, "ll": 10, "R(y|z)": 8, "R(z)
 
 
 def describe(configs: list[Config], device: torch.device) -> None:
-    """Prints the settings of all cells, the tensor shapes and the number of parameters."""
+    """Has the first process print the settings of all cells, the tensor shapes and the number of parameters."""
+    if not is_first():
+        return
     model = build_model(configs[0])
     lines = {name: " ".join(map(str, dict.fromkeys(getattr(c, name) for c in configs))) for name in FLAGS}
     lines |= {"device": device, "shapes": f"x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}"}
@@ -34,10 +36,10 @@ def describe(configs: list[Config], device: torch.device) -> None:
         print(f"  {name:20s} {value}", flush=True)
 
 
-def show_status(runs: list[Run], overwrite: bool) -> None:
-    """Prints where each run stands, and how long the rest takes at the speed of what is trained."""
+def show_status(runs: list[Run], overwrite: bool) -> int:
+    """Prints where each run stands, and how long the rest takes at the speed of what is trained; returns 0."""
     if not runs:  # another process has them all
-        return
+        return 0
     names, kinds, speeds, epochs_left = what_differs([run.config for run in runs]), Counter(), [], 0.0
     width = max(map(len, names))
     print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
@@ -60,6 +62,7 @@ def show_status(runs: list[Run], overwrite: bool) -> None:
         print(f"{epochs_left:.4g} epochs left, about {duration(epochs_left * speed)} at {speed:.3g} s an epoch")
     else:
         print(f"{epochs_left:.4g} epochs left; how long they take shows once a cell has been trained")
+    return 0
 
 
 def speeds_of_others(run: Run) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from utils.config import Config
+from utils.distributed import is_first
 from utils.errors import UserError
 from utils.files import digest_of
 from utils.runs import Run, load_model, runs_in
@@ -62,7 +63,7 @@ def note_shorter(runs: Iterable[Run], starts: Mapping[Path, Run]) -> None:
     elif sources:
         path = sources[0].path.parent
         which = f"{path} has {len(sources)} of these cells"
-    if sources:
+    if sources and is_first():
         print(f"note: {which} with fewer epochs; --init_from {path} continues instead of starting anew", flush=True)
 
 
