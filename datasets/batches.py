@@ -39,9 +39,9 @@ def subset(labels: Tensor, n: int) -> Tensor:
     """
     order = torch.randperm(len(labels), generator=generator("cpu", 0, "subset"))
     shares = torch.zeros(len(labels), dtype=torch.float64)  # of its class that come up to each image, in that order
-    for label in labels.unique():
-        of_class = order[labels[order] == label]
-        shares[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    sizes = labels.unique(return_counts=True)[1].tolist()
+    by_class = order[labels[order].argsort(stable=True)]
+    shares[by_class] = torch.cat([(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in sizes])
     return order[shares[order].argsort(stable=True)][:n]
 
 

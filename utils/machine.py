@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -76,6 +77,7 @@ def call_mkl_once() -> None:
             getattr(torch, name)(torch.full((8,), 0.5, dtype=dtype))
 
 
+@functools.cache  # every cell keeps it
 def name_of(device: "torch.device") -> str:
     """What the maker calls the device."""
     import torch

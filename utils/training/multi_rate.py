@@ -128,7 +128,8 @@ def unfold(
 
     Raises UserError for a model whose z has collapsed, unless with `force`.
     """
-    if source.result.get("collapsed") and not force:
+    of_source = source.result
+    if of_source.get("collapsed") and not force:
         raise UserError(
             f"{source.path}: its z has collapsed, so its cells would not be models of a hierarchy; train another one "
             "(--seed, --warmup_epochs), or unfold it all the same by --force"
@@ -149,7 +150,7 @@ def unfold(
                     run.restart()
                 if run.status != "finished":
                     weights, result = folded(model, run, data, device)
-                    result["sessions"] = source.result.get("sessions", []) + result["sessions"]
+                    result["sessions"] = of_source.get("sessions", []) + result["sessions"]
                     run.finish(weights, result)
         except UserError as e:
             problems.append((run, e))
