@@ -66,8 +66,8 @@ def main(argv=None) -> int:
         traverse(cells, folder, args.format, args.images)
         return 0
     folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
-    from utils.plane.cells import read_plane
     from utils.plane.metrics import wanted
+    from utils.plane.reading import read_plane
 
     files = {name: folder / "eval_results.csv" for name, folder in folders.items()}
     planes = {name: read_plane(path, args.rate_unit) for name, path in files.items()}

@@ -9,7 +9,8 @@ from pytest import approx
 
 from tests.plane.planes import AXIS, exponential, grid, plane_of, rows_of, write_csv, write_terms
 from utils.plane.advice import ADVICE, advice, headings_of, training
-from utils.plane.cells import Cell, Plane, read_plane
+from utils.plane.cells import Cell, Plane
+from utils.plane.reading import read_plane
 from utils.plane.tables import Table
 
 
@@ -76,7 +77,13 @@ def test_the_advice_of_a_batch_with_terms_of_single_images():
     psnr, acc, generation, _ = advice(plane)
     assert acc["told"].startswith("no difference") and generation["told"] == "untested" and not plane.notes
     assert psnr["told"] == "yes (one seed)" and psnr["low"] < psnr["gain"] < psnr["high"]
+    for row in (psnr, acc):  # a cell with its value on all images, beside ordinary ones at its rate
+        cell = {(r["beta_y"], r["beta_z"]): r for r in rows}[row["beta_y"], row["beta_z"]]
+        assert row["value"] == approx(cell[row["metric"]]) == approx(max(r[row["metric"]] for r in rows))
+        assert row["diagonal_rate"] <= row["rate"] == approx(cell["kl_y"] + cell["kl_z"]) and row["se"] > 0
+    assert psnr["value"] - psnr["diagonal_value"] > psnr["low"]
     Path("runs/b", rows[0]["run"], "per_image.npz").write_bytes(b"damaged")
+    plane = read_plane(Path("runs/b/eval_results.csv"))
     (row, *_), (note,) = advice(plane), plane.notes
     assert row["told"] == "untested" and row["value"] == max(row["psnr"] for row in rows)
     assert "per_image.npz" in note and "1 of 25" in note

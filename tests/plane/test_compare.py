@@ -1,18 +1,20 @@
 """Batches against each other, where it is known which is better and by how much."""
 
 import math
+from itertools import product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pytest
 from pytest import approx
 
 import plot_eval
 from tests.plane.planes import grid, plane_of, read_csv, write_csv, write_terms
 from utils.plane.advice import advice
-from utils.plane.cells import read_plane
 from utils.plane.compare import comparisons, groups
 from utils.plane.drawing import literal
+from utils.plane.reading import read_plane
 
 SETTINGS = ["dataset", "px_y_family_ll", "sigma"]
 
@@ -59,6 +61,24 @@ def test_seeds_widen_the_interval_by_what_they_differ_in():
     assert apart["told"].startswith("no difference") and apart["high"] - apart["low"] > 0.5
     (paired, *_) = compared(a, batch("c", gain=0.3, draw=1, of_seeds=dict(reversed(spread.items()))))
     assert paired["told"] == "better" and paired["high"] - paired["low"] < 0.1
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_equal_batches_of_other_sizes_are_told_to_be_equal(times):
+    """PSNR is the same function of R in both, known at 5 and 49 rates, or 9 and 441."""
+    told = []
+    for draw, (few, many) in product(range(times), ((5, 49), (9, 441))):
+        rng, planes = np.random.default_rng(draw), []
+        of_image = 0.5 * rng.normal(size=200)
+        for n in (few, many):
+            rates = np.linspace(10, 50, n)
+            terms = np.exp(of_image - rates[:, None] / 15 + 0.2 * rng.normal(size=(n, 200)))
+            rows = [{"kl_y": r, "kl_z": 0, "beta_y": r, "beta_z": r, "psnr": 0} for r in rates]
+            rows = [row | {"psnr": -10 * math.log10(t.mean())} for row, t in zip(rows, terms, strict=True)]
+            planes.append(plane_of(rows))
+            planes[-1].per_image = [[{"mse": t}] for t in terms]
+        told += [row["told"] for row in compared(*planes)[:1] + compared(*planes[::-1])[:1]]
+    assert sum(text.startswith(("better", "worse")) for text in told) <= len(told) / 20 and "untested" not in told
 
 
 def test_what_cannot_be_compared_is_apart():

@@ -10,8 +10,8 @@ from pytest import approx
 import plot_eval
 from tests.plane.planes import AXIS, exponential, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane import figures
-from utils.plane.cells import read_plane
 from utils.plane.drawing import COLUMN, TEXT, Grid, styled
+from utils.plane.reading import read_plane
 from utils.plane.sheets import Pictures, sheet, sheets
 from utils.plane.tables import Table
 

@@ -8,7 +8,7 @@ from scipy.spatial import ConvexHull
 
 from tests.plane.planes import plane_of
 from utils.plane import figures
-from utils.plane.gains import frontier, hull, mixture
+from utils.plane.gains import frontier, hull, reach
 from utils.plane.metrics import metric, score_of
 
 
@@ -47,15 +47,31 @@ def test_what_cells_reach_within_a_rate():
         ("nelbo", 3.0, {0: 1 / 2, 2: 1 / 2}),
     ):
         score = score_of(name, value)
-        weights = mixture(name, rates, score, most)
-        assert weights == approx(expected)
+        (weights,), _ = reach(name, rates, score, [most])
+        assert weights == approx([expected.get(i, 0) for i in range(3)])
         if metric(name).mixes and most >= 1:
             share, i, j = np.meshgrid(np.linspace(0, 1, 1201), range(3), range(3))
             within = share * rates[i] + (1 - share) * rates[j] <= most
             best = (share * score[i] + (1 - share) * score[j])[within].max()
-            assert sum(w * score[i] for i, w in weights.items()) == approx(best, abs=1e-3)
+            assert weights @ score == approx(best, abs=1e-3)
     rates, score = np.array([3.39, 18.2]), np.full(2, 0.9666666666666667)  # equal up to rounding
-    assert all(mixture("recons_acc", rates, score, r) == {0: 1} for r in np.linspace(3.39, 18.19, 100))
+    assert (reach("recons_acc", rates, score, np.linspace(3.39, 18.19, 100)) == [1, 0]).all()
+
+
+def test_what_others_can_reach_bounds_every_concave_frontier():
+    """Known at few rates, also with points that are not on it; and by hand: lines, plateaus, and no line."""
+    rng, at = np.random.default_rng(0), np.linspace(0, 11, 111)
+    for scale in (0.5, 3.0, 20.0):
+        rates = np.sort(rng.uniform(1, 9, 6))
+        frontiers = [1 - np.exp(-r / scale) for r in (rates, at)]
+        score = frontiers[0] - [0, 0, 0.3, 0, 0, 0]
+        mixed, bound = reach("recons_acc", rates, score, at) @ score
+        inside = (rates[0] <= at) & (at <= rates[-1])
+        assert (mixed <= frontiers[1] + 1e-9)[inside].all() and (frontiers[1] <= bound + 1e-9)[inside].all()
+        assert np.isnan(bound[at > rates[-1]]).all()
+    rates, score = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 1.5, 1.2])
+    bound = reach("recons_acc", rates, score, [0.5, 1.0, 1.5, 2.25, 2.75, 3.5])[1] @ score
+    assert bound.tolist() == [0.0, 0.0, 0.75, 1.25, 1.5, 1.5]
 
 
 def test_half_and_half_of_two_models_is_mixed_in_squared_errors():

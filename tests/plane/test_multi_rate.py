@@ -17,7 +17,7 @@ from tests.plane.planes import rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
-from utils.plane.cells import read_plane
+from utils.plane.reading import read_plane
 from utils.plane.tables import by_trainings, excess_rows
 from utils.runs import Run
 

@@ -16,9 +16,9 @@ import train
 from tests.conftest import TINY
 from tests.plane.planes import plane_of, rows_of, write_csv
 from utils.cli import grid_configs
-from utils.plane.cells import read_plane
 from utils.plane.explorer import EMPTY, rate_plane
 from utils.plane.metrics import metric
+from utils.plane.reading import read_plane
 from utils.plane.report import page, write_tables
 from utils.plane.sheets import Pictures
 from utils.runs import Run

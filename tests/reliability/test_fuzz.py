@@ -32,7 +32,8 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.evaluation.metrics import read_metrics
 from utils.files import load_tensors, read_arrays, save_tensors, write_json
-from utils.plane.cells import BETAS, read_plane
+from utils.plane.cells import BETAS
+from utils.plane.reading import read_plane
 from utils.runs import Run, load_model
 from utils.training.training import Training
 

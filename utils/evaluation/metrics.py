@@ -115,6 +115,15 @@ def columns_of(step: str) -> list[str]:
     return columns
 
 
+STEP_OF = {c: step for m in _TABLE for step in m.steps.split() for c in columns_of(step)}
+
+
+def conditions_of(step: str) -> list[str]:
+    """The columns of a step that say what it was computed with: values with others cannot be compared."""
+    others = "n_classifiers", "probe_images"
+    return [c for c in columns_of(step) if c in others or c.endswith(("_features", "_samples"))]
+
+
 def metric(column: str) -> Metric:
     """The Metric of a column; that of a derived column follows from its base's."""
     if column in METRICS:

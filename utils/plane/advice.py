@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shlex
 from pathlib import Path
 
@@ -11,23 +12,23 @@ from datasets.table import DATASETS
 from utils.config import FLAGS, Config, fields_of, kind_of
 from utils.errors import UserError
 from utils.plane.cells import BETAS, TARGETS, Cell, Plane
-from utils.plane.gains import UNTESTED, gain, mixture, terms_of
+from utils.plane.gains import SPLITS, UNTESTED, errors, gain, reach, terms_of
 from utils.plane.metrics import ACCURACIES, mean_term, metric, score_of, value_of
 from utils.runs import Run
 
 ADVICE = {  # columns and headings
     "task": "task", "budget": "budget", "metric": "metric", "unit": "in", "value": "best", "se": "+-",
     "beta_y": "beta_y", "beta_z": "beta_z", "kl_y": "R(y|z)", "kl_z": "R(z)", "rate": "R",
-    "diagonal_value": "ordinary", "diagonal_rate": "at R", "gain": "gain", "low": "95 % from", "high": "to",
-    "told": "is it better?", "chosen_kl_z": "R(z) of each choice",
+    "diagonal_value": "ordinary", "diagonal_rate": "at R", "neighbours": "R of the nearest",
+    "gain": "tested gain", "low": "95 % from", "high": "to", "told": "is it better?", "chosen_kl_z": "R(z) of choices",
 }  # fmt: skip
 IN_NATS = ("kl_y", "kl_z", "rate", "diagonal_rate", "chosen_kl_z")
 EXPLAINED = (
-    "ordinary: what beta-VAEs with beta_y = beta_z reach at the same R, two of them mixed where none "
-    "has it; with less R where they end, with the least that one has where all have more, and one "
-    "alone for metrics that do not mix. Each part of the images and seeds chooses for the rest; "
-    "figures with an interval are of images on which nothing was chosen, so they differ a little "
-    "from eval_results.csv, and from budget to budget."
+    "best: a cell as in eval_results.csv. ordinary: what beta-VAEs with beta_y = beta_z reach at its R, the "
+    "two nearest mixed, or one alone for metrics that do not mix; at the R where they end if it is beyond. "
+    f"tested gain: of choosing on one half of the images (and on other seeds) what is compared on the "
+    f"other, over {SPLITS} random halves; untested, the difference. Its interval begins with what ordinary "
+    "ones between the nearest can reach at most, so it is wide where these are far apart."
 )
 TASKS = {
     "reconstruction": ("psnr",),
@@ -46,11 +47,16 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
     """A row for each task, metric and `comparable` cells: the best one, what ordinary ones reach at its rate, the gain.
 
     `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all.
-    Where runs have terms of single images, values and gains are of images on which nothing was
-    chosen, and the gain has an interval.
+    Values are those of all test images. Where runs have terms of single images, the gain is tested, with an interval.
     """
+    rows = []
+    if missing := sum(not all(runs) for runs in plane.per_image):
+        plane.notes.append(
+            f"no per_image.npz for {missing} of {len(plane.cells)} cells: what the advice says of "
+            "them is untested; repeat eval_beta_grid.py (steps 1 and 3)"
+        )
     names = [name for name in TASK_OF if name in plane.names]
-    terms, rows = terms_of(plane, names), []
+    of_names = {name: (terms_of(plane, name), errors(plane, name)) for name in names}
     for limits in [{}, budget] if budget else [{}]:
         within, few = np.ones(len(plane.cells), bool), plane.diagonal
         for rate, most in limits.items():
@@ -67,33 +73,42 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
             row = {"task": TASK_OF[name], "budget": text, "metric": name, "unit": plane.unit_of(name)}
             for column, of in (("value", name), *((n, n) for n in (*BETAS, "kl_y", "kl_z", "rate"))):
                 row[column] = float(plane.values(of)[best])
+            terms, se = of_names[name]
+            row |= {"se": float(se[best])} if math.isfinite(se[best]) else {}
             row |= {n: cell.settings.get(n) for n in plane.differing}
             row["command"] = training(cell, plane.folder) if plane.unfolded[best] else ""
-            rows.append(row | _compared(plane, name, terms[name], (within & part, few & part), best))
+            rows.append(row | _compared(plane, name, terms, (within & part, few & part), best))
     return rows
 
 
 def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> dict:
     """The best cell of those within a budget against a few ordinary ones, both `masks` (N,)."""
-    unit, values, rates = plane.scale(name), plane.values(name), plane.values("rate")
+    values, rates, better = plane.values(name), plane.values("rate"), metric(name).better
     among, few = (mask & np.isfinite(values) for mask in masks)
-    row = gain(name, terms, [cell.seeds for cell in plane.cells], among, few, rates)
-    if row:
-        row |= {n: unit * row[n] for n in ("value", "se", "gain", "low", "high", "diagonal_value")}
-        rates_z = plane.values("kl_z")[row["chosen"]]
-        ends = [f"{float(f'{v:.3g}'):g}" for v in (rates_z.min(), rates_z.max())]
-        row["chosen_kl_z"] = " to ".join(dict.fromkeys(ends))
-    elif few.any():
-        means = mean_term(name, values)
-        score = np.where(few, score_of(name, means), np.nan)
-        weights = mixture(name, rates, score, rates[best])
-        mean, rate = (float(sum(w * v[i] for i, w in weights.items())) for v in (means, rates))
-        ordinary = float(value_of(name, np.array(mean)))
-        row = {"diagonal_rate": rate, "diagonal_value": ordinary, "told": UNTESTED}
-        row["gain"] = metric(name).better * (float(values[best]) - ordinary)
-    if row:
-        row["gain"] = round(row["gain"], 12) + 0.0  # never -0
+    if not few.any():
+        return {}
+    means = mean_term(name, values)
+    (weights,), _ = reach(name, rates, np.where(few, score_of(name, means), math.nan), rates[[best]])
+    row = {"diagonal_rate": float(weights @ rates), "told": UNTESTED}
+    row["diagonal_value"] = float(value_of(name, weights @ np.nan_to_num(means)))
+    row["gain"] = round(better * (float(values[best]) - row["diagonal_value"]), 9) + 0.0  # never -0
+    ordinary = np.sort(rates[few])
+    after = np.searchsorted(ordinary, rates[best])
+    row["neighbours"] = _ends(ordinary[max(after - 1, 0) : after + 1])
+    tested = gain(name, terms, [cell.seeds for cell in plane.cells], among, few, rates)
+    if tested:
+        row |= tested | {n: plane.scale(name) * tested[n] for n in ("gain", "low", "high") if n in tested}
+        row["chosen_kl_z"] = _ends(plane.values("kl_z")[row["chosen"]])
+        if row["told"].startswith("no, worse") and ordinary[0] > rates[best]:
+            row["told"] = "ordinary ones have more rate"
+        elif ordinary[-1] < rates[best]:
+            row["told"] = "ordinary ones have less rate"
     return row
+
+
+def _ends(values: np.ndarray) -> str:
+    """The least and the largest value to three digits; one if they are the same."""
+    return " to ".join(dict.fromkeys(f"{float(f'{v:.3g}'):g}" for v in (values.min(), values.max())))
 
 
 def training(cell: Cell, folder: Path | None = None) -> str:

@@ -3,12 +3,9 @@
 Read from eval_results.csv; nothing is drawn here. Rates, D and information are in nats per image.
 """
 
-import csv
 import dataclasses
-import io
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import compress
@@ -19,6 +16,7 @@ import numpy as np
 from models.tables import COLLAPSED
 from utils.config import fields_of
 from utils.errors import UserError
+from utils.evaluation.metrics import STEP_OF, per_image
 from utils.files import read_arrays
 from utils.plane.metrics import METRICS, metric
 
@@ -42,6 +40,7 @@ class Cell:
     runs: tuple[str, ...]
     repeats: tuple[dict[str, float], ...]  # the metrics that each run has
     seeds: tuple[str, ...] = ("",)
+    conditions: dict[str, str] = field(default_factory=dict)  # by evaluation step, with what it was computed
 
     @cached_property
     def median(self) -> dict[str, float]:
@@ -106,6 +105,11 @@ class Plane:
         return self.title(name) if known else name
 
     @cached_property
+    def per_image(self) -> list[list[dict[str, np.ndarray]]]:
+        """What each test image adds to the metrics of each cell's runs, by name, (images,)."""
+        return [[per_image(self.folder / run) for run in cell.runs] if self.folder else [] for cell in self.cells]
+
+    @cached_property
     def labels(self) -> np.ndarray | None:
         """The labels (N,) of the test images, from the first run with latents, if any."""
         for run in (run for cell in self.cells for run in cell.runs if self.folder):
@@ -134,7 +138,9 @@ class Plane:
 
     def where(self, mask: np.ndarray) -> "Plane":
         """The plane of the cells in a mask (N,)."""
-        return dataclasses.replace(self, cells=list(compress(self.cells, mask)))
+        part = dataclasses.replace(self, cells=list(compress(self.cells, mask)))
+        part.per_image = list(compress(self.per_image, mask))
+        return part
 
     @property
     def kinds(self) -> dict[str, np.ndarray]:
@@ -151,11 +157,13 @@ class Plane:
         return kinds
 
     def comparable(self, name: str) -> dict[tuple[str, ...], np.ndarray]:
-        """Masks (N,) of cells of one data set and, where a metric depends on it, of one likelihood, by these."""
+        """Masks (N,) of cells of one data set, one way to compute a metric and, where it matters, one likelihood."""
         settings = OF_DATA + (OF_LIKELIHOOD if name.removeprefix("train_") in LIKELY else [])
         keys = [tuple(cell.settings.get(n) or "" for n in settings) for cell in self.cells]
         n = len(OF_DATA) + 1  # sigma only matters where it is fixed
         keys = [key if "GaussianFixedSigma" in key else key[:n] for key in keys]
+        step = STEP_OF.get(name)
+        keys = [(*key, cell.conditions.get(step, "")) for key, cell in zip(keys, self.cells, strict=True)]
         return {key: np.array([k == key for k in keys]) for key in dict.fromkeys(keys)}
 
     @property
@@ -189,81 +197,3 @@ def number(text: str | None) -> float:
     except ValueError:
         return math.nan
     return value if abs(value) < 1e30 else math.nan  # larger values cannot be drawn
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV's rows, also with the semicolons and decimal commas of spreadsheets. Raises UserError if unreadable."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        if separator != ",":
-            text = re.sub(r"(?<=\d),(?=\d)", ".", text)
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
-    except (OSError, csv.Error) as e:
-        raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
-
-
-def read_plane(path: Path, unit: str = "nats") -> Plane:
-    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
-    cells, without, rows = {}, [], read_rows(path)
-    digests = {row.get("data_digest") for row in rows} - {None, ""}
-    for row in rows:
-        for name in SETTINGS:  # of which spreadsheets make TRUE
-            if row.get(name) in ("TRUE", "FALSE"):
-                row[name] = row[name].capitalize()
-        if len(digests) == 1:  # runs of earlier versions have none
-            row["data_digest"] = next(iter(digests))
-        if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
-            without.append(row)
-        else:  # of searched betas each seed has others
-            key = row | {beta: None for beta, rate in TARGETS.items() if row.get(rate)}
-            cells.setdefault(tuple(key.get(name) for name in OF_CELL), []).append(row)
-    if not cells:
-        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
-    plane = Plane([_cell(rows) for rows in cells.values()], folder=path.parent, unit=unit)
-    plane.notes += _notes(plane, without)
-    return plane
-
-
-def _cell(rows: list[dict[str, str]]) -> Cell:
-    repeats = []
-    for row in rows:
-        values = {k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)}
-        values["rate"] = values["kl_y"] + values["kl_z"]
-        values["nelbo"] = values["rate"] - values.get("ll", math.nan)
-        for name in SATURABLE:
-            if values.get(f"{name}_saturated", 0) > 0:
-                values.pop(name, None)
-        repeats.append({k: v for k, v in values.items() if not math.isnan(v)})
-    runs, seeds = (tuple(row.get(name) or "?" for row in rows) for name in ("run", "seed"))
-    settings = {k: v for k, v in rows[0].items() if k in SETTINGS}
-    return Cell(settings, runs, tuple(repeats), seeds)
-
-
-def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
-    """What the table lacks, and what figures cannot show; `without` are the rows without rates."""
-    cells = len(plane.cells)
-    for status in sorted({row.get("status") or "" for row in without}):
-        runs = [row.get("run") or "?" for row in without if (row.get("status") or "") == status]
-        names, why = ", ".join(runs if len(runs) <= 3 else [*runs[:3], "..."]), status or "without status"
-        yield f"{len(runs)} run(s) left out, without rates ({why}): {names}"
-    if repeated := sum(len(cell.runs) > 1 for cell in plane.cells):
-        yield f"{repeated} cell(s) were trained more than once: medians over their runs"
-    if plane.differing:
-        values = "; ".join(f"{n} {', '.join(plane.settings(n))}" for n in plane.differing)
-        apart = "each with a marker (heat maps and image sheets apart)"
-        yield f"the batch mixes settings, {apart}: {values}"
-    saturated = {name: int((plane.values(f"{name}_saturated") > 0).sum()) for name in SATURABLE}
-    for name, count in saturated.items():
-        if count:
-            label = metric(name).label
-            yield f"{label} ({name}) is saturated in {count} of {cells} cells: left out"
-    for rate in ("kl_z", "kl_y"):
-        counts = [cell.collapsed(rate) for cell in plane.cells]
-        if some := sum(0 < n < len(c.runs) for n, c in zip(counts, plane.cells, strict=True)):
-            few = f"{metric(rate).label} < {COLLAPSED} nats in {sum(counts)} run(s)"
-            yield f"in {some} cell(s) some seeds collapse, others do not: {few}"
-    for name in METRICS:
-        missing = int(np.isnan(plane.values(name)).sum())
-        if 0 < missing < cells and not saturated.get(name):
-            yield f"{metric(name).label} ({name}) is missing in {missing} of {cells} cells"

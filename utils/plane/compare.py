@@ -1,5 +1,6 @@
 """Batches against each other: what each reaches at equal rate."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -12,13 +13,10 @@ from utils.files import to_csv, write_text
 from utils.plane.cells import Plane
 from utils.plane.drawing import MARKERS, Drawing, literal, panels, rate_axis, styled, write_drawing
 from utils.plane.figures import draw_seeds
-from utils.plane.gains import UNTESTED, hull, interval, mixed_values, resamples, terms_of, tested_images
-from utils.plane.metrics import metric, value_of
+from utils.plane.gains import UNTESTED, hull, interval, on_others, reach, reached, terms_of
+from utils.plane.metrics import metric
 from utils.plane.tables import Table, cells_of
 
-POINTS = 100  # of the rates that two batches share
-RESAMPLED = 200  # of the resamples, each of which takes frontiers anew
-ENDS = 0.025, 0.975  # of the bootstrap
 COMPARED = {  # columns and headings of the table
     "metric": "metric", "unit": "in", "rate": "at R", "first": "batch", "value": "its best", "second": "other",
     "other": "its best ", "gain": "other is better by", "low": "95 % from", "high": "to", "told": "is it better?",
@@ -26,7 +24,7 @@ COMPARED = {  # columns and headings of the table
 
 
 class Group(NamedTuple):
-    """A metric, of what data and likelihood, and by batch the cells that can be compared."""
+    """A metric, of what data, likelihood and conditions, and by batch the cells that can be compared."""
 
     name: str
     of: str
@@ -34,7 +32,7 @@ class Group(NamedTuple):
 
 
 def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
-    """For each metric the cells of one data set and, where it matters, of one likelihood."""
+    """For each metric the cells that are `comparable`."""
     parts = {}
     for name in names:
         for batch, plane in planes.items():
@@ -59,51 +57,43 @@ def comparisons(parts: Sequence[Group]) -> list[dict]:
 
 
 def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
-    """Two batches at equal rate. The average over rates is the area between the two frontiers."""
+    """Two batches at equal rate: at those of the one with fewer cells, where it is known best."""
     rates, unit = [plane.values("rate") for plane in pair], pair[0].scale(name)
     low, high = max(r.min() for r in rates), min(r.max() for r in rates)
     if not low < high:
         return []
-    at = np.linspace(low, high, POINTS)
+    at = min(([*{*r[(low <= r) & (r <= high)]}] for r in rates), key=len)
+    at = np.sort(at)
+    medians = [np.array([cell.median[name] for cell in plane.cells]) for plane in pair]
+    best = [unit * reached(name, r, values, at) for r, values in zip(rates, medians, strict=True)]
+    of_first = np.arange(sum(map(len, rates))) < len(rates[0])  # of the cells of both
 
-    def best_of(values: Sequence[np.ndarray]) -> np.ndarray:  # (first, second and gain, POINTS)
-        best = [mixed_values(name, r, v, at) for r, v in zip(rates, values, strict=True)]
-        return unit * np.array([*best, metric(name).better * (best[1] - best[0])])
+    def choose(score: np.ndarray) -> np.ndarray:  # (first and other, mixtures and their bound, cells of both)
+        weights = np.zeros((2, 2, len(at), len(score)))
+        for of_batch, r, cells in zip(weights, rates, (of_first, ~of_first), strict=True):
+            of_batch[..., cells] = reach(name, r, score[cells], at)
+        return weights.reshape(4, len(at), -1)
 
-    best = best_of([np.array([cell.median[name] for cell in p.cells]) for p in pair])
-    of_images = np.array([best_of(values)[2] for values in _resampled(name, pair)])
-    by_seed = [[plane.of_seed(name, seed) for plane in pair] for seed in pair[0].seeds]
-    shared = [values for values in by_seed if np.isfinite(np.concatenate(values)).all()]
-    of_seeds = np.reshape([best_of(values)[2] for values in shared], (-1, POINTS))
+    cells = [cell for plane in pair for cell in plane.cells]
+    terms = [t for plane in pair for t in terms_of(plane, name)]
+    values = on_others(name, terms, [cell.seeds for cell in cells], choose)
     parts = {f"{low:.4g} to {high:.4g}": slice(None)}
-    parts |= {f"{at[i]:.4g}": slice(i, i + 1) for i in POINTS * np.arange(1, 4) // 4}
+    parts |= {f"{at[i]:.4g}": slice(i, i + 1) for i in np.arange(1, 4) * len(at) // 4}
     rows = []
     for rate, part in parts.items():
-        numbers = zip(("value", "other", "gain"), best[:, part].mean(1).tolist(), strict=True)
-        row = {"rate": f"{rate} {pair[0].unit}", **dict(numbers), "told": UNTESTED}
-        if len(of_images):
-            differences = of_images[:, part].mean(1), of_seeds[:, part].mean(1)
-            row |= interval(row["gain"], *differences, ENDS, ("better", "worse"))
+        value, other = (float(v[part].mean()) for v in best)
+        row = {"rate": f"{rate} {pair[0].unit}", "value": value, "other": other, "told": UNTESTED}
+        row["gain"] = metric(name).better * (other - value)
+        if values is not None:
+            a, a_most, b, b_most = np.moveaxis(metric(name).better * unit * values[..., part].mean(-1), 2, 0)
+            row |= interval(b - a_most, b_most - a, ("better", "worse")) | {"gain": row["gain"]}
         rows.append(row)
     return rows
 
 
-def _resampled(name: str, pair: tuple[Plane, Plane]) -> list[tuple[np.ndarray, ...]]:
-    terms = [terms_of(plane, [name])[name] for plane in pair]
-    images = tested_images([t for of_batch in terms for t in of_batch])
-    if images is None:
-        return []
-    counts = resamples(len(images), 0)[1 : 1 + RESAMPLED].T
-
-    def values(of_cell: np.ndarray) -> np.ndarray:
-        return np.median(value_of(name, of_cell[:, images] @ counts / len(images)), axis=0)
-
-    return list(zip(*(np.array(list(map(values, of_batch))).T for of_batch in terms), strict=True))
-
-
 def batches(parts: Sequence[Group], about: str) -> Drawing:
     """Each metric against the total rate, with marker, colour and hull of each batch."""
-    several = len({group.of for group in parts}) > 1
+    groups_of = Counter(group.name for group in parts)
     some, rows = next(iter(parts[0].planes.values())), []
     names = dict.fromkeys(batch for group in parts for batch in group.planes)
     looks = dict(zip(names, cycle(MARKERS), strict=False))
@@ -120,7 +110,7 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
             both = {"batch": batch, "of": of}
             rows.extend(both | row for row in cells_of(plane, [name]))
             rows.extend(both | {"what": "hull"} | row for row in corners)
-        ax.set_title(f"{some.title(name)}, {literal(of)}" if several else some.title(name))
+        ax.set_title(f"{some.title(name)}, {literal(of)}" if groups_of[name] > 1 else some.title(name))
         rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
 
     return Drawing(panels(about, parts, draw), rows)

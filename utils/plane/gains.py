@@ -3,23 +3,19 @@
 The best of many cells may only look so by the choice of test images: it is chosen on others.
 """
 
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import t as student
 
-from utils.evaluation.metrics import per_image
+from utils.evaluation.probes import standard_error
 from utils.plane.cells import BETAS, Plane
-from utils.plane.metrics import mean_term, metric, score_of, value_of
+from utils.plane.metrics import DECIBEL, mean_term, metric, score_of, value_of
 
-RESAMPLES = 1000
+SPLITS = 50  # of the test images into halves
 LEAST_IMAGES = 20  # to compare cells by
 UNTESTED = "untested"
-ENDS = 0.005, 0.995  # of the bootstrap: it is too narrow, as the halves, each of which chooses for
-# the other, are not independent, and squared errors are skewed; of equal cells, 0.025 to 0.975
-# leave 0 out in 5 to 10 %, these in 1 to 5 %
 
 
 def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndarray:
@@ -42,25 +38,40 @@ def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndar
     return np.array(corners, int)
 
 
-def mixture(name: str, rate: np.ndarray, score: np.ndarray, most: float) -> dict[int, float]:
-    """The best mixture of rate `most` or less, as weights by index; NaN scores are left out.
+def reach(name: str, rate: np.ndarray, score: np.ndarray, at: Sequence[float]) -> np.ndarray:
+    """Weights (2, rates, N) of points by which these, and others of their kind, reach a score within rates `at`.
 
-    If all have larger rates, the model whose rate is least. `score` (N,) is that of `score_of`.
+    First those of the best mixture, or of the point of least rate where all have more. Then those of what others may
+    reach: the best score is concave in the rate and does not fall, so between two corners of the frontier it is not
+    above the next, nor the lines through the two before and the two after; NaN beyond all. `score` (N,) is that of
+    `score_of`, NaN for points left out.
     """
-    corners = frontier(rate, score, metric(name).mixes)
-    within = np.searchsorted(rate[corners], most, "right")
-    if not metric(name).mixes or within in (0, len(corners)):
-        return {corners[max(within - 1, 0)]: 1.0}
-    a, b = corners[within - 1 : within + 1]
-    share = (rate[b] - most) / (rate[b] - rate[a])
-    return {a: share, b: 1 - share}
+    corners, weights = frontier(rate, score, metric(name).mixes), np.zeros((2, len(at), len(rate)))
+    most = rate[np.isfinite(score)].max()
+    for of_mixture, of_bound, r in zip(*weights, at, strict=True):
+        k = max(int(np.searchsorted(rate[corners], r, "right")), 1)
+        last, above = corners[k - 1], corners[k : k + 2]
+        if r <= rate[last] or not metric(name).mixes:
+            of_mixture[last] = of_bound[last] = 1
+            continue
+        lines = [_line(rate, *ends, r) for ends in (corners[k - 2 : k], above) if len(ends) == 2]
+        of_mixture[:] = _line(rate, last, above[0], r) if len(above) else np.eye(1, len(rate), last)
+        lines.append(np.eye(1, len(rate), above[0] if len(above) else last)[0])
+        of_bound[:] = min(lines, key=lambda line: line @ np.nan_to_num(score)) if r <= most else math.nan
+    return weights
 
 
-def mixed_values(name: str, rate: np.ndarray, value: np.ndarray, at: np.ndarray) -> np.ndarray:
+def _line(rate: np.ndarray, i: int, j: int, r: float) -> np.ndarray:
+    """The weights (N,) of points i and j on the line through both at rate r."""
+    weights, share = np.zeros(len(rate)), (rate[j] - r) / (rate[j] - rate[i])
+    weights[[i, j]] = share, 1 - share
+    return weights
+
+
+def reached(name: str, rate: np.ndarray, value: np.ndarray, at: Sequence[float]) -> np.ndarray:
     """The best value of mixtures of points (N,) within given rates."""
     means = mean_term(name, value)
-    corners = frontier(rate, score_of(name, means))
-    return value_of(name, np.interp(at, rate[corners], means[corners]))
+    return value_of(name, reach(name, rate, score_of(name, means), at)[0] @ means)
 
 
 def hull(plane: Plane, name: str, among: np.ndarray | bool = True) -> list[dict[str, float]]:
@@ -71,36 +82,46 @@ def hull(plane: Plane, name: str, among: np.ndarray | bool = True) -> list[dict[
     rate, value = plane.values("rate")[cells], plane.values(name)[cells]
     # PSNR is not straight between two cells
     at = np.unique([*np.linspace(rate.min(), rate.max(), 300), *rate])
-    points = zip(at.tolist(), mixed_values(name, rate, value, at).tolist(), strict=True)
+    points = zip(at.tolist(), reached(name, rate, value, at).tolist(), strict=True)
     return [{"rate": x, name: v} for x, v in points]
 
 
-def terms_of(plane: Plane, names: Sequence[str]) -> dict[str, list[np.ndarray | None]]:
-    """By metric, each cell's terms (seeds, images), whose mean it is (of PSNR: squared errors).
+def terms_of(plane: Plane, name: str) -> list[np.ndarray | None]:
+    """Each cell's terms (seeds, images), whose mean a metric is (of PSNR: squared errors).
 
-    None for cells whose runs lack them, or have them of other images; those without are noted.
+    None for cells whose runs lack them, or have them of other images.
     """
-    terms, missing = {name: [] for name in names}, 0
-    for cell in plane.cells:
-        runs = [per_image(plane.folder / run) for run in cell.runs] if plane.folder else []
-        missing += not all(runs)
-        betas = {"nelbo": (1.0, 1.0), "loss": [cell.median[name] for name in BETAS]}
-        for run in runs:
-            run["psnr"] = run.get("mse")
-            if {"ll", "kl_y", "kl_z"} <= run.keys():
-                for name, (y, z) in betas.items():
-                    run[name] = y * run["kl_y"] + z * run["kl_z"] - run["ll"]
-        for name in names:
-            rows = [run.get(name) for run in runs]
-            shapes = {None if row is None else row.shape for row in rows}
-            alike = len(shapes) == 1 and None not in shapes
-            terms[name].append(np.stack(rows).astype(np.float64) if alike else None)
-    if missing:
-        plane.notes.append(
-            f"no per_image.npz for {missing} of {len(plane.cells)} cells: what the advice says of "
-            "them is untested; repeat eval_beta_grid.py (steps 1 and 3)"
-        )
+    terms = []
+    for cell, runs in zip(plane.cells, plane.per_image, strict=True):
+        weights = {"nelbo": (1.0, 1.0), "loss": [cell.median[beta] for beta in BETAS]}.get(name)
+        if weights:
+            rows = [_loss(run, *weights) for run in runs]
+        else:
+            rows = [run.get("mse" if name == "psnr" else name) for run in runs]
+        shapes = {None if row is None else row.shape for row in rows}
+        alike = len(shapes) == 1 and None not in shapes
+        terms.append(np.stack(rows).astype(np.float64) if alike else None)
     return terms
+
+
+def _loss(run: dict[str, np.ndarray], beta_y: float, beta_z: float) -> np.ndarray | None:
+    known = {"ll", "kl_y", "kl_z"} <= run.keys()
+    return beta_y * run["kl_y"] + beta_z * run["kl_z"] - run["ll"] if known else None
+
+
+def errors(plane: Plane, name: str) -> np.ndarray:
+    """Standard errors (N,) of a metric's `values`: over a cell's seeds, of a single one over its test images."""
+    result = np.full(len(plane.cells), math.nan)
+    for i, cell in enumerate(plane.cells):
+        of_runs = np.array([row[name] for row in cell.repeats if name in row])
+        one = cell.median.get(f"{name}_se", math.nan)
+        result[i] = standard_error(of_runs) if len(of_runs) > 1 else one
+    for i in np.flatnonzero(np.isnan(result)):
+        (terms,) = terms_of(plane.where(np.arange(len(result)) == i), name)
+        if terms is not None:
+            slope = -DECIBEL / terms.mean() if name == "psnr" else 1
+            result[i] = slope * standard_error(terms[0])
+    return plane.scale(name) * result
 
 
 def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
@@ -111,80 +132,79 @@ def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
     return images if len(images) >= LEAST_IMAGES else None
 
 
-@functools.lru_cache(maxsize=4)
-def resamples(n: int, key: int) -> np.ndarray:
-    """How often each of n images is drawn, (1 + RESAMPLES, n); once each in the first row."""
-    counts = np.random.default_rng(key).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    return np.concatenate([np.ones((1, n)), counts])
+def on_others(name: str, terms: Sequence, seeds: Sequence[tuple], choose: Callable) -> np.ndarray | None:
+    """Values (SPLITS, seeds, K, rates) of mixtures that are chosen on other images and seeds; None if untestable.
 
-
-def interval(value: float, resampled, of_seeds, ends: tuple, words: tuple[str, str]) -> dict:
-    """The 95 % interval of a difference, and what it says, in `words` for better and for worse.
-
-    To the `ends`, quantiles over resampled images (R,), Student's interval over those of several
-    seeds (S,) is added in squares. Of a single seed, it is over images only and says no more.
+    Mixtures are weights (K, rates, N) that `choose` gives for scores (N,) of one half of the test images. They are
+    reported on the other, for random halves; if all cells share several seeds, also chosen on all but one and reported
+    on that one, in turn. `terms` (see `terms_of`) and `seeds` are of each cell.
     """
-    n, of_mean = len(of_seeds), 0.0
-    if n > 1:
-        of_mean = float(student.ppf(0.975, n - 1) * np.std(of_seeds, ddof=1) / math.sqrt(n))
-    below, above = (math.hypot(v, of_mean) for v in np.quantile(resampled, ends) - value)
-    low, high = value - below, value + above
-    if low <= 0 <= high:
-        seeds = " and seeds" if n > 1 else ""
-        told = f"no difference that these images{seeds} show"
+    if (images := tested_images(terms)) is None:
+        return None
+    shared = [s for s in dict.fromkeys(seeds[0]) if all(s in of_cell for of_cell in seeds)]
+    folds = [(slice(None), slice(None))]
+    if (n := len(shared)) > 1:
+        terms = [t[[of_cell.index(s) for s in shared]] for t, of_cell in zip(terms, seeds, strict=True)]
+        folds = [(np.arange(n) != k, slice(k, k + 1)) for k in range(n)]
+    rng, of_images = np.random.default_rng(0), np.arange(len(images))
+    half = np.array([rng.permutation(of_images) < len(images) // 2 for _ in range(SPLITS)], float).T
+    # by cell, (seeds, SPLITS) each
+    here, there = ([t[:, images] @ part / part.sum(0) for t in terms] for part in (half, 1 - half))
+    values = []
+    for others, one in folds:
+        scores = score_of(name, np.array([np.median(means[others], 0) for means in here]).T)
+        reported = np.array([np.median(means[one], 0) for means in there]).T
+        values.append([value_of(name, choose(s) @ means) for s, means in zip(scores, reported, strict=True)])
+    return np.swapaxes(values, 0, 1)
+
+
+def interval(least: np.ndarray, most: np.ndarray, words: tuple[str, str]) -> dict[str, float | str]:
+    """A gain between what is `least` and `most`, (SPLITS, seeds): its 95 % interval, and what it says, in `words`.
+
+    Halves overlap from split to split, so their mean has the error of Nadeau & Bengio (2003), which of a choice that is
+    always the same is that of all images. Student's interval over several seeds is added in squares.
+    """
+    ends = []
+    for gains in (least, most):
+        n, of_seeds = gains.shape[1], 0.0
+        of_images = student.ppf(0.975, SPLITS - 1) * math.sqrt(1 + 1 / SPLITS) * np.std(gains.mean(1), ddof=1)
+        if n > 1:
+            of_seeds = student.ppf(0.975, n - 1) * np.std(gains.mean(0), ddof=1) / math.sqrt(n)
+        ends.append((gains.mean(), math.hypot(of_images, of_seeds)))
+    (below, width), (mean, half) = ends
+    # differences of equal numbers are not exactly 0
+    low, gain, over_mixtures, high = (round(float(v), 9) + 0.0 for v in (below - width, mean, mean - half, mean + half))
+    if not math.isfinite(low):  # nothing is known of what is more
+        return {"gain": gain, "high": high, "told": UNTESTED}
+    if low > 0 or high < 0:
+        told = words[low <= 0] + ("" if n > 1 else " (one seed)")
+    elif over_mixtures > 0:
+        told = "unclear: rates too far apart"
     else:
-        told = (words[0] if low > 0 else words[1]) + ("" if n > 1 else " (one seed)")
-    return {"low": float(low), "high": float(high), "told": told}
+        told = f"no difference that these images{' and seeds' if n > 1 else ''} show"
+    return {"gain": gain, "low": low, "high": high, "told": told}
 
 
 def gain(name: str, terms: Sequence, seeds: Sequence[tuple], among, few, rates) -> dict:
-    """The best of the cells in the mask `among` (N,) against the `mixture` of `few` at its rate.
+    """By how much the best of the cells in the mask `among` (N,) is better than the `few` at its rate.
 
-    Columns of the advice, and the cells that were `chosen`; empty if untestable. Chosen on one
-    half of the test images and reported on the other, both ways, and averaged (Cawley & Talbot
-    2010), with the interval of a paired bootstrap over images. If all cells share several seeds,
-    also chosen on all but one and reported on that one, in turn. `terms` (see `terms_of`), `seeds`
-    and `rates` are of each cell.
+    The `interval` of choosing on some images and reporting on others (see `on_others`), and the cells that were
+    `chosen`; empty if untestable. At most it is the gain over mixtures of the few, at least that over what others
+    between these can reach.
     """
-    cells = np.flatnonzero(among | few).tolist()
-    images = tested_images([terms[i] for i in cells]) if among.any() and few.any() else None
-    if images is None:
+    cells = np.flatnonzero(among | few)
+    if not among.any() or not few.any():
         return {}
-    terms, folds = _folds({i: (terms[i], seeds[i]) for i in cells})
-    halves = np.array_split(np.random.default_rng(0).permutation(images), 2)
-    pairs, compared, chosen = [], [], set()
-    for half, (choosing, reporting) in enumerate((halves, halves[::-1])):
-        counts = resamples(len(reporting), half).T
-        by_seed = [of_cell[:, choosing].mean(1) for of_cell in terms.values()]
-        for others, one in folds:
-            score = np.full(len(rates), math.nan)
-            score[cells] = [score_of(name, np.median(means[others])) for means in by_seed]
-            best = np.lexsort((rates, np.where(among, -score, np.inf)))[0]
-            weights = mixture(name, rates, np.where(few, score, math.nan), rates[best])
-            means = {i: terms[i][:, reporting] @ counts / len(reporting) for i in {best, *weights}}
-            means = {i: np.median(of_seeds[one], axis=0) for i, of_seeds in means.items()}
-            mixed = sum(weight * means[i] for i, weight in weights.items())
-            pairs.append([value_of(name, means[best]), value_of(name, mixed)])
-            compared.append(sum(weight * rates[i] for i, weight in weights.items()))
-            chosen.add(int(best))
-    # (seeds, resamples) each
-    values, others = np.array(pairs).reshape(2, len(folds), 2, -1).mean(0).swapaxes(0, 1)
-    gains = metric(name).better * (values - others)
-    mean, of_seeds = gains.mean(0), 0.0
-    if len(folds) > 1:
-        of_seeds = np.std(values[:, 0], ddof=1) / math.sqrt(len(folds))
-    numbers = {"value": values[:, 0].mean(), "diagonal_value": others[:, 0].mean()}
-    numbers |= {"se": math.hypot(np.std(values[:, 1:].mean(0)), of_seeds)}
-    numbers |= {"diagonal_rate": np.mean(compared), "gain": mean[0] + 0.0}
-    told = interval(mean[0], mean[1:], gains[:, 0], ENDS, ("yes", "no, worse"))
-    return {n: float(v) for n, v in numbers.items()} | told | {"chosen": sorted(chosen)}
+    is_among, is_few, rate, chosen = among[cells], few[cells], rates[cells], set()
 
+    def choose(score: np.ndarray) -> np.ndarray:
+        best = np.lexsort((rate, np.where(is_among, -score, np.inf)))[0]
+        chosen.add(int(cells[best]))
+        ordinary = reach(name, rate, np.where(is_few, score, math.nan), [rate[best]])
+        return np.concatenate([np.eye(1, len(cells), best)[None], ordinary])
 
-def _folds(cells: dict[int, tuple[np.ndarray, tuple]]) -> tuple[dict, list[tuple]]:
-    first, *_ = (seeds for _, seeds in cells.values())
-    shared = [s for s in dict.fromkeys(first) if all(s in seeds for _, seeds in cells.values())]
-    n = len(shared)
-    if n < 2:
-        return {i: terms for i, (terms, _) in cells.items()}, [(slice(None), slice(None))]
-    terms = {i: of[[seeds.index(s) for s in shared]] for i, (of, seeds) in cells.items()}
-    return terms, [(np.arange(n) != k, slice(k, k + 1)) for k in range(n)]
+    values = on_others(name, [terms[i] for i in cells], [seeds[i] for i in cells], choose)
+    if values is None:
+        return {}
+    best, mixed, bound = metric(name).better * np.moveaxis(values[..., 0], 2, 0)
+    return interval(best - bound, best - mixed, ("yes", "no, worse")) | {"chosen": sorted(chosen)}

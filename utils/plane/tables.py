@@ -142,7 +142,7 @@ def _model(cell: Cell) -> list:
 def _row(plane: Plane, pair: tuple[Cell, Cell]) -> dict[str, str | float]:
     losses = [np.array([row.get("loss", math.nan) for row in cell.repeats]) for cell in pair]
     errors = [standard_error(of_seeds) for of_seeds in losses]
-    a, b = terms_of(Plane([*pair], folder=plane.folder), ["loss"])["loss"]
+    a, b = terms_of(Plane([*pair], folder=plane.folder), "loss")
     if a is not None and b is not None and a.shape[1] == b.shape[1]:
         errors.append(standard_error(a.mean(0) - b.mean(0)))  # over the images, which they share
     errors = [se for se in errors if math.isfinite(se)]

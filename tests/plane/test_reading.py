@@ -1,12 +1,16 @@
 """Reading a batch's table as cells."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 from numpy.testing import assert_array_equal
 from pytest import approx
 
 from tests.plane.planes import HEADER, grid, plane_of, read_csv, rows_of, write_csv
-from utils.plane.cells import read_plane
+from utils.files import digest_of, write_json
+from utils.plane.compare import groups
+from utils.plane.reading import read_plane
 
 MORE = ["multi_rate", "use_conv_z", "data_digest"]  # columns
 
@@ -70,3 +74,42 @@ def test_kinds_whose_names_are_cut_off_alike_are_kept_apart():
     plane = plane_of(grid([1, 2]), *kinds)
     assert [mask.nonzero()[0].tolist() for mask in plane.kinds.values()] == [[0], [1], [2], [3]]
     assert list(plane.kinds) == list(plane.grids) and max(map(len, plane.kinds)) < 130
+
+
+def test_a_run_that_was_trained_or_evaluated_again_is_not_shown_by_its_old_row():
+    rows = rows_of([1, 2])
+    for row in rows:
+        run = Path("runs/b", row["run"])
+        run.mkdir(parents=True)
+        (run / "vae.pth").write_bytes(b"weights")
+        known = {name: row[name] for name in ("ll", "kl_y", "kl_z")}
+        write_json(run / "metrics.json", known | {"weights": digest_of(run / "vae.pth")})
+    path = write_csv(rows)
+    assert len(read_plane(path).cells) == 4 and not read_plane(path).notes
+    Path("runs/b", rows[0]["run"], "vae.pth").write_bytes(b"others")
+    write_json(Path("runs/b", rows[1]["run"], "metrics.json"), known | {"ll": known["ll"] + 1})
+    plane = read_plane(path)
+    assert [cell.runs[0] for cell in plane.cells] == [row["run"] for row in rows[2:]]
+    assert (
+        plane.notes[0].startswith(f"2 run(s) ({rows[0]['run']}, {rows[1]['run']}) left out") and len(plane.notes) == 1
+    )
+
+
+def test_results_that_were_computed_otherwise_are_not_compared():
+    """Of one batch, those like most stay, with a note for each kind; two batches are compared where they are alike."""
+    names = ["probe_images", "fid", "fid_features", "recons_acc"]
+    rows = [row | dict(zip(names, (500, 1.0, "a", 0.5), strict=True)) for row in rows_of([1, 2])]
+    for row, classifier in zip(rows, ("one", "one", "one", "two"), strict=True):
+        Path("runs/b", row["run"]).mkdir(parents=True)
+        write_json(Path("runs/b", row["run"], "metrics.json"), {"classifiers": {"recons": classifier}})
+    rows[0] |= {"probe_images": 100}
+    rows[1] |= {"fid_features": "b"}
+    plane = read_plane(write_csv(rows, header=names))
+    for name, i in (("lr_acc_mean", 0), ("fid", 1), ("recons_acc", 3)):
+        assert np.flatnonzero(np.isnan(plane.values(name))).tolist() == [i]
+    texts = "probe_images 100, others with probe_images 500", "fid_features b, others", "classifier two, others"
+    assert all(any(text in note for note in plane.notes) for text in texts)
+    assert np.isfinite(plane.values("psnr")).all()  # of step 1 all are alike
+    other = read_plane(write_csv([row | {"probe_images": 100} for row in rows_of([1, 2])], "c", header=names))
+    for name, alike in (("lr_acc_mean", False), ("psnr", True)):
+        assert (len(groups({"b": plane, "c": other}, [name])) == 1) == alike

@@ -1,0 +1,155 @@
+"""A batch's eval_results.csv, read into a Plane: with notes on what it lacks, and on what is left out and why."""
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from models.tables import COLLAPSED
+from utils.errors import UserError
+from utils.evaluation.metrics import STEP_OF, columns_of, conditions_of, read_metrics
+from utils.files import digest_of
+from utils.plane.cells import BETAS, OF_CELL, OF_DATA, SATURABLE, SETTINGS, TARGETS, Cell, Plane, number
+from utils.plane.metrics import METRICS, metric
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A CSV's rows, also with the semicolons and decimal commas of spreadsheets. Raises UserError if unreadable."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        if separator != ",":
+            text = re.sub(r"(?<=\d),(?=\d)", ".", text)
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+    except (OSError, csv.Error) as e:
+        raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+
+
+def read_plane(path: Path, unit: str = "nats") -> Plane:
+    """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
+    cells, without, rows = {}, [], read_rows(path)
+    digests = {row.get("data_digest") for row in rows} - {None, ""}
+    for row in rows:
+        for name in SETTINGS:  # of which spreadsheets make TRUE
+            if row.get(name) in ("TRUE", "FALSE"):
+                row[name] = row[name].capitalize()
+        if len(digests) == 1:  # runs of earlier versions have none
+            row["data_digest"] = next(iter(digests))
+    stale = [row for row in rows if _is_stale(path.parent / (row.get("run") or "?"), row)]
+    rows = [row for row in rows if row not in stale]
+    conditions, notes = _conditions(rows, path.parent)
+    for row, of_row in zip(rows, conditions, strict=True):
+        if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
+            without.append(row)
+        else:  # of searched betas each seed has others
+            key = row | {beta: None for beta, rate in TARGETS.items() if row.get(rate)}
+            cells.setdefault(tuple(key.get(name) for name in OF_CELL), []).append((row, of_row))
+    if not cells and not stale:
+        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
+    if stale:
+        notes.append(f"{_names(stale)} left out: not as they were evaluated; repeat eval_beta_grid.py")
+    if not cells:
+        raise UserError(f"{path}: {notes[-1]}")
+    plane = Plane([_cell(*zip(*of_cell, strict=True)) for of_cell in cells.values()], folder=path.parent, unit=unit)
+    plane.notes += [*notes, *_notes(plane, without)]
+    return plane
+
+
+def _is_stale(folder: Path, row: dict[str, str]) -> bool:
+    """Whether a run was trained or evaluated again since its row was written; not known without its files."""
+    weights = digest_of(folder / "vae.pth")
+    try:
+        metrics = read_metrics(folder)
+    except UserError:
+        return False
+    pairs = [(number(row.get(name)), metrics[name]) for name in ("ll", "kl_y", "kl_z") if name in metrics]
+    other = any(not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs if not math.isnan(a))
+    return other or None not in (weights, metrics.get("weights")) and weights != metrics["weights"]
+
+
+def _conditions(rows: list[dict[str, str]], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """What each row's steps were computed with, by step, and notes.
+
+    Of a data set's rows, those computed otherwise than most lose the step's values.
+    """
+    conditions, notes, of_data = [{} for _ in rows], [], [tuple(map(row.get, OF_DATA)) for row in rows]
+    classifiers = [_classifiers(folder / (row.get("run") or "?")) for row in rows]
+    for step in dict.fromkeys(STEP_OF.values()):
+        columns, digests = columns_of(step), {of_run.get(step) for of_run in classifiers} - {None}
+        there = [i for i, row in enumerate(rows) if any(map(row.get, columns))]
+        for i in there:
+            words = [f"{name} {rows[i][name]}" for name in conditions_of(step) if rows[i].get(name)]
+            digest = next(iter(digests)) if len(digests) == 1 else classifiers[i].get(step)  # old runs have none
+            conditions[i][step] = ", ".join(words + [f"classifier {digest}"] * bool(digest))
+        counts = Counter((of_data[i], conditions[i][step]) for i in there).most_common()
+        usual = {data: text for (data, text), _ in reversed(counts)}
+        for text in dict.fromkeys(text for (data, text), _ in counts if text != usual[data]):
+            left_out = [i for i in there if conditions[i][step] == text != usual[of_data[i]]]
+            why = f"computed with {text or 'less'}, others with {usual[of_data[left_out[0]]] or 'less'}"
+            notes.append(f"{step} of {_names([rows[i] for i in left_out])} left out: {why}")
+            for i in left_out:
+                rows[i] |= dict.fromkeys(columns, "")
+    return conditions, notes
+
+
+def _classifiers(run: Path) -> dict[str, str]:
+    """The beginning of the digest of the first classifier behind each step of a run that tells it."""
+    try:
+        return {step: digest[:8] for step, digest in read_metrics(run).get("classifiers", {}).items()}
+    except UserError:
+        return {}
+
+
+def _names(rows: list[dict[str, str]]) -> str:
+    """How many runs these are, and the names of the first."""
+    names = [row.get("run") or "?" for row in rows]
+    return f"{len(rows)} run(s) ({', '.join(names if len(rows) <= 3 else [*names[:3], '...'])})"
+
+
+def _cell(rows: tuple[dict[str, str], ...], conditions: tuple[dict[str, str], ...]) -> Cell:
+    repeats = []
+    for row in rows:
+        values = {k: number(v) for k, v in row.items() if k and (k not in SETTINGS or k in BETAS)}
+        values["rate"] = values["kl_y"] + values["kl_z"]
+        values["nelbo"] = values["rate"] - values.get("ll", math.nan)
+        for name in SATURABLE:
+            if values.get(f"{name}_saturated", 0) > 0:
+                values.pop(name, None)
+        repeats.append({k: v for k, v in values.items() if not math.isnan(v)})
+    runs, seeds = (tuple(row.get(name) or "?" for row in rows) for name in ("run", "seed"))
+    settings = {k: v for k, v in rows[0].items() if k in SETTINGS}
+    merged = {step: text for of_run in conditions for step, text in of_run.items()}
+    return Cell(settings, runs, tuple(repeats), seeds, merged)
+
+
+def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
+    """What the table lacks, and what figures cannot show; `without` are the rows without rates."""
+    cells = len(plane.cells)
+    for status in sorted({row.get("status") or "" for row in without}):
+        runs = [row for row in without if (row.get("status") or "") == status]
+        yield f"{_names(runs)} left out, without rates: {status or 'without status'}"
+    if repeated := sum(len(cell.runs) > 1 for cell in plane.cells):
+        yield f"{repeated} cell(s) were trained more than once: medians over their runs"
+    if plane.differing:
+        values = "; ".join(f"{n} {', '.join(plane.settings(n))}" for n in plane.differing)
+        apart = "each with a marker (heat maps and image sheets apart)"
+        yield f"the batch mixes settings, {apart}: {values}"
+    saturated = {name: int((plane.values(f"{name}_saturated") > 0).sum()) for name in SATURABLE}
+    for name, count in saturated.items():
+        if count:
+            label = metric(name).label
+            yield f"{label} ({name}) is saturated in {count} of {cells} cells: left out"
+    for rate in ("kl_z", "kl_y"):
+        counts = [cell.collapsed(rate) for cell in plane.cells]
+        if some := sum(0 < n < len(c.runs) for n, c in zip(counts, plane.cells, strict=True)):
+            few = f"{metric(rate).label} < {COLLAPSED} nats in {sum(counts)} run(s)"
+            yield f"in {some} cell(s) some seeds collapse, others do not: {few}"
+    for name in METRICS:
+        missing = int(np.isnan(plane.values(name)).sum())
+        if 0 < missing < cells and not saturated.get(name):
+            yield f"{metric(name).label} ({name}) is missing in {missing} of {cells} cells"
