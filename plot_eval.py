@@ -34,8 +34,9 @@ def parse_args(argv=None):
     add("--metrics", nargs="+", help=text)
     add_moved_flag(parser)
     add("--out", type=Path, help="output folder (default: figures/ in the batch's folder)")
-    formats, text = ("png", "pdf"), "file formats (default: png pdf)"
-    add("--format", nargs="+", choices=formats, default=formats, help=text)
+    formats, text = ("png", "pdf", "tex"), "formats of figures, and tex of tables (default: png pdf)"
+    add("--format", nargs="+", choices=formats, default=formats[:2], help=text)
+    add("--no_header", action="store_true", help="leave out what figures say above of data, epochs and cells")
     text = "samples and reconstructions shown per cell (default: 4)"
     add("--images", type=partial(whole, most=100), default=4, help=text)
     text = "also draw the rate plane at a glance, as for a README"
@@ -53,6 +54,8 @@ def main(argv=None) -> int:
     """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
+    from utils.plane.drawing import Output
+
     if args.traverse:
         from utils.explore import load
         from utils.plane.traversals import traverse
@@ -63,21 +66,21 @@ def main(argv=None) -> int:
             paths = list(filter(is_cell, paths))
         cells = [load(path, args.data_dir, device, args.dataset) for path in paths]
         folder = args.out or paths[0].resolve().parent / "figures" / "traversals"
-        traverse(cells, folder, args.format, args.images)
+        traverse(cells, Output(folder, args.format, not args.no_header), args.images)
         return 0
-    folders = {name: batch_folder(args.runs_dir, name) for name in args.run_batch_name}
+    folders = [batch_folder(args.runs_dir, name) for name in dict.fromkeys(args.run_batch_name)]
     from utils.plane.metrics import wanted
     from utils.plane.reading import read_plane
 
-    files = {name: folder / "eval_results.csv" for name, folder in folders.items()}
-    planes = {name: read_plane(path, args.rate_unit) for name, path in files.items()}
-    plane = planes[args.run_batch_name[0]]
-    out, names = args.out or plane.folder / "figures", wanted(plane.names, args.metrics)
-    check_writable(out, "--out")
+    planes = [read_plane(folder / "eval_results.csv", args.rate_unit) for folder in folders]
+    plane = planes[0]
+    names = wanted(plane.names, args.metrics)
+    out = Output(args.out or plane.folder / "figures", args.format, not args.no_header)
+    check_writable(out.folder, "--out")
     if len(planes) > 1:
         from utils.plane.compare import write_comparison
 
-        print(write_comparison(out, args.format, planes, names or ["rate"]), end="")
+        print(write_comparison(out, planes, names or ["rate"]), end="")
         return 0
     from datasets.loading import load_data
     from utils.plane.report import Options, write_report
@@ -87,7 +90,7 @@ def main(argv=None) -> int:
 
     limits = {"rate": args.max_rate, "kl_z": args.max_rate_z, "kl_y": args.max_rate_y}
     budget = {name: most for name, most in limits.items() if most is not None}
-    options = Options(args.format, args.metrics, budget, args.images, args.overview)
+    options = Options(args.metrics, budget, args.images, args.overview)
     write_report(out, plane, options, device, data_of)
     return 0
 

@@ -120,5 +120,5 @@ def test_two_batches_are_drawn_and_told(passes, refused):
     names = {path.name for path in Path("runs/a/figures").iterdir()}
     assert names == {f"compare_b_c{end}" for end in (".png", ".csv", "_table.csv", "_table.md")}
     drawn = {(row["batch"], row["of"]) for row in read_csv("runs/a/figures/compare_b_c.csv")}
-    assert drawn == {("a", "Digits"), ("b", "Digits"), ("c", "MNIST")}
+    assert drawn == {("a", "Digits"), ("b", "Digits"), ("dataset MNIST", "MNIST")}
     assert "runs/nope/eval_results.csv" in refused(plot_eval.main, "--run_batch_name", "a", "nope")

@@ -1,6 +1,8 @@
 """How the figures look, and that they show what they are given."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from matplotlib.text import Text
@@ -10,9 +12,11 @@ from pytest import approx
 import plot_eval
 from tests.plane.planes import AXIS, exponential, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane import figures
-from utils.plane.drawing import COLUMN, TEXT, Grid, styled
+from utils.plane.cells import Plane
+from utils.plane.drawing import BETA_Y, BETA_Z, COLUMN, TEXT, Grid, Output, styled, write_drawing
 from utils.plane.reading import read_plane
 from utils.plane.sheets import Pictures, sheet, sheets
+from utils.plane.slopes import slopes
 from utils.plane.tables import Table
 
 XYZ = [[0.412, 0.358, 0.180], [0.213, 0.715, 0.072], [0.019, 0.119, 0.950]]  # of linear RGB
@@ -40,7 +44,7 @@ def test_what_is_only_known_between_two_ends_is_a_bar():
     rows = [exponential(1, bz) | both for bz, both in zip(AXIS, ends, strict=True)]
     for draw in (figures.total_rates, figures.against_rate_z):
         figure, data = draw(plane_of(rows, unit="bits"), ["mi_z_low"])
-        (bars,) = [c for c in figure.axes[0].collections if hasattr(c, "get_segments")]
+        (bars,) = [c for c in figure.axes[0].collections if c.get_label() == "at least to at most"]
         drawn = np.array([segment[:, 1] for segment in bars.get_segments()])
         assert_allclose(drawn, [[*both.values()] / np.log(2) for both in ends])
         assert "mi_z_high" in data[0]
@@ -106,6 +110,16 @@ def test_every_figure_comes_with_what_it_shows(passes):
     assert values == [("median", "30.5"), ("seed", "21.0"), ("seed", "40.0")]
     assert float(one[0]["R(z) (bits)"]) == approx(exponential(1, 1)["kl_z"] / math.log(2))
     assert {"hull of all cells", "hull of beta_y = beta_z"} <= {r["what"] for r in rows}
+    passes(plot_eval.main, "--run_batch_name", "b", *flags[2:], "--no_header", "--format", "tex")
+    advice = Path("runs/b/figures/advice.tex").read_text()
+    assert advice.startswith(r"\begin{tabular}") and not Path("runs/b/figures/total_rate.png").exists()
+
+
+def test_a_figure_says_what_it_is_of_unless_it_should_not():
+    for header in (True, False):
+        drawing = figures.total_rates(plane_of(grid([0.1, 1])), ["ll"])
+        write_drawing(Output(Path(), ["png"], header), "figure", drawing)
+        assert ("4 cells" in drawing.figure.get_suptitle()) == header
 
 
 def test_cells_of_mixed_settings_have_markers_and_sheets_of_their_own():
@@ -137,6 +151,55 @@ def test_of_many_settings_each_keeps_its_marker_in_every_panel():
     assert all(looks[0][label] == path for label, path in looks[1].items())
 
 
+def test_cells_of_rates_that_were_asked_for_have_a_sheet_over_these_rates():
+    given, rows = grid([0.1, 1]), [exponential(by, 0.3) for by in (0.2, 0.7, 0.8)]
+    asked = [{"target_rate_y": "9", "target_rate_z": "2"}, {"target_rate_y": "5", "target_rate_z": "2"}]
+    plane = plane_of(given + rows, *[{}] * 4, *asked, {"target_rate_y": "5"}, unit="bits")
+    images = {i: np.full((2, 2, 3), i / 8) for i in range(7)}
+    drawings = sheets(plane, Pictures({"samples": images}, {}))
+    axes = {name: drawing.figure.axes[0] for name, drawing in drawings.items()}
+    of_y = {name: [ax.get_ylabel(), *(text.get_text() for text in ax.get_yticklabels())] for name, ax in axes.items()}
+    label = "R(y|z) (bits) asked for"
+    assert of_y["samples"] == [BETA_Y, "0.1", "1"] and of_y["samples_asked_y"] == [label, "7.21"]
+    assert of_y["samples_asked_y_z"] == [label, "7.21", "13"]
+    assert axes["samples_asked_y"].get_xlabel() == BETA_Z and len(slopes(plane)) == 4  # of no grid
+
+
+def test_cells_that_score_the_same_are_all_marked():
+    plane = plane_of(grid([0.1, 1], recons_acc=lambda row: 0.5 + 0.4 * (row["beta_z"] == 1)))
+    assert plane.ties("recons_acc").tolist() == [1, 3] and not len(plane.ties("kl_z"))
+    stars = [c for c in figures.rate_planes(plane, ["recons_acc"]).figure.axes[0].lines if c.get_marker() == "*"]
+    assert len(stars[0].get_xdata()) == 2
+    frames = figures.heat_maps(plane, ["recons_acc"]).figure.axes[2].patches
+    assert sorted(frame.get_xy() for frame in frames) == [(0.5, -0.5), (0.5, 0.5)]
+    texts = [text.get_text() for text in figures.heat_maps(plane, ["recons_acc"]).figure.axes[2].texts]
+    assert texts == ["0.500", "0.900"] * 2
+
+
+def test_bars_are_standard_errors_over_seeds_or_of_one_over_its_images():
+    rows = [exponential(1, bz) | {"psnr": 20.0, "psnr_se": 0.25} for bz in (0.1, 1)]
+    plane = plane_of(rows)
+    cell, other = plane.cells
+    several = replace(
+        cell, runs=("a", "b"), seeds=("1", "2"), repeats=(*cell.repeats, cell.repeats[0] | {"psnr": 21.0})
+    )
+    for cells, ends, of in (
+        ([cell, other], [0.25, 0.25], "one seed's images"),
+        ([several, other], [0.5, 0.25], "seeds, or one seed's images"),
+        ([several], [0.5], "seeds"),
+    ):
+        ax = figures.total_rates(Plane(cells), ["psnr"]).figure.axes[0]
+        (bars,) = [c for c in ax.collections if c.get_label() == f"standard error over {of}"]
+        assert_allclose([np.ptp(segment[:, 1]) / 2 for segment in bars.get_segments()], ends)
+        assert ax.get_ylabel() == "PSNR (dB)"
+
+
+def test_the_colours_of_rates_are_logarithmic():
+    plane = plane_of([exponential(1, 1) | {"kl_z": r} for r in (0.0, 1.0, 10.0)])
+    norm = figures.rate_norm(plane, "kl_z")
+    assert (norm(0.0), norm(0.1), norm(1.0), norm(10.0)) == approx((0, 0, 0.5, 1))
+
+
 def test_the_grid_puts_each_cell_in_its_place():
     image = Grid([1, 10, 1], [0.1, 0.1, 5]).image([1.0, 2.0, 3.0])
     assert_array_equal(image, [[1, 3], [2, np.nan]])
@@ -144,6 +207,22 @@ def test_the_grid_puts_each_cell_in_its_place():
     canvas = figure.axes[0].images[0].get_array()
     assert canvas.shape == (12, 16, 3) and (canvas[8:, :6] == 0).all()
     assert (canvas[:4, 10:] == 0.5).all() and (canvas[:4, :6] == 1).all()
+
+
+def test_tables_for_latex_have_errors_behind_their_values():
+    headings = {"metric": "metric_a", "value": "best", "se": "+-", "n": "R(y|z)", "rate": "<R>", "empty": "e"}
+    rows = [{"metric": "50 %", "value": 719.34, "se": 0.5, "n": 3, "rate": 0.012345, "empty": None}]
+    rows.append({"metric": "b", "value": 0.81449, "se": 0.0042, "n": 2, "rate": 12345.6})
+    assert Table(rows, headings).latex().splitlines() == [
+        r"\begin{tabular}{lrrr}",
+        r"\toprule",
+        r"metric\_a & best & R(y$|$z) & $<$R$>$ \\",
+        r"\midrule",
+        r"50 \% & $719.3 \pm 0.5$ & 3 & $0.0123$ \\",
+        r"b & $0.814 \pm 0.004$ & 2 & $12300$ \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
 
 
 def test_tables_as_markdown():

@@ -124,5 +124,5 @@ def test_every_column_has_its_unit_and_only_its_own_bound():
     bounded = [any("bound from R(z)" in line.get_label() for line in ax.lines) for ax in axes]
     assert [names[i] for i in np.flatnonzero(bounded)] == ["mi_q_mc", "lr_acc_mean_sample"]
     assert [name for name in names if plane.title(name).endswith("(nats)")] == in_nats
-    assert plane.title("lr_acc_mean_sample_y") == "logistic regression on samples of y"
+    assert plane.title("lr_acc_mean_sample_y") == "accuracy of logistic regression on samples of y"
     assert plane.title("mi_q_mc_y_se") == "standard error of I(y; label) (nats)"

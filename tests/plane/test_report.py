@@ -16,6 +16,7 @@ import train
 from tests.conftest import TINY
 from tests.plane.planes import plane_of, rows_of, write_csv
 from utils.cli import grid_configs
+from utils.plane.drawing import Output
 from utils.plane.explorer import EMPTY, rate_plane
 from utils.plane.metrics import metric
 from utils.plane.reading import read_plane
@@ -59,7 +60,7 @@ def batches(tmp_path_factory):
         plane = read_plane(write_csv(rows, "known", header=["psnr_se", "fid", HOSTILE]))
         plane.notes, out = [HOSTILE], plane.folder / "figures"
         out.mkdir()
-        tables = write_tables(out, plane, ["psnr", "fid"], [], [], [])
+        tables = write_tables(Output(out), plane, ["psnr", "fid"], [], [], [])
         (out / "report.html").write_text(page(plane, ["psnr_se", "is_mean"], tables, {}, Pictures({}, {})))
     return folder / "runs"
 

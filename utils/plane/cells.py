@@ -189,6 +189,12 @@ class Plane:
         cells = np.flatnonzero(np.isfinite(values) & among)
         return max(cells, key=lambda i: (values[i], -rate[i]), default=None)
 
+    def ties(self, name: str) -> np.ndarray:
+        """The indices of the best cell and of those that score the same; none if it has no better way."""
+        best = self.best(name) if metric(name).better else None
+        values = self.values(name)
+        return np.flatnonzero(np.isclose(values, np.nan if best is None else values[best], rtol=1e-9, atol=0))
+
 
 def number(text: str | None) -> float:
     """A field of a CSV; NaN if it is no number, not finite, or 1e30 or more in magnitude."""

@@ -2,17 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import cycle
-from pathlib import Path
+from itertools import combinations, cycle
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from utils.files import to_csv, write_text
-from utils.plane.cells import Plane
-from utils.plane.drawing import MARKERS, Drawing, literal, panels, rate_axis, styled, write_drawing
-from utils.plane.figures import draw_seeds
+from utils.plane.cells import OF_GRID, Plane
+from utils.plane.drawing import MARKERS, Drawing, Output, literal, panels, rate_axis, styled, write_drawing
+from utils.plane.figures import draw_errors, draw_seeds
 from utils.plane.gains import UNTESTED, hull, interval, on_others, reach, reached, terms_of
 from utils.plane.metrics import metric
 from utils.plane.tables import Table, cells_of
@@ -31,6 +29,16 @@ class Group(NamedTuple):
     planes: dict[str, Plane]
 
 
+def names_of(planes: Sequence[Plane]) -> list[str]:
+    """What tells batches apart: the settings in which they differ, or, where these do not, their folders."""
+    differing = [name for name in OF_GRID if len({tuple(plane.settings(name)) for plane in planes}) > 1]
+    names = [", ".join(f"{n} {' and '.join(plane.settings(n))}" for n in differing) for plane in planes]
+    same = [names.count(name) > 1 or not name or len(name) > 60 for name in names]
+    folders = [plane.folder.name for plane in planes]
+    names = [folder if alike else name for name, folder, alike in zip(names, folders, same, strict=True)]
+    return names if len({*names}) == len(names) else [str(plane.folder) for plane in planes]
+
+
 def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
     """For each metric the cells that are `comparable`."""
     parts = {}
@@ -43,14 +51,14 @@ def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
 
 
 def comparisons(parts: Sequence[Group]) -> list[dict]:
-    """Of each group, further batches against the first: over the rates that both have, and at three.
+    """Of each group, every two batches: over the rates that both have, and at three.
 
     Positive gains mean that the other batch is better.
     """
     rows = []
     for name, _, planes in parts:
-        (first, a), *others = planes.items()
-        for second, b in others if metric(name).mixes and metric(name).better else ():
+        pairs = combinations(planes.items(), 2) if metric(name).mixes and metric(name).better else ()
+        for (first, a), (second, b) in pairs:
             pair = {"metric": name, "first": first, "second": second, "unit": a.unit_of(name)}
             rows += [pair | row for row in _compared(name, (a, b))]
     return rows
@@ -103,6 +111,7 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
         for batch, plane in planes.items():
             marker, colour = looks[batch]
             draw_seeds(ax, plane, "rate", name)
+            draw_errors(ax, plane, "rate", name, name)
             at, look = (plane.values("rate"), plane.values(name)), {"ms": 3.5, "mew": 0, "ls": "none"}
             ax.plot(*at, marker, c=colour, label=literal(batch), **look)
             corners = hull(plane, name)
@@ -117,14 +126,15 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
 
 
 @styled
-def write_comparison(out: Path, formats: Sequence[str], planes: dict[str, Plane], names: Sequence[str]) -> str:
+def write_comparison(out: Output, planes: Sequence[Plane], names: Sequence[str]) -> str:
     """Writes the figure and tables that compare batches; returns the table and notes to print."""
-    parts, (first, *others) = groups(planes, names), planes
-    table, name = Table(comparisons(parts), COMPARED), f"compare_{'_'.join(others)}"
+    name = "_".join(["compare", *(plane.folder.name for plane in planes[1:])])
+    planes = dict(zip(names_of(planes), planes, strict=True))
+    parts = groups(planes, names)
+    table = Table(comparisons(parts), COMPARED, f"{name}_table")
     about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
-    write_drawing(out, name, formats, batches(parts, about), planes[first].heading)
-    write_text(out / f"{name}_table.csv", to_csv(table.rows, COMPARED))
-    write_text(out / f"{name}_table.md", table.markdown())
+    write_drawing(out, name, batches(parts, about), next(iter(planes.values())).heading)
+    table.write(out)
     notes = [
         f"not in every batch, so not compared with all: {metric(g.name).label} of {g.of or 'other settings'}"
         for g in parts if len(g.planes) < len(planes)

@@ -11,8 +11,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, NullFormatter, ScalarFormatter
 
 from utils.files import to_csv, write_atomic, write_text
 from utils.plane.cells import UNITS, Plane
@@ -29,6 +30,19 @@ MARKERS = [("o", "#0072b2"), ("^", "#d55e00"), ("s", "#009e73")]
 MARKERS += [("D", "#000000"), ("v", "#cc79a7"), ("P", "#e69f00")]
 
 styled = matplotlib.rc_context(STYLE)  # decorates what draws and writes figures
+
+
+class Output(NamedTuple):
+    """Where figures and tables go, and in which forms."""
+
+    folder: Path
+    formats: Sequence[str] = ("png", "pdf")  # of figures, and tex of tables
+    header: bool = True  # whether figures say above what they are of
+
+    @property
+    def of_figures(self) -> list[str]:
+        """The formats of figures."""
+        return [form for form in self.formats if form != "tex"]
 
 
 class Drawing(NamedTuple):
@@ -95,6 +109,9 @@ def crowded(plane: Plane, name: str) -> bool:
 def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
     """A colour bar, with the better end on top."""
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, pad=0.02, **look)
+    if isinstance(norm, LogNorm) and "ticks" not in look:
+        bar.set_ticks([t for d in (0.01, 0.1, 1, 10, 100) for t in (d, 2 * d, 5 * d) if norm.vmin <= t <= norm.vmax])
+        bar.formatter = FormatStrFormatter("%g")
     bar.minorticks_off()  # whose labels would be of another format
     if better < 0:
         bar.ax.invert_yaxis()
@@ -131,11 +148,11 @@ class Grid:
         image[self.row, self.column] = values
         return image
 
-    def label(self, ax: Axes, room: int = 11) -> None:
-        """Labels the axes with the betas, with at most `room` ticks along x."""
+    def label(self, ax: Axes, room: int = 11, names: Sequence[str] = (BETA_Y, BETA_Z)) -> None:
+        """Labels the axes, of these names, with the betas, with at most `room` ticks along x."""
         for axis, name, betas, most in (
-            (ax.xaxis, BETA_Z, self.beta_z, room),
-            (ax.yaxis, BETA_Y, self.beta_y, 11),
+            (ax.xaxis, names[1], self.beta_z, room),
+            (ax.yaxis, names[0], self.beta_y, 11),
         ):
             step = math.ceil(len(betas) / most)
             ticks = range((len(betas) // 2) % step, len(betas), step)  # and the middle, usually 1
@@ -143,22 +160,22 @@ class Grid:
             axis.set_label_text(name)
 
 
-def write_drawing(
-    folder: Path, name: str, formats: Sequence[str], drawing: Drawing, heading: Callable[[str], str] = str
-) -> bytes:
+def write_drawing(out: Output, name: str, drawing: Drawing, heading: Callable[[str], str] = str) -> bytes:
     """Writes a figure in each format, and its rows as a CSV with a `heading` for each column.
 
     Returns the figure as a PNG.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    out.folder.mkdir(parents=True, exist_ok=True)
+    if not out.header:
+        drawing.figure.suptitle("")
     files = {}
-    for form in dict.fromkeys(("png", *formats)):
+    for form in dict.fromkeys(("png", *out.of_figures)):
         drawing.figure.savefig(buffer := io.BytesIO(), format=form)
         drawing.figure.set_layout_engine("none")  # the layout is that of the first
         files[form] = buffer.getvalue()
-    for form in formats:
-        write_atomic(folder / f"{name}.{form}", files[form])
+    for form in out.of_figures:
+        write_atomic(out.folder / f"{name}.{form}", files[form])
     titles = {column: heading(column) for row in drawing.rows for column in row}
     rows = [{titles[column]: value for column, value in row.items()} for row in drawing.rows]
-    write_text(folder / f"{name}.csv", to_csv(rows, titles.values()))
+    write_text(out.folder / f"{name}.csv", to_csv(rows, titles.values()))
     return files["png"]

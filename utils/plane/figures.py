@@ -17,7 +17,7 @@ from utils.evaluation.information import accuracy_bound, entropy
 from utils.plane import drawing
 from utils.plane.cells import BETAS, UNITS, Plane
 from utils.plane.drawing import COLOURS, GREY, RED, Drawing, Grid, bar_of, panels, rate_axes, rate_axis
-from utils.plane.gains import hull
+from utils.plane.gains import errors, hull
 from utils.plane.metrics import ACCURACIES, BRACKETS, metric
 from utils.plane.slopes import FAR_OFF, Slope, slope_rows
 from utils.plane.tables import by_trainings, cells_of
@@ -37,13 +37,15 @@ def draw_seeds(ax: Axes, plane: Plane, x: str, y: str) -> None:
 
 
 def mark(ax: Axes, plane: Plane, x: str, y: str, name: str) -> None:
-    """Marks cells on the diagonal (circles), (1, 1) (square) and the best for a metric (star)."""
+    """Marks cells on the diagonal (circles), (1, 1) (square) and the best for a metric (stars)."""
     xs, ys, on = plane.values(x), plane.values(y), plane.diagonal
     ax.plot(xs[on], ys[on], "o", ms=5.8, mew=0.6, label=drawing.DIAGONAL, **CIRCLE)
     one = on & np.isclose(plane.values("beta_y"), 1)
     ax.plot(xs[one], ys[one], "s", ms=8, mew=0.8, label="both 1", **CIRCLE)
-    if metric(name).better and (best := plane.best(name)) is not None:
-        ax.plot(xs[best], ys[best], "*", zorder=4, label="best", ms=17, mew=1.1, clip_on=False, **STAR)
+    ties = plane.ties(name)
+    if len(ties):
+        label = "best" if len(ties) == 1 else "best, equally good"
+        ax.plot(xs[ties], ys[ties], "*", zorder=4, label=label, ms=17, mew=1.1, clip_on=False, **STAR)
 
 
 def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) -> None:
@@ -65,16 +67,27 @@ def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) ->
             ax.scatter(*at, marker=marker, zorder=2, label=label, **look)
 
 
+def draw_errors(ax: Axes, plane: Plane, x: str, low: str, high: str) -> None:
+    """Draws bars from a metric less its standard error to one, which may be the same, with its own added."""
+    ends = plane.values(low) - errors(plane, low), plane.values(high) + errors(plane, high)
+    several = {len(cell.runs) > 1 for cell in plane.cells}
+    of = {(True,): "seeds", (False,): "one seed's images"}.get(tuple(several), "seeds, or one seed's images")
+    if (known := np.isfinite(ends).all(0)).any():
+        at, low, high = (values[known] for values in (plane.values(x), *ends))
+        ax.vlines(at, low, high, colors=GREY, lw=0.6, zorder=1, label=f"standard error over {of}")
+
+
 def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, **look) -> None:
     """Draws a metric against a rate: dots, or bars between the ends of what is known."""
     low, high = plane.values(name), plane.values(BRACKETS.get(name, name))
-    if not np.isfinite(high).any() or name not in BRACKETS:
-        ax.set_title(plane.title(name))
+    is_known = name not in BRACKETS or not np.isfinite(high).any()
+    draw_errors(ax, plane, x, name, name if is_known else BRACKETS[name])
+    ax.set_ylabel(plane.title(name) if is_known else plane.title(name).replace(", at least", ""))
+    if is_known:
         draw_seeds(ax, plane, x, name)
         colours = np.where(np.isfinite(low), colours, math.nan)
         dots(ax, plane, x, name, colours, lw=0, s=12, **look)
         return
-    ax.set_title(plane.title(name).replace(", at least", ""))
     known = np.isfinite(low) & np.isfinite(high)
     columns = plane.values(x), low, np.maximum(high, low), colours
     at, low, high, colours = (v[known] for v in columns)
@@ -103,7 +116,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
         draw_seeds(ax, plane, "kl_z", "kl_y")
         values = plane.values(name)
         unknown = ~np.isfinite(values)
-        ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5)
+        ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5, ls="none", label="not evaluated")
         norm = Normalize(np.nanmin(values), np.nanmax(values))
         look = {"cmap": COLOURS[metric(name).better], "norm": norm}
         dots(ax, plane, "kl_z", "kl_y", values, lw=0, s=14, **look)
@@ -113,6 +126,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
             count, of = cell.collapsed("kl_z", "kl_y"), len(cell.runs)
             if 0 < count < of:
                 ax.annotate(f"{count}/{of}", at, (4, 3), textcoords="offset points", fontsize=7)
+                ax.plot([], [], "k", marker="$1/4$", ms=9, mew=0, ls="none", label="seeds that collapsed")
         ax.set_title(plane.title(name))
         bar_of(ax.figure, ax, **look, better=metric(name).better)
         rate_axes(ax, plane)
@@ -123,7 +137,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
 def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: Callable) -> Figure:
     """Each metric against a rate, in the colours of another; `lines(ax, name)` draws the rest."""
     colours = plane.values(colour)
-    look = {"norm": Normalize(colours.min(), colours.max()), "cmap": "viridis"}  # for all panels
+    look = {"norm": rate_norm(plane, colour), "cmap": "viridis"}  # for all panels
 
     def draw(ax: Axes, name: str) -> None:
         draw_values(ax, plane, rate, name, colours, **look)
@@ -134,6 +148,13 @@ def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: C
     figure = panels(plane.about, names, draw)
     bar_of(figure, figure.axes, **look, label=plane.title(colour), aspect=40, shrink=0.7)
     return figure
+
+
+def rate_norm(plane: Plane, name: str) -> LogNorm:
+    """Colours of a rate on a logarithmic scale, from a tenth of a nat, of which less is next to nothing."""
+    rates, least = plane.values(name), 0.1 * UNITS[plane.unit]
+    low = max(rates.min(), least)
+    return LogNorm(low, max(rates.max(), 10 * low), clip=True)
 
 
 def with_ends(names: Sequence[str]) -> list[str]:
@@ -214,8 +235,8 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawing:
         if view == views[1]:
             rate_axes(ax, plane)
         for name, marker in zip(names, "*PDX", strict=False):
-            best, size = plane.best(name), 13 if marker == "*" else 9
-            at = plane.values(x)[best], plane.values(y)[best]
+            ties, size = plane.ties(name), 13 if marker == "*" else 9
+            at = plane.values(x)[ties], plane.values(y)[ties]
             label = f"best {metric(name).label}" if view == views[0] else None
             ax.plot(*at, marker, label=label, ms=size, mew=0.9, clip_on=False, **CIRCLE)
 
@@ -224,7 +245,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawing:
 
 
 class Map(NamedTuple):
-    """A heat map over the grid of betas: values of cells, their colours, and the best of them."""
+    """A heat map over the grid of betas: values of cells, their colours, and the best of them, ties included."""
 
     title: str
     grid: Grid
@@ -232,7 +253,7 @@ class Map(NamedTuple):
     cmap: str
     norm: Normalize
     better: int = 0
-    best: int | None = None
+    best: Sequence[int] = ()
 
 
 def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
@@ -245,21 +266,20 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
         ax.set_facecolor("0.9")
         look = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
         colours = ax.imshow(image, cmap=cmap, norm=norm, **look)
-        ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if isinstance(norm, LogNorm) else {}
+        ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if cmap == "PuOr" else {}
         bar_of(ax.figure, ax, cmap, colours.norm, better, **ratios)
+        largest = np.nanmax(abs(image), initial=0)
+        decimals = 0 if largest >= 100 or not largest else min(3, 2 - math.floor(math.log10(largest)))
         grid.label(ax, room)
         ax.set_title(title)
-        if best is not None:
-            corner = grid.column[best] - 0.5, grid.row[best] - 0.5
-            ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=RED, lw=1.6, clip_on=False))
+        for i in best:
+            corner, label = (grid.column[i] - 0.5, grid.row[i] - 0.5), "best of this grid"
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=RED, lw=1.6, clip_on=False, label=label))
         for (i, j), v in np.ndenumerate(image):
             if grid.shape[1] <= room and grid.shape[0] <= 11 and math.isfinite(v):
                 r, g, b, _ = colours.cmap(colours.norm(v))
-                text = f"{v:.3g}"
-                if len(text) > 4:
-                    text = f"{v:.2f}" if abs(v) < 10 else f"{v:.0f}"
                 colour = "w" if 0.3 * r + 0.59 * g + 0.11 * b < 0.5 else "k"
-                ax.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
+                ax.text(j, i, f"{v:.{decimals}f}", ha="center", va="center", fontsize=7, color=colour)
 
     return panels(plane.about, layers, draw, height=0.75)
 
@@ -270,8 +290,8 @@ def heat_maps(plane: Plane, names: Sequence[str]) -> Drawing:
     grid = Grid(*map(plane.values, BETAS))
     for name in names:
         values, better = plane.values(name), metric(name).better
-        best = plane.best(name) if better else None
-        layers.append(Map(plane.title(name), grid, values, COLOURS[better], Normalize(), better, best))
+        norm = rate_norm(plane, name) if name in ("kl_z", "kl_y") else Normalize()
+        layers.append(Map(plane.title(name), grid, values, COLOURS[better], norm, better, plane.ties(name)))
     return Drawing(maps(plane, layers), cells_of(plane, names))
 
 

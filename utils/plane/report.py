@@ -15,7 +15,7 @@ from utils.files import to_csv, write_text
 from utils.plane import figures
 from utils.plane.advice import EXPLAINED, TASK_OF, advice, commands, headings_of
 from utils.plane.cells import SETTINGS, Plane, number
-from utils.plane.drawing import Drawing, styled, write_drawing
+from utils.plane.drawing import Drawing, Output, styled, write_drawing
 from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
 from utils.plane.sheets import OVERVIEW, Pictures, images_to_reconstruct, overview, pictures_of, sheets, to_uri
@@ -29,7 +29,6 @@ TO_TRAIN = {"metrics": "best for", "command": "command"}
 class Options(NamedTuple):
     """What a report shows."""
 
-    formats: Sequence[str]  # of the figures
     metrics: Sequence[str] | None  # to draw: columns, or all; None for one of each task
     budget: Mapping[str, float]  # limits of the rates for the advice, in the plane's unit
     images: int  # of each kind and cell
@@ -37,8 +36,8 @@ class Options(NamedTuple):
 
 
 @styled
-def write_report(out: Path, plane: Plane, options: Options, device: torch.device, load_data: Callable) -> None:
-    """Writes figures, tables and the page of a batch into a folder, and prints the advice.
+def write_report(out: Output, plane: Plane, options: Options, device: torch.device, load_data: Callable) -> None:
+    """Writes figures, tables and the page of a batch, and prints the advice.
 
     Models compute on `device`; `load_data` gives the data set of a Config, whose images they
     reconstruct.
@@ -52,10 +51,10 @@ def write_report(out: Path, plane: Plane, options: Options, device: torch.device
     drawings = draw(plane, names, options.metrics, estimates, excess)
     if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), device, x)):
         drawings["overview"] = glance
-    images = write_figures(out, options.formats, plane, drawings | sheets(plane, pictures))
+    images = write_figures(out, plane, drawings | sheets(plane, pictures))
     rows = slope_rows(estimates)
     tables = write_tables(out, plane, names, advised, rows, excess)
-    write_text(out / "report.html", page(plane, names, tables, images, pictures))
+    write_text(out.folder / "report.html", page(plane, names, tables, images, pictures))
     for note in plane.notes:
         print(f"note: {note}")
     print(tables["Advice"].markdown() + EXPLAINED)
@@ -63,7 +62,7 @@ def write_report(out: Path, plane: Plane, options: Options, device: torch.device
         print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
     print_far_off(rows)
     print_excess(excess)
-    print(f"\nOpen {out / 'report.html'}")
+    print(f"\nOpen {out.folder / 'report.html'}")
 
 
 def draw(plane: Plane, names: list[str], requested, estimates: list[Slope], excess: list) -> dict:
@@ -91,20 +90,21 @@ def draw(plane: Plane, names: list[str], requested, estimates: list[Slope], exce
     return drawings
 
 
-def write_figures(out: Path, formats: Sequence[str], plane: Plane, drawings: Mapping[str, Drawing]) -> dict[str, bytes]:
+def write_figures(out: Output, plane: Plane, drawings: Mapping[str, Drawing]) -> dict[str, bytes]:
     """Writes figures with their data, and removes those of an earlier call; returns the PNGs."""
     images = {}
     for name, drawing in progress(drawings.items(), unit="figure"):
-        images[name] = write_drawing(out, name, formats, drawing, plane.heading)
-    files, record = [f"{name}.{form}" for name in images for form in (*formats, "csv")], out / "figures.txt"
+        images[name] = write_drawing(out, name, drawing, plane.heading)
+    record = out.folder / "figures.txt"
+    files = [f"{name}.{form}" for name in images for form in (*out.of_figures, "csv")]
     for name in record.read_text().splitlines() if record.is_file() else ():
         if name not in files:
-            (out / Path(name).name).unlink(missing_ok=True)
+            (out.folder / Path(name).name).unlink(missing_ok=True)
     write_text(record, "".join(f"{name}\n" for name in files))
     return images
 
 
-def write_tables(out: Path, plane: Plane, names: list[str], advised: list, slopes: list, excess: list) -> dict:
+def write_tables(out: Output, plane: Plane, names: list[str], advised: list, slopes: list, excess: list) -> dict:
     """Writes advice, slopes, excess loss and correlations; returns the page's Tables by heading."""
     of_tasks = [*TASK_OF, *ACCURACIES["z"], *ACCURACIES["y"]]
     of_tasks = [name for name in of_tasks if name in plane.names]
@@ -112,18 +112,17 @@ def write_tables(out: Path, plane: Plane, names: list[str], advised: list, slope
     of_drivers = DRIVERS | {name: name for name in plane.differing}
     to_train = Table(commands(advised), TO_TRAIN)
     tables = {
-        "Advice": Table(advised, headings_of(plane)),
+        "Advice": Table(advised, headings_of(plane), "advice"),
         "Commands that train these points on their own": to_train,
-        "Rank correlations with the rates": Table(drivers(plane, of_tasks), of_drivers, "drivers.csv"),
+        "Rank correlations with the rates": Table(drivers(plane, of_tasks), of_drivers, "drivers"),
         "Cells": Table(cells, {n: plane.heading(n) for row in cells for n in row}),
-        "Slopes": Table(slopes, SLOPES, "slopes.csv"),
-        "Multi-rate cells and their own trainings": Table(excess, EXCESS, "excess.csv" if excess else ""),
+        "Slopes": Table(slopes, SLOPES, "slopes"),
+        "Multi-rate cells and their own trainings": Table(excess, EXCESS, "excess" if excess else ""),
     }
-    for rows, headings, file in tables.values():
-        if file:
-            write_text(out / file, to_csv(rows, headings))
-    write_text(out / "advice.csv", to_csv(advised, [*headings_of(plane), "command"]))
-    write_text(out / "advice.md", tables["Advice"].markdown())
+    for table in tables.values():
+        if table.file:
+            table.write(out)
+    write_text(out.folder / "advice.csv", to_csv(advised, [*headings_of(plane), "command"]))
     return tables
 
 

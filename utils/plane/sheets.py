@@ -5,6 +5,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,21 @@ from utils.distributed import progress
 from utils.errors import UserError
 from utils.images import tiled, to_pil
 from utils.plane.advice import TASK_OF
-from utils.plane.cells import BETAS, Plane
-from utils.plane.drawing import COLUMN, DIAGONAL, MARKERS, TEXT, Drawing, Grid, legend, rate_axes, say, show
+from utils.plane.cells import BETAS, UNITS, Plane
+from utils.plane.drawing import (
+    BETA_Y,
+    BETA_Z,
+    COLUMN,
+    DIAGONAL,
+    MARKERS,
+    TEXT,
+    Drawing,
+    Grid,
+    legend,
+    rate_axes,
+    say,
+    show,
+)
 from utils.plane.metrics import metric
 from utils.plane.tables import cells_of
 from utils.runs import Run, load_model
@@ -73,10 +87,9 @@ def images_of(path: Path, device: torch.device, n: int, x: torch.Tensor | None) 
 
 def pictures_of(plane: Plane, device: torch.device, n: int, x: torch.Tensor | None) -> Pictures:
     """Pictures n images of each kind by each cell's first run; notes those that fail."""
-    betas = np.stack([plane.values(name) for name in BETAS], 1)
-    in_sheet = np.zeros(len(betas), bool)
-    for mask in plane.kinds.values():  # each has a sheet
-        in_sheet[mask] = np.all([np.isin(b, thinned(b)) for b in betas[mask].T], axis=0)
+    in_sheet = np.zeros(len(plane.cells), bool)
+    for mask, at, _ in sheets_of(plane).values():
+        in_sheet[mask] = np.all([np.isin(values, thinned(values)) for values in at.T], axis=0)
     columns, failures = math.ceil(n**0.5), []
     pictures = Pictures(*({"samples": {}, "reconstructions": {}} for _ in range(2)))
     for i, cell in enumerate(progress(plane.cells, unit="cell", desc="pictures")):
@@ -94,6 +107,23 @@ def pictures_of(plane: Plane, device: torch.device, n: int, x: torch.Tensor | No
         more = ", ..." if len(failures) > 1 else ""
         plane.notes.append(f"no pictures of {len(failures)} cell(s): {failures[0]}{more}")
     return pictures if x is None else pictures._replace(originals=together(x[:n], columns))
+
+
+def sheets_of(plane: Plane) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """By name the cells (N,) of each image sheet, with their places (n, 2) along its axes, and what these are.
+
+    Those of other settings are apart, and so are those for which rates were asked for: their betas are no grid.
+    """
+    titles = [(BETA_Y, f"{plane.title('kl_y')} asked for"), (BETA_Z, f"{plane.title('kl_z')} asked for")]
+    asked, parts = ~np.isnan(plane.targets), {}
+    at = np.where(asked, plane.targets * UNITS[plane.unit], np.stack([plane.values(name) for name in BETAS], 1))
+    for (kind, of_kind), pattern in product(plane.kinds.items(), product((False, True), repeat=2)):
+        mask = of_kind & (asked == pattern).all(1)
+        if mask.any():
+            names = [title[is_asked] for title, is_asked in zip(titles, pattern, strict=True)]
+            rates = "_".join(["asked", *compress("yz", pattern)]) if any(pattern) else ""
+            parts["-".join(filter(None, (kind, rates)))] = mask, at[mask], names
+    return parts
 
 
 def thinned(values: np.ndarray) -> np.ndarray:
@@ -120,24 +150,25 @@ def to_uri(picture: np.ndarray) -> str:
 
 
 def sheets(plane: Plane, pictures: Pictures) -> dict[str, Drawing]:
-    """Image sheets of samples and reconstructions, by name; apart for cells of other settings."""
-    drawings, kinds = {}, plane.kinds
+    """Image sheets of samples and reconstructions, by name (see `sheets_of`)."""
+    drawings = {}
     for kind, of_kind in pictures.of_sheets.items():
         originals = pictures.originals if kind == "reconstructions" else None
-        for settings, mask in kinds.items():
-            cells = {i: plane.cells[i] for i in of_kind if mask[i]}
-            rows = [{n: c.median[n] for n in BETAS} | {"run": c.runs[0]} for c in cells.values()]
+        for settings, (mask, at, axes) in sheets_of(plane).items():
+            places = zip(np.flatnonzero(mask).tolist(), map(tuple, at.tolist()), strict=True)
+            places = {i: place for i, place in places if i in of_kind}
+            cells = [plane.cells[i] for i in places]
+            rows = [{n: c.median[n] for n in BETAS} | {"run": c.runs[0]} for c in cells]
             if rows:
-                betas = [(row["beta_y"], row["beta_z"]) for row in rows]
-                at = dict(zip(betas[::-1], list(cells)[::-1], strict=True))  # of several the first
-                figure = sheet({b: of_kind[i] for b, i in at.items()}, kind, originals)
+                first = {place: of_kind[i] for i, place in reversed(places.items())}  # of several
+                figure = sheet(first, kind, originals, axes)
                 say(figure, plane.where(mask).about)
                 drawings[f"{kind}_{settings}" if settings else kind] = Drawing(figure, rows)
     return drawings
 
 
-def sheet(pictures: dict, title: str, originals: np.ndarray | None = None) -> Figure:
-    """Pictures (H, W, 3) of one size by their (beta_y, beta_z), with `originals` beside them."""
+def sheet(pictures: dict, title: str, originals: np.ndarray | None = None, axes=(BETA_Y, BETA_Z)) -> Figure:
+    """Pictures (H, W, 3) of one size by their places along two axes, y and x, with `originals` beside them."""
     grid = Grid(*zip(*pictures, strict=True))
     (h, w, _), gap = next(iter(pictures.values())).shape, 4
     rows, columns = grid.shape
@@ -153,7 +184,7 @@ def sheet(pictures: dict, title: str, originals: np.ndarray | None = None) -> Fi
     x, y = w / (w + gap) / 2, h / (h + gap) / 2  # half a picture, in units of their spacing
     extent = (-x, columns - 1 + x, -y, rows - 1 + y)
     show(ax, canvas, title, extent=extent, aspect=(h + gap) / (w + gap))
-    grid.label(ax)
+    grid.label(ax, names=axes)
     for other in others:
         show(other, originals, "test images")
         other.set_axis_off()

@@ -52,7 +52,7 @@ def slopes(plane: Plane) -> list[Slope]:
     names = [f"train_{name}" for name in ("ll", "kl_y", "kl_z")]
     if not all(name in cell.median for cell in plane.cells for name in names):
         names = ["ll", "kl_y", "kl_z"]
-    return [s for mask in plane.kinds.values() for s in _slopes_of(plane.where(mask), names)]
+    return [s for grid in plane.grids.values() for s in _slopes_of(grid, names)]
 
 
 def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ from scipy.stats import rankdata
 
 from utils.config import fields_of
 from utils.evaluation.probes import standard_error
+from utils.files import to_csv, write_text
 from utils.plane.cells import BETAS, Cell, Plane
+from utils.plane.drawing import Output
 from utils.plane.gains import terms_of
 from utils.plane.metrics import metric
 
@@ -30,7 +32,7 @@ LEAST_CELLS = 4  # of fewer, ranks say nothing
 
 
 class Table(NamedTuple):
-    """Rows by column, the columns' headings, and the CSV that it is written to, if any."""
+    """Rows by column, the columns' headings, and the name of its files, if it is written."""
 
     rows: list[dict]
     headings: dict[str, str]
@@ -53,6 +55,45 @@ class Table(NamedTuple):
         lines.insert(1, ["-" * width for width in widths])
         lines = [map(str.ljust, line, widths) for line in lines]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def latex(self) -> str:
+        """The table for LaTeX, with the package booktabs: three significant digits, errors behind their values."""
+        there = [n for n in self.headings if any(row.get(n) not in (None, "") for row in self.rows)]
+        columns = [n for n in there if not self.headings[n].startswith("+-")]
+        errors = {a: b for a, b in pairwise(there) if self.headings[b].startswith("+-")}
+        cells = [[_latex(row, n, row.get(errors.get(n))) for n in columns] for row in self.rows]
+        head = [_escaped(self.headings[n]) for n in columns]
+        lines = [f"{' & '.join(line)} \\\\" for line in (head, *cells)]
+        lines = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+        kinds = "".join("l" if any(isinstance(row.get(n), str) for row in self.rows) else "r" for n in columns)
+        return "\n".join([rf"\begin{{tabular}}{{{kinds}}}", *lines, r"\end{tabular}", ""])
+
+    def write(self, out: Output) -> None:
+        """Writes the table as CSV and Markdown, and for LaTeX if that is among the formats."""
+        write_text(out.folder / f"{self.file}.csv", to_csv(self.rows, self.headings))
+        write_text(out.folder / f"{self.file}.md", self.markdown())
+        tex = out.folder / f"{self.file}.tex"
+        if "tex" in out.formats:
+            write_text(tex, self.latex())
+        else:
+            tex.unlink(missing_ok=True)
+
+
+def _latex(row: dict, name: str, error: float | None) -> str:
+    value = row.get(name)
+    if not isinstance(value, float) or not math.isfinite(value):
+        return _escaped("" if value is None else str(value))
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 2
+    if error and math.isfinite(error):  # an error shows its first digit
+        digits = max(digits, -math.floor(math.log10(error)))
+        return rf"${value:.{max(digits, 0)}f} \pm {error:.{max(digits, 0)}f}$"
+    return f"${float(f'{value:.3g}'):.{max(digits, 0)}f}$"
+
+
+def _escaped(text: str) -> str:
+    specials = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    specials |= {c: rf"\{c}" for c in "&%$#_{}"} | {c: f"${c}$" for c in "<>|"}
+    return text.translate(str.maketrans(specials))
 
 
 def text_of(row: dict, name: str) -> str:

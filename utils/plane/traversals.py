@@ -8,7 +8,6 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from utils.errors import UserError
 from utils.explore import Loaded
 from utils.files import check_writable
 from utils.images import tiled
-from utils.plane.drawing import COLUMN, TEXT, Drawing, literal, say, show, styled, write_drawing
+from utils.plane.drawing import COLUMN, TEXT, Drawing, Output, literal, say, show, styled, write_drawing
 
 ALONG = 7  # images of a walk, and of a sweep from -3 to 3
 MOST_DIMENSIONS = 8  # of z that are swept: those of the largest rates
@@ -33,8 +32,8 @@ SWEEP = [f"{v:g}" for v in torch.linspace(-3, 3, ALONG).tolist()]
 
 
 @styled
-def traverse(cells: Sequence[Loaded], folder: Path, formats: Sequence[str], n: int) -> None:
-    """Draws traversals of n images by cells side by side into a folder, and prints the files.
+def traverse(cells: Sequence[Loaded], out: Output, n: int) -> None:
+    """Draws traversals of n images by cells side by side, and prints the files.
 
     Raises UserError for runs whose z has no continuous dimensions, or that are of different data.
     """
@@ -46,13 +45,13 @@ def traverse(cells: Sequence[Loaded], folder: Path, formats: Sequence[str], n: i
         if cell.config.data_name != first.config.data_name:
             names = f"{cell.config.data_name}, {first.run.path} of {first.config.data_name}"
             raise UserError(f"--traverse: {cell.run.path} is of {names}; cells side by side need the same images")
-    check_writable(folder, "--out")
+    check_writable(out.folder, "--out")
     print("written:")
     for rows_of, columns in ((between, WALK), (dimensions, SWEEP), (redrawn, AGAIN)):
         name = rows_of.__name__
-        write_drawing(folder, name, formats, side_by_side(cells, rows_of, n, columns))
-        for form in (*formats, "csv"):
-            print(f"  {folder / name}.{form}", flush=True)
+        write_drawing(out, name, side_by_side(cells, rows_of, n, columns))
+        for form in (*out.of_figures, "csv"):
+            print(f"  {out.folder / name}.{form}", flush=True)
 
 
 def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Sequence[str]) -> Drawing:
@@ -87,7 +86,7 @@ def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Se
         row |= {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
         table += [row | {"row": label} for label in labels[i]]
     epochs = ", ".join(sorted({str(cell.config.num_epochs) for cell in cells}))
-    about = f"{cells[0].config.dataset}, {epochs} epochs; test images; rates in nats, means over "
+    about = f"{cells[0].config.data_name}, {epochs} epochs; test images; rates in nats, means over "
     say(figure, f"{about}{len(cells[0].images(N_RATES)[0]):,} of them")
     return Drawing(figure, table)
 
