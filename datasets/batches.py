@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils.errors import ENDING_SIGNALS, UserError, one_line
 from utils.seeds import generator
 
-from .folders import centre_crop, decoders, open_image
+from .folders import Sample, centre_crop, decoders, open_image
 
 Batch = tuple[Tensor, Tensor]
 ALL = slice(None)
@@ -92,7 +92,7 @@ def _is_loss(e: Exception) -> bool:
 class Streamed(Dataset):
     """A split decoded by worker processes: random resized crops in training, else centre crops."""
 
-    def __init__(self, samples: list[tuple[str, int]], shape: tuple[int, int, int], device: torch.device):
+    def __init__(self, samples: list[Sample], shape: tuple[int, int, int], device: torch.device):
         from torchvision.transforms import v2
 
         self.samples, self.shape, self.device, self.workers = samples, shape, device, decoders()

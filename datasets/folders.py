@@ -1,4 +1,4 @@
-"""Folders of images: which file is an image of which split and class, and how one is opened.
+"""Folders of images: which file is an image of which split and class, and how one is opened; arrays.py has others.
 
 pets/cat/1.jpg             a folder for each class, split 80/20 here; or
 pets/train/cat/1.jpg       train/ and val/ (or test/) of such folders; or
@@ -6,10 +6,8 @@ pets/1.jpg                 images without classes, with or without train/ and va
 """
 
 import contextlib
-import functools
 import hashlib
 import os
-import statistics
 import unicodedata
 import warnings
 from collections import Counter
@@ -29,7 +27,18 @@ from utils.files import digest, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sample = tuple[str, int]  # an image's path and label
+
+class Row(NamedTuple):
+    """An image in an array of a file, in place of a path."""
+
+    name: str
+    pixels: np.ndarray  # (H, W) or (H, W, 3), uint8
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Sample = tuple[str | Row, int]  # where an image is, and its label
 
 SIZES = (28, 32, 64, 128, 256)  # pixels that the networks are made for
 TRAIN, TEST = ("train", "training"), ("val", "valid", "validation", "test", "testing")
@@ -40,7 +49,7 @@ BY_CONTENT = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "W
 
 
 class Folder(NamedTuple):
-    """What a folder of images holds."""
+    """What a folder of images holds, or a file of arrays."""
 
     root: str
     train: list[Sample]
@@ -50,8 +59,14 @@ class Folder(NamedTuple):
     notes: list[str]
 
     @property
-    def digest(self) -> str:
-        """Of the list of files: the same wherever the folder lies, and whatever it is called."""
+    def is_file(self) -> bool:
+        return os.path.isfile(self.root)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the list of files: the same wherever the folder lies, and whatever it is called; None of arrays."""
+        if self.is_file:
+            return None
         lines = [
             f"{split} {label} {path.removeprefix(self.root).lstrip(os.sep)}"
             for split in ("train", "test")
@@ -178,7 +193,7 @@ def scan(root: Path) -> Folder:
     if not os.path.exists(root):
         raise FileNotFoundError(root)
     if not os.path.isdir(root):
-        raise UserError(f"{root}: a file, not a folder of images; if it is an archive, unpack it")
+        raise UserError(f"{root}: a file, not a folder of images or an .npz; if it is an archive, unpack it")
     folders, images, skipped = _walk(root)
     if not images:
         raise UserError(f"{root}: no images there that can be read, among {count(skipped.total(), 'other file')}")
@@ -192,30 +207,25 @@ def scan(root: Path) -> Folder:
     labels = list(enumerate(classes or [""]))
     samples = [[(path, i) for i, name in labels for path in part.get(name, [])] for part in parts.values()]
     if not splits:
-        (every,) = samples
-        if len(every) < 2:
-            raise UserError(f"{root}: one image alone cannot be split into training and test images")
-        *indices, in_proportion = stratified_split(np.array([label for _, label in every]))
-        samples = [[every[i] for i in index] for index in indices]
-        if not in_proportion:
-            why = "classes too small to have a share of the test images each"
-            notes.append(f"{why}: split without regard to classes")
+        samples = split_samples(root, samples[0], notes)
     return Folder(root, *samples, classes, skipped, notes)
 
 
-@functools.cache  # all cells of a grid ask
-def nearest_size(root: str) -> int:
-    """The one of SIZES nearest to the median of the shorter sides of a hundred training images."""
-    samples, sides = scan(Path(root)).train, []
-    for path, _ in samples[:: -(-len(samples) // 100)]:
-        with contextlib.suppress(Exception), Image.open(path) as image:  # damaged images are named when they are read
-            sides.append(min(image.size))
-    middle = statistics.median_low(sides or SIZES)
-    return min(SIZES, key=lambda size: abs(size - middle))
+def split_samples(root: str, every: list[Sample], notes: list[str]) -> list[list[Sample]]:
+    """Both splits of images that are in none; adds a note if classes are too small. Raises UserError for one image."""
+    if len(every) < 2:
+        raise UserError(f"{root}: one image alone cannot be split into training and test images")
+    *indices, in_proportion = stratified_split(np.array([label for _, label in every]))
+    if not in_proportion:
+        why = "classes too small to have a share of the test images each"
+        notes.append(f"{why}: split without regard to classes")
+    return [[every[i] for i in index] for index in indices]
 
 
-def open_image(path: str, channels: int) -> Image.Image:
+def open_image(path: str | Row, channels: int) -> Image.Image:
     """The first image of a file, upright, on white, in grey or RGB (3 channels). Raises UserError if damaged."""
+    if isinstance(path, Row):
+        return Image.fromarray(path.pixels).convert("L" if channels == 1 else "RGB")
     try:
         with Image.open(path) as image:
             sixteen = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")

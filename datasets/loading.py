@@ -12,7 +12,7 @@ import torch
 from utils.errors import UserError, one_line
 from utils.files import digest
 
-from . import folders
+from . import arrays
 from .batches import Resident, Streamed
 from .folders import Folder, content_digest, count, decode, enumeration
 from .table import DATASETS, LARGE, DataSet, lookup
@@ -39,7 +39,7 @@ class Data(NamedTuple):
 def load_data(config, data_dir: str, device: torch.device, download: bool = False, moved_to: str | None = None) -> Data:
     """Both splits of the Config's data set, under `data_dir` or a folder of its name there; prints what it holds.
 
-    A folder of images may have `moved_to` another place. Raises UserError where files are missing, damaged, not those
+    Own images may have `moved_to` another place. Raises UserError where files are missing, damaged, not those
     that the run was trained on, or do not fit into memory.
     """
     row, name = lookup(config), Path(config.dataset).name
@@ -88,7 +88,7 @@ def _read(name: str, row: DataSet, roots: list[Path]):
         except Exception as e:  # the libraries' parsers raise anything on damaged files
             raise UserError(f"{name}: the files under {root} are damaged or not the data set's: {one_line(e)}") from e
     how = "; --download fetches it" if row.fetch is not None else ""
-    if row.reader is folders.scan:
+    if row.reader is arrays.scan:
         how = "; where it is now, --data_dir (the folder that it is in) or --dataset tells"
     where = " or ".join(str(root.resolve()) for root in roots)
     raise UserError(f"{name}: not found; looked in {where} for {row.files}{how}")
@@ -125,7 +125,8 @@ def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: t
         _tell(text, Path(folder.root))
     if size == LARGE[1]:
         splits = [Streamed(part, shape, device) for part in (folder.train, folder.test)]
-        content = digest(f"{n} {content_digest(samples)}".encode())
+        files = [(folder.root, 0)] if folder.is_file else samples
+        content = digest(f"{n} {content_digest(files)}".encode())
     else:
         _check_memory(name, len(samples) * channels * size**2, memory(), "this machine has")
         images, labels = decode(samples, channels, size), torch.tensor([label for _, label in samples])

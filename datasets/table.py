@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from . import folders, readers
+from . import arrays, readers
 
 GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
 LEARNED = "GaussianLearnedSigma"
@@ -132,9 +132,10 @@ DATASETS = {
 
 
 def lookup(config) -> DataSet:
-    """The table's row of a Config's data set, or one made for the user's own folder of images."""
+    """The table's row of a Config's data set, or one made for the user's own images."""
     if config.dataset in DATASETS:
         return DATASETS[config.dataset]
     shape = (config.image_channels, config.image_size, config.image_size)
     likelihood = "Bernoulli" if config.image_channels == 1 else LEARNED
-    return DataSet(shape, likelihood, folders.scan, "a folder of images, with or without a folder for each class")
+    files = "a folder of images, with or without a folder for each class, or an .npz of arrays"
+    return DataSet(shape, likelihood, arrays.scan, files)

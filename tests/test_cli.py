@@ -43,7 +43,7 @@ REFUSED = r"""
 --run_batch_name a/b                            folder name
 --run_batch_name ''                             folder name
 --device cuda:99                                cuda:99
---image_size 28                                 folder of images
+--image_size 28                                 own images
 --dataset . --image_size 65                     28, 32, 64, 128, 256
 --save_every x                                  got 'x'
 """

@@ -65,8 +65,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_moved_flag(parser) -> None:
-    """For scripts that read runs: where a folder of images is now."""
-    parser.add_argument("--dataset", metavar="FOLDER", help="where the runs' folder of images is now, if it has moved")
+    """For scripts that read runs: where own images are now."""
+    parser.add_argument("--dataset", metavar="PATH", help="where the runs' own images are now, if they have moved")
 
 
 def add_bench_flags(parser: Parser) -> None:

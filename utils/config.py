@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from datasets.folders import SIZES, enumeration, nearest_size
+from datasets.arrays import nearest_size, usual_channels
+from datasets.folders import SIZES, enumeration
 from datasets.table import DATASETS, Recipe, lookup
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
@@ -47,13 +48,15 @@ class Config:
     """
 
     vae_type: str = _flag("HVAE", "the model", "model", choices=MODELS)
-    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder of images", "data")
+    dataset: str = _flag("Digits", f"{', '.join(DATASETS)}, or a folder or .npz of images", "data")
     image_size: int | None = _flag(
         None,
-        f"for a folder: resize to {enumeration(SIZES)} pixels (default: the size nearest to the images' own)",
+        f"for own images: resize to {enumeration(SIZES)} pixels (default: the size nearest to theirs)",
         "data",
     )
-    image_channels: int | None = _flag(None, "for a folder: 1 (grey) or 3 (colour, the default)", "data")
+    image_channels: int | None = _flag(
+        None, "for own images: 1 (grey) or 3 (colour) (default: 3, arrays have their own)", "data"
+    )
     px_y_family_ll: str | None = _flag(
         None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
     )
@@ -164,19 +167,21 @@ class Config:
         own = {"image_size": self.image_size, "image_channels": self.image_channels}
         if self.dataset in DATASETS:
             for name in (name for name, value in own.items() if value is not None):
-                raise UserError(f"--{name}: is for a folder of images, {self.dataset} has its own")
+                raise UserError(f"--{name}: is for own images, {self.dataset} has its own")
             return
         path = os.path.abspath(self.dataset)
         if self.image_size is None and not os.path.exists(path):
             if os.sep in self.dataset:
                 raise UserError(f"--dataset: {path} not found")
-            raise UserError(f"--dataset: unknown {self.dataset!r}{nearest(self.dataset, DATASETS)}, or a folder")
+            known = nearest(self.dataset, DATASETS)
+            raise UserError(f"--dataset: unknown {self.dataset!r}{known}, or a folder or .npz")
         if not os.path.basename(path).isprintable():
-            raise UserError(f"--dataset: runs are named after the folder, so rename {path!r}")
+            raise UserError(f"--dataset: runs are named after it, so rename {path!r}")
         size = nearest_size(path) if self.image_size is None else self.image_size
-        self._set(dataset=path, image_size=size, image_channels=self.image_channels or 3)
+        self._set(dataset=path, image_size=size)
+        self._default(image_channels=usual_channels(path))
         if size not in SIZES:
-            raise UserError(f"--image_size: must be {enumeration(SIZES)} for a folder of images, got {size}")
+            raise UserError(f"--image_size: must be {enumeration(SIZES)} for own images, got {size}")
         if self.image_channels not in (1, 3):
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
@@ -287,7 +292,7 @@ class Config:
 
     @property
     def data_name(self) -> str:
-        """The data set's name; for a folder its own name and the size its images are resized to."""
+        """The data set's name; of own images that of the folder or file and the size that they are resized to."""
         if self.dataset in DATASETS:
             return self.dataset
         return f"{Path(self.dataset).resolve().name}_{self.image_channels}x{self.image_size}x{self.image_size}"

@@ -32,7 +32,7 @@ class Latents(NamedTuple):
 
 
 def load(path: str | Path, data_dir: str | None = None, device: str = "cpu", dataset: str | None = None) -> "Loaded":
-    """The model and the data of a run's folder; `dataset` says where a folder of images is, if it has moved.
+    """The model and the data of a run's folder; `dataset` says where own images are, if they have moved.
 
     Raises UserError if the run, its weights or its data are missing or damaged, or if its model is a multi-rate one.
     """

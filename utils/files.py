@@ -124,11 +124,12 @@ def load_tensors(path: Path) -> dict:
         raise UserError(f"{path}: {what} ({one_line(e)[:200]})") from e
 
 
-def _unzipped(path: Path) -> dict[str, bytes]:
-    """The entries of an archive, whose checksums are right."""
+def _unzipped(path: Path, names: Iterable[str] = ()) -> dict[str, bytes]:
+    """The entries of an archive, or those of some names, whose checksums are right."""
     with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-        if len(entries) < len(archive.namelist()):
+        wanted = [name for name in archive.namelist() if not names or name in names]
+        entries = {name: archive.read(name) for name in wanted}
+        if len(entries) < len(wanted):
             raise zipfile.BadZipFile("two entries of one name")
     return entries
 
@@ -150,12 +151,13 @@ def npz(arrays: dict[str, "np.ndarray"]) -> bytes:
     return buffer.getvalue()
 
 
-def read_arrays(path: Path) -> dict[str, "np.ndarray"]:
-    """An NPZ's arrays. Raises UserError naming the file if it is missing or damaged."""
+def read_arrays(path: Path, names: Iterable[str] = ()) -> dict[str, "np.ndarray"]:
+    """An NPZ's arrays, or those of some names. Raises UserError naming the file if it is missing or damaged."""
     import numpy as np
 
     try:
-        files = {Path(name): io.BytesIO(content) for name, content in _unzipped(path).items()}
+        entries = _unzipped(path, [f"{name}.npy" for name in names])
+        files = {Path(name): io.BytesIO(content) for name, content in entries.items()}
         read = np.lib.format.read_array
         return {f.stem: read(content, allow_pickle=False) for f, content in files.items() if f.suffix == ".npy"}
     except Exception as e:  # numpy and zipfile raise anything on damaged files

@@ -58,7 +58,7 @@ class Evaluation:
     data_dir: str
     runs_dir: str
     download: bool = False
-    dataset: str | None = None  # where a folder of images is now
+    dataset: str | None = None  # where own images are now
     classifier_path: str | None = None
     with_classifier: bool = False
     n_samples: int = 10_000
