@@ -25,7 +25,8 @@ FLAGS = {  # by group; without type or choices they are switches
         "get_mi_cal_acc": ("step 3: simple classifiers on the latents", {}),
         "recons_acc": ("step 4: classifier accuracy on reconstructions", {}),
         "pca": ("write 3 principal components of the means of y to pca.npz", {}),
-        "latents": ("write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz",
+        "latents": ("write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz "
+                    "(plot_eval.py --latents draws z)",
                     {"choices": ("train", "test"), "nargs": "+", "default": []}),
     },
     "step 1": {

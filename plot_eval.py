@@ -4,6 +4,7 @@
     python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
     python plot_eval.py --run_batch_name B C                  what B and C reach at equal rates, in runs/B/figures/
     python plot_eval.py --traverse RUN [RUN ...]              what z and what y of these runs encode, side by side
+    python plot_eval.py --latents RUN [RUN ...]               where the test images lie in z of these runs
 
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions. The
 report is one page, which works offline: the rate plane to explore, and below it all tables and figures.
@@ -29,6 +30,8 @@ def parse_args(argv=None):
     add("--run_batch_name", nargs="+", help=text)
     text = "draw what z and y of these run folders encode"
     add("--traverse", nargs="+", metavar="RUN", help=text)
+    text = "draw z of the test images by these run folders (eval_beta_grid.py --latents writes it as arrays)"
+    add("--latents", nargs="+", metavar="RUN", help=text)
     add = parser.add_argument
     text = "columns of eval_results.csv to draw, or all (default: one for each task)"
     add("--metrics", nargs="+", help=text)
@@ -50,25 +53,36 @@ def parse_args(argv=None):
     return parser.parse(argv)
 
 
+def draw_runs(args, device) -> int:
+    """Draws what the latents of runs encode; returns the exit status."""
+    from utils.explore import load
+    from utils.plane.drawing import Output
+    from utils.plane.latents import draw_latents
+    from utils.plane.traversals import traverse
+    from utils.runs import is_cell
+
+    paths = list(map(Path, args.traverse or args.latents))
+    if len(paths) > 1:  # of a shell's *
+        paths = list(filter(is_cell, paths))
+    cells = [load(path, args.data_dir, device, args.dataset) for path in paths]
+    name = "traversals" if args.traverse else "latents"
+    folder = args.out or paths[0].resolve().parent / "figures" / name
+    out = Output(folder, args.format, not args.no_header)
+    if args.traverse:
+        traverse(cells, out, args.images)
+    else:
+        draw_latents(cells, out)
+    return 0
+
+
 def main(argv=None) -> int:
     """Writes figures, tables and the report of a batch; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
-    from utils.plane.drawing import Output
-
-    if args.traverse:
-        from utils.explore import load
-        from utils.plane.traversals import traverse
-        from utils.runs import is_cell
-
-        paths = list(map(Path, args.traverse))
-        if len(paths) > 1:  # of a shell's *
-            paths = list(filter(is_cell, paths))
-        cells = [load(path, args.data_dir, device, args.dataset) for path in paths]
-        folder = args.out or paths[0].resolve().parent / "figures" / "traversals"
-        traverse(cells, Output(folder, args.format, not args.no_header), args.images)
-        return 0
+    if args.traverse or args.latents:
+        return draw_runs(args, device)
     folders = [batch_folder(args.runs_dir, name) for name in dict.fromkeys(args.run_batch_name)]
+    from utils.plane.drawing import Output
     from utils.plane.metrics import wanted
     from utils.plane.reading import read_plane
 

@@ -37,14 +37,11 @@ def traverse(cells: Sequence[Loaded], out: Output, n: int) -> None:
 
     Raises UserError for runs whose z has no continuous dimensions, or that are of different data.
     """
-    first = cells[0]
     for cell in cells:
         if cell.model.family is not Gaussian or not cell.model.z_shape[0]:
             why = "a category" if cell.model.z_shape[0] else "not there"
             raise UserError(f"--traverse: {cell.run.path}: its z is {why}, so that there is nothing to sweep")
-        if cell.config.data_name != first.config.data_name:
-            names = f"{cell.config.data_name}, {first.run.path} of {first.config.data_name}"
-            raise UserError(f"--traverse: {cell.run.path} is of {names}; cells side by side need the same images")
+    check_images("--traverse", cells)
     check_writable(out.folder, "--out")
     print("written:")
     for rows_of, columns in ((between, WALK), (dimensions, SWEEP), (redrawn, AGAIN)):
@@ -52,6 +49,15 @@ def traverse(cells: Sequence[Loaded], out: Output, n: int) -> None:
         write_drawing(out, name, side_by_side(cells, rows_of, n, columns))
         for form in (*out.of_figures, "csv"):
             print(f"  {out.folder / name}.{form}", flush=True)
+
+
+def check_images(flag: str, cells: Sequence[Loaded]) -> None:
+    """Raises UserError naming the flag for cells of different data."""
+    first = cells[0]
+    for cell in cells:
+        if cell.config.data_name != first.config.data_name:
+            names = f"{cell.config.data_name}, {first.run.path} of {first.config.data_name}"
+            raise UserError(f"{flag}: {cell.run.path} is of {names}; cells side by side need the same images")
 
 
 def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Sequence[str]) -> Drawing:
