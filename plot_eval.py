@@ -13,7 +13,7 @@ report is one page, which works offline: the rate plane to explore, and below it
 from functools import partial
 from pathlib import Path
 
-from utils.cli import Parser, add_moved_flag, batch_folder, positive, whole
+from utils.cli import Parser, add_run_flags, batch_folder, positive, whole
 from utils.errors import run_script
 from utils.files import check_writable
 from utils.machine import prepare
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     text = "columns of eval_results.csv to draw, or all (default: one for each task)"
     add("--metrics", nargs="+", help=text)
-    add_moved_flag(parser)
+    add_run_flags(parser)
     add("--out", type=Path, help="output folder (default: figures/ in the batch's folder)")
     formats, text = ("png", "pdf", "tex"), "formats of figures, and tex of tables (default: png pdf)"
     add("--format", nargs="+", choices=formats, default=formats[:2], help=text)

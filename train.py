@@ -83,7 +83,7 @@ def main(argv=None) -> int:
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
     config, single = next(iter(plan)).config, len(cells) == 1
     setup = Setup(device, **{name: getattr(args, name) for name in Setup._fields[1:]})
-    check_setup(setup, config)
+    check_setup(setup, config, len(plan))
     describe([run.config for run in plan], device)
     note_shorter(plan, starts)
     if args.dry_run:

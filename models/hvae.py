@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-from . import networks
 from .latents import Gaussian
+from .networks import networks_of
 from .tables import LATENTS, LIKELIHOODS
 
 
@@ -57,10 +57,7 @@ class HVAE(nn.Module):
         super().__init__()
         self.family = LATENTS[config.qz_family]
         self.gaussian, self.z_from_outputs = Gaussian.from_outputs, self.family.from_outputs
-        if config.use_conv_z:
-            nets = networks.ConvZ(config.image_shape, config.conv_channels)
-        else:
-            nets = networks.VectorZ(config.image_shape, config.conv_channels, config.z_dims, config.linear_y_with_dims)
+        nets = networks_of(config)
         self.z_shape, self.y_shape = nets.z_shape, nets.y_shape
         likelihood = LIKELIHOODS[config.px_y_family_ll](config.image_shape[0], config.sigma)
         self.build_inference(nets, config)

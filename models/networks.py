@@ -1,14 +1,18 @@
 """The conv stacks that parametrise the models' distributions, for a vector z and for a convolutional z.
 
-Both classes below build the same eight networks, from which models/hvae.py, lvae.py and bvae.py put
-themselves together. A network that parametrises a distribution returns a tuple with one tensor for
-each of the distribution's parameters.
+VectorZ and ConvZ build the same eight networks, from which models/hvae.py, lvae.py and bvae.py put
+themselves together; so does a user's class (docs/own_networks.md). A network that parametrises a
+distribution returns a tuple with one tensor for each of the distribution's parameters.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from utils.errors import UserError
+
+from . import own
 
 MOL_CHANNELS = 128  # hidden channels of the mixture of logistics' output head
 
@@ -201,3 +205,36 @@ class ConvZ:
         if hidden is None:
             return relu_between(*ups, self._up(c, outputs))
         return relu_between(*ups, self._up(c, hidden), self._same(hidden, outputs, 3))
+
+
+class Own:
+    """The networks of a user's class; each part that is built knows its name, as `own_part`.
+
+    Raises UserError for one that is missing, or no module.
+    """
+
+    def __init__(self, identity: str, *settings):
+        self.path, _ = own.file_of(identity)
+        with own.told(self.path):
+            self.networks = own.class_of(identity)(*settings)
+        with own.told(self.path, lambda: ", z_shape and y_shape"):
+            self.z_shape, self.y_shape = (tuple(map(int, getattr(self.networks, n))) for n in ("z_shape", "y_shape"))
+
+    def __getattr__(self, name: str):
+        def build(*args) -> nn.Module:
+            with own.told(self.path, lambda: f", {name}"):
+                module = getattr(self.networks, name)(*args)
+            if not isinstance(module, nn.Module):
+                raise UserError(f"--networks: {name} must return an nn.Module, got {type(module).__name__}")
+            module.own_part = name
+            return module
+
+        return build
+
+
+def networks_of(config) -> VectorZ | ConvZ | Own:
+    """The networks that a Config says."""
+    settings = config.image_shape, config.conv_channels, config.z_dims, config.linear_y_with_dims
+    if config.networks:
+        return Own(config.networks, *settings)
+    return ConvZ(*settings[:2]) if config.use_conv_z else VectorZ(*settings)

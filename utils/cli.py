@@ -12,6 +12,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from models import own
 from utils.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -64,15 +65,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{before[-1]}: too many values, got {unknown[0]!r}")
 
 
-def add_moved_flag(parser) -> None:
-    """For scripts that read runs: where own images are now."""
+def add_run_flags(parser) -> None:
+    """For scripts that read runs: what these need that is in no run folder, or does not run from there."""
     parser.add_argument("--dataset", metavar="PATH", help="where the runs' own images are now, if they have moved")
+    networks = "the files of the runs' own networks"
+    parser.add_argument("--networks", nargs="+", type=own.given, metavar="FILE", help=networks)
 
 
 def add_bench_flags(parser: Parser) -> None:
     """Adds the flags that the evaluation scripts share."""
     group = parser.add_argument_group("evaluation")
-    add_moved_flag(group)
+    add_run_flags(group)
     classifier = "folder or weights of the classifier (default: runs/classifiers/<data set>)"
     group.add_argument("--classifier_path", help=classifier)
     samples = "samples of z that approximate q(y|x), for the mutual information of y (default: 4)"
@@ -160,6 +163,8 @@ def add_config_flags(parser: Parser, only: tuple[str, ...] = ()) -> None:
         elif field.name in ("beta_y", "beta_z"):
             how |= {"nargs": "+", "default": None, "type": axis}
             text += "; several values (or LO:HI:N, N log-spaced ones) make a grid"
+        elif field.name == "networks":
+            how |= {"type": own.named, "metavar": "FILE:CLASS"}
         if kind is not bool and field.default not in (None, ""):
             text += f" (default: {field.default})"
         group.add_argument(f"--{field.name}", help=text, **how)

@@ -15,6 +15,7 @@ from typing import get_args
 from datasets.arrays import nearest_size, usual_channels
 from datasets.folders import SIZES, enumeration
 from datasets.table import DATASETS, Recipe, lookup
+from models.own import IDENTITY
 from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
 from utils.files import read_json
@@ -27,7 +28,7 @@ BOUNDS = (("least", operator.lt, ">="), ("above", operator.le, ">"), ("most", op
 def _flag(default, help: str | None, part: str, **bounds):
     """A field; `part` says what it is for, `least`, `above` and `most` bound its value.
 
-    With a help it has a flag. Without, it is kept in config.json where it has a value.
+    With a help it has a flag. Without, or if it is `sparse`, it is kept in config.json where it has a value.
     """
     return dataclasses.field(default=default, metadata={"help": help, "part": part, **bounds})
 
@@ -68,6 +69,9 @@ class Config:
     )
     conv_channels: int = _flag(16, "channels of the conv layers", "model", least=1, most=4096)
     z_dims: int = _usual("z_dims", "dimensions (or categories) of a vector z", "model", least=1, most=2**20)
+    networks: str | None = _flag(
+        None, "own networks: a Python file and a class in it (docs/own_networks.md)", "model", sparse=True
+    )
     num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
     batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
     learning_rate: float = _usual(
@@ -119,7 +123,7 @@ class Config:
         self._check_data()
         self._check_betas()
         self._default(px_y_family_ll=lookup(self).likelihood)
-        self._set(use_conv_z=self.use_conv_z or self.image_shape[1] == 256)
+        self._set(use_conv_z=self.use_conv_z or self.image_shape[1] == 256 and self.networks is None)
         self._check_warmup()
         self._check_model()
         if len(self.folder_name.encode(errors="surrogateescape")) > 255:
@@ -210,6 +214,10 @@ class Config:
 
     def _check_model(self) -> None:
         y_dims, likelihood = self.linear_y_with_dims, self.px_y_family_ll
+        if self.networks is not None and not IDENTITY.fullmatch(self.networks):
+            raise UserError(f"--networks: must be CLASS@ and the digest of its file, got {self.networks!r}")
+        if self.networks is not None and self.use_conv_z:
+            raise UserError("--use_conv_z: goes without --networks, which give z its shape")
         if y_dims != -1 and y_dims < 2:
             raise UserError(f"--linear_y_with_dims: must be -1 (off) or >= 2, got {y_dims}")
         if y_dims > 0 and self.use_conv_z:
@@ -308,6 +316,7 @@ class Config:
             f"ll_sigma_{self.sigma}": self.px_y_family_ll == "GaussianFixedSigma",
             "use_conv_z": self.use_conv_z,
             f"z_dim_{self.z_dims}": not self.use_conv_z,
+            f"networks_{(self.networks or '').partition('@')[0]}": self.networks is not None,
             f"linear_y_dims_{self.linear_y_with_dims}": self.linear_y_with_dims > 0,
             "no_warmup": self.no_warmup,
             f"warmup_epochs_{self.warmup_epochs}": self.warmup_epochs not in (0, self.default_warmup),
@@ -346,7 +355,7 @@ class Config:
     def to_json(self) -> str:
         """The text of config.json; `sha256` guards the settings against damage."""
         settings = {name: getattr(self, name) for name in fields_of()}
-        settings = {k: v for k, v in settings.items() if k in FLAGS or v is not None}
+        settings = {k: v for k, v in settings.items() if v is not None or k in FLAGS and k not in SPARSE}
         return json.dumps({**settings, "sha256": _sha256(settings)}, indent=2) + "\n"
 
     @classmethod
@@ -368,6 +377,7 @@ class Config:
 
 
 FLAGS = [f.name for f in dataclasses.fields(Config) if f.metadata["help"]]  # the fields that have one
+SPARSE = [f.name for f in dataclasses.fields(Config) if "sparse" in f.metadata]
 
 
 def fields_of(*parts: str) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from datasets.batches import chosen
 from datasets.loading import Data, load_data
 from models.latents import Gaussian
+from models.own import given
 from utils.cli import default_data_dir
 from utils.config import Config
 from utils.errors import UserError
@@ -31,12 +32,21 @@ class Latents(NamedTuple):
     own: Tensor
 
 
-def load(path: str | Path, data_dir: str | None = None, device: str = "cpu", dataset: str | None = None) -> "Loaded":
-    """The model and the data of a run's folder; `dataset` says where own images are, if they have moved.
+def load(
+    path: str | Path,
+    data_dir: str | None = None,
+    device: str = "cpu",
+    dataset: str | None = None,
+    networks: str | Path | None = None,
+) -> "Loaded":
+    """The model and the data of a run's folder.
 
+    `dataset` says where own images are, if they have moved; `networks` is the file of a run's own networks.
     Raises UserError if the run, its weights or its data are missing or damaged, or if its model is a multi-rate one.
     """
     run = Run.open(Path(path))
+    if networks is not None:
+        given(networks)
     if run.config.is_conditioned:
         raise UserError(f"{path}: a multi-rate model; load one of the cells that were unfolded from it")
     device = torch.device(device)

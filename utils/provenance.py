@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from datasets.loading import Data
+from models import own
 from utils.errors import UserError, command_line
 from utils.files import digest_of
 from utils.machine import name_of
@@ -64,7 +65,7 @@ def command_of(run: Run) -> list[str]:
         if (file := next(files, None)) is None:
             raise UserError(f"--like: {run.path} comes from weights ({weights}) that no run in {batches} has")
         source = Run.open(file.parent)
-    words = ["train.py", *config.flags(without=BETAS)]
+    words = ["train.py", *own.from_copy(config.flags(without=BETAS), config.networks, run.path)]
     of_source = {**vars((source if config.source else run).config), **run.result.get("first_betas", {})}
     for layer in "yz":
         target = getattr(config, f"target_rate_{layer}")

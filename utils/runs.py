@@ -1,6 +1,7 @@
 """Run folders: their files, their status, their checkpoints.
 
 config.json     the run's Config
+networks.py     a copy of the file of its own networks, if it has some
 vae.pth         the trained weights: the model's state_dict, nothing else
 training.json   how the training ended, "finished", or "failed" with epoch and step, and what made it
 adam.pth        once finished: Adam's moments, with which more epochs go on as if they had never ended
@@ -21,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from models import own
 from models.build import build_model
 from models.stack import TERMS
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import check_writable, load_tensors, read_json, save_tensors, write_json, write_text
+from utils.files import check_writable, load_tensors, read_json, save_tensors, write_atomic, write_json, write_text
 from utils.locks import locked
 
 FORMAT = 1  # of checkpoints; those from before it was counted lack `sessions`, what made them (provenance.py)
@@ -99,6 +101,11 @@ class Run:
                 f"{self.path}: trained on other images by the name of {self.config.data_name}; "
                 "choose another --run_batch_name, or --overwrite it"
             )
+        if theirs.networks != self.config.networks:
+            raise UserError(
+                f"{self.path}: trained with --networks of {theirs.networks}, whose copy is {own.COPY} there, not of "
+                f"{self.config.networks}; choose another --run_name or --run_batch_name, or --overwrite it"
+            )
         free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
         free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
         different = [f"--{n} {getattr(theirs, n)}" for n in self.config.differs_in(theirs) if n not in free]
@@ -113,6 +120,7 @@ class Run:
         if not (self.path / "config.json").exists():
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_config()
+        self.keep_networks()
 
     def locked(self, patience: float = 0.0) -> contextlib.AbstractContextManager:
         """Holds the folder for this process; see utils/locks.py."""
@@ -129,9 +137,24 @@ class Run:
         is_listed = stored is not None and stored.data_digest is not None and stored.data_digest == data.listed
         return self.with_settings(data_digest=data.listed if is_listed else data.digest)
 
+    def new_model(self) -> nn.Module:
+        """Its model, with new weights. Raises UserError for own networks whose file has not been named."""
+        if not own.is_given(self.config.networks):
+            others = "".join(f"; {path} is of {of_file}" for of_file, (path, _) in own.FILES.items())
+            raise UserError(
+                f"{self.path}: made with own networks, {self.config.networks}; add --networks FILE, with their file, "
+                f"or with its copy there, {own.COPY}: neither runs unless you name it{others}"
+            )
+        return build_model(self.config)
+
     def write_config(self) -> None:
         """Writes the configuration anew."""
         write_text(self.path / "config.json", self.config.to_json())
+
+    def keep_networks(self) -> None:
+        """Writes a copy of the file of its own networks, if it has some and there is none yet."""
+        if self.config.networks and not (self.path / own.COPY).exists():
+            write_atomic(self.path / own.COPY, own.file_of(self.config.networks)[1])
 
     def restart(self) -> None:
         """Removes all that training and evaluation wrote, and writes the configuration anew."""
@@ -139,6 +162,7 @@ class Run:
             if file.name != "config.json" and not file.name.startswith(".lock"):
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         self.write_config()
+        self.keep_networks()
 
     def save_state(self, state: dict) -> None:
         """Writes a checkpoint, and keeps the previous one."""
@@ -194,8 +218,8 @@ class Run:
         if path.name == "adam.pth":
             ended = {"epoch": self.config.num_epochs, "step": 0, "seconds": self.result.get("seconds", 0.0)}
             state |= {**ended, "weights": load_tensors(self.path / "vae.pth")}
-        with torch.device("meta"):
-            layout = _layout(dict(build_model(self.config).named_parameters()))
+        with torch.device("cpu" if self.config.networks else "meta"):  # own ones may compute with numbers
+            layout = _layout(dict(self.new_model().named_parameters()))
         if not _is_state(state, layout):
             raise UserError(f"{path}: damaged, or the checkpoint of another model")
         return state
@@ -268,7 +292,7 @@ def load_model(run: Run, device: torch.device) -> nn.Module:
     path = run.path / "vae.pth"
     if not path.exists():
         raise UserError(f"{path}: not there; the run is unfinished")
-    state, model = _unwrapped(load_tensors(path)), build_model(run.config)
+    state, model = _unwrapped(load_tensors(path)), run.new_model()
     try:
         if not all(t.is_floating_point() for t in state.values()):
             raise ValueError("not all of them are floating-point tensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.table import DATASETS
+from models.own import from_copy
 from utils.config import FLAGS, Config, fields_of, kind_of
 from utils.errors import UserError
 from utils.plane.cells import BETAS, TARGETS, Cell, Plane
@@ -130,7 +131,8 @@ def training(cell: Cell, folder: Path | None = None) -> str:
     flags = _flags(tuple((n, settings[n]) for n in names if settings.get(n)))
     if flags is None or (cell.settings.get("init_from") and not unfolded):
         return ""
-    words, searched = list(flags), any(cell.settings.get(rate) for rate in TARGETS.values())
+    words = from_copy(flags, settings.get("networks"), (folder or Path()) / cell.runs[0])
+    searched = any(cell.settings.get(rate) for rate in TARGETS.values())
     for name in BETAS:  # those that were searched have more digits than they are known to
         beta = cell.median[name]
         beta = float(f"{beta:.6g}") if unfolded or searched else beta

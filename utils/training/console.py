@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from tqdm import tqdm
 
+from models import own
 from models.build import build_model
 from utils import locks
 from utils.cli import next_command
@@ -173,7 +174,8 @@ def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> 
         print("To look at: samples.png and reconstructions.png (originals above) in the folder of each run")
     print(f"To inspect: tensorboard --logdir {shlex.quote(str(batch))}")
     where = {"runs_dir": runs_dir, "data_dir": data_dir}
-    command = next_command("eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all", **where)
+    words = ["--networks", str(own.file_of(config.networks)[0])] if config.networks else []
+    command = next_command("eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all", *words, **where)
     if not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
         command = f"{next_command('train_classifier.py', *config.data_flags, **where)} && {command}"
     print(f"To evaluate: {command}")

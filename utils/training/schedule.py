@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from models.checks import check_networks
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
 from utils.errors import UserError, is_out_of_memory
@@ -33,7 +34,7 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
 
     Raises Interrupted after a signal.
     """
-    problems, size = [], setup.cells_at_once or (1 if setup.data_parallel or setup.device.type == "cpu" else None)
+    problems, size = [], setup.size
     torch.backends.cudnn.benchmark = True
     with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
         while runs:
@@ -139,14 +140,16 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def check_setup(setup: Setup, config: Config) -> None:
-    """Raises UserError for flags that are incompatible with the device or with the launcher."""
+def check_setup(setup: Setup, config: Config, n_runs: int) -> None:
+    """Raises UserError for flags that are incompatible with the device or with the launcher, and for own networks."""
     if config.precision == "bf16" and setup.device.type == "cpu" and (setup.cells_at_once or 1) > 1:
         raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {setup.cells_at_once}")
     if setup.data_parallel and not dist.is_torchelastic_launched():
         raise UserError(
             "--data_parallel: needs several processes; start them with torchrun --nproc_per_node N train.py"
         )
+    if config.networks:
+        check_networks(config, stacked=n_runs > 1 and setup.size != 1)
 
 
 def check_batches(data, batch_size: int) -> None:

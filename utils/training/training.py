@@ -45,6 +45,11 @@ class Setup(NamedTuple):
     overwrite: bool = False
 
     @property
+    def size(self) -> int | None:
+        """How many cells train at once, as far as it is known without trying."""
+        return self.cells_at_once or (1 if self.data_parallel or self.device.type == "cpu" else None)
+
+    @property
     def capture(self) -> bool:
         """Whether updates are captured as CUDA graphs."""
         return self.device.type == "cuda" and self.compile != "off" and not self.data_parallel
