@@ -81,6 +81,7 @@ FAULTS = [  # what of the example is replaced, and by what; what is told, and wi
     ("(nn.SiLU()", "(nn.BatchNorm2d(c)", "trunk.1.change.0 (BatchNorm2d): gives other", ""),
     ("(nn.SiLU()", "(nn.Dropout(0.1)", "trunk.1.change.0 (Dropout): gives other", ""),
     (BLOCK, f"{BLOCK} + h.mean()", "trunk.1 (Block): gives other", ""),
+    (BLOCK, f"{BLOCK} if self.training else h", "trunk.1 (Block): gives other", ""),
     (INIT, f"{INIT}; self.register_buffer('a', nn.Linear(2, 2).bias.data)", ".a (Tensor): is a buffer", ""),
     (INIT, f"{INIT}; self.a = nn.Linear(2, 2)", ".a.weight (Parameter): has no part in the loss", ""),
     (BLOCK, f"{BLOCK} if h.sum() else h", "--cells_at_once 1 would", " ".join(STACKED)),
@@ -143,7 +144,8 @@ def test_a_changed_file_is_told_from_the_one_that_trained_a_run(interrupted, pas
 
 def test_runs_without_own_networks_need_no_file_and_no_code_runs(trained, passes, script):
     """More than five seconds, as they are evaluated twice, and drawn."""
-    trained()
+    (plain,) = trained()
+    assert "networks" not in read_json(plain / "config.json") and not (plain / "networks.py").exists()
     Path("residual.py").write_text(EXAMPLE + "open('ran', 'a').close()\n")
     passes(train.main, *FLAGS)
     evaluation = [*EVALUATION, "--exclude_mi"]
