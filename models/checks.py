@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Callable
-from itertools import compress
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -49,10 +48,9 @@ def check_networks(config, stacked: bool) -> None:
 
 
 class Call(NamedTuple):
-    """A call of a module: its name, the module, its inputs and outputs."""
+    """A call of a module: its inputs and outputs, and whether it is a part."""
 
-    name: str
-    module: nn.Module
+    is_part: bool
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -66,7 +64,7 @@ class Watch:
         self.wanted = {"z_head": z, "y_joint": y, "y_bottom_up": y, "y_prior": y}
         self.wanted["decoder"] = (model.likelihood.outputs, *config.image_shape[1:])
         self.running: list[str] = []
-        self.calls: list[Call] = []
+        self.calls: dict[tuple[str, int], Call] = {}  # by the module's name, and how often it was called before
 
     def begin(self) -> None:
         """Keeps calls from now on, with outputs as the hooks that are there leave them."""
@@ -75,9 +73,9 @@ class Watch:
                 module.register_forward_pre_hook(lambda module, inputs, name=name: self.running.append(name))
                 module.register_forward_hook(lambda *of_call, name=name: self.ended(name, *of_call))
 
-    def run(self, forward: Callable) -> list[Call]:
+    def run(self, forward: Callable) -> dict[tuple[str, int], Call]:
         """Calls `forward`; the calls of modules. Raises UserError naming the layer that fails, and why."""
-        self.running, self.calls = [], []
+        self.running, self.calls = [], {}
         with own.told(self.path, lambda: f", {self.place(self.running[-1])}" if self.running else ""):
             forward()
         return self.calls
@@ -85,8 +83,9 @@ class Watch:
     def ended(self, name: str, module: nn.Module, inputs: tuple, out) -> None:
         """Keeps a call. Raises UserError if it is of a part, and its outputs are not what the model needs."""
         self.running.pop()
-        self.calls.append(Call(name, module, tensors(inputs), tensors(out)))
         part = getattr(module, "own_part", None)
+        before = sum(called == name for called, _ in self.calls)
+        self.calls[name, before] = Call(part is not None, tensors(inputs), tensors(out))
         if part == "z_branch":  # along whose channels those of the images are laid
             self.wanted["x_branch"] = ("C", *out.shape[2:])
         if part not in self.wanted:
@@ -118,25 +117,27 @@ def tensors(values) -> list[Tensor]:
     return [t for t in (values if isinstance(values, tuple | list) else [values]) if isinstance(t, Tensor)]
 
 
-def shape_of(out) -> tuple:
-    """The shape of a module's output, or those of a tuple's tensors."""
-    return tuple(shape_of(t) for t in out) if isinstance(out, tuple | list) else tuple(out.shape)
+def shape_of(out) -> tuple | str:
+    """The shape of a module's output, or those of a tuple's tensors; of anything else its type."""
+    if isinstance(out, tuple | list):
+        return tuple(shape_of(t) for t in out)
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 
-def first_difference(one: list[Call], other: list[Call], images: slice) -> str | None:
+def first_difference(one: dict, other: dict, images: slice) -> str | None:
     """Where two runs come apart, of which parts give other outputs for some images: the module's name.
 
     It gives other outputs for the same inputs. None if they do not come apart.
     """
-    pairs = list(zip(one, other, strict=False))
+    pairs = {key: (call, other[key]) for key, call in one.items() if key in other}
 
     def same(a: list[Tensor], b: list[Tensor]) -> bool:
         return all(torch.allclose(s[images].float(), t[images].float(), **CLOSE) for s, t in zip(a, b, strict=True))
 
-    if all(same(a.outputs, b.outputs) for a, b in pairs if hasattr(a.module, "own_part")):
+    if all(same(a.outputs, b.outputs) for a, b in pairs.values() if a.is_part):
         return None
-    apart = [not same(a.outputs, b.outputs) and same(a.inputs, b.inputs) for a, b in pairs]
-    return next(compress((a.name for a, _ in pairs), apart), None)
+    apart = (name for (name, _), (a, b) in pairs.items() if not same(a.outputs, b.outputs) and same(a.inputs, b.inputs))
+    return next(apart, None)
 
 
 @torch.no_grad()
