@@ -87,7 +87,7 @@ def main(argv=None) -> int:
     describe([run.config for run in plan], device)
     note_shorter(plan, starts)
     if args.dry_run:
-        return show_status(share([*plan]), args.overwrite)
+        return show_status(share([*plan]), args.overwrite, starts)
     data = load_data(config, args.data_dir, device, args.download)
     plan = {run.of_data(data, starts.get(run.path)): cells for run, cells in plan.items()}
     runs = [*plan] if args.multi_rate else near([*plan], data, device)

@@ -146,7 +146,7 @@ class Stopping:
 def train(run: Run, data: Data, state: dict | None = None, stop: bool = False) -> None:
     """Trains a run from a checkpoint; with `stop`, to the end of the first epoch."""
     training = Training([run], [state], Setup(CPU))
-    training.train(data, Stopping(training if stop else None), GridBar([run]))
+    training.train(data, Stopping(training if stop else None), GridBar([run], {}))
 
 
 @pytest.fixture(scope="module", params=cases())

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import threading
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from PIL import Image
+from pytest import approx
 from torchvision.utils import make_grid
 
 import train
@@ -26,6 +28,7 @@ from utils.files import write_json
 from utils.images import tiled
 from utils.runs import Run, load_model
 from utils.seeds import generator
+from utils.training import console
 from utils.training.console import GridBar, standing
 
 GRID = [*TINY, "--beta_y", "0.1", "1", "5", "--save_every", "1"]
@@ -65,6 +68,27 @@ def test_a_resumed_cell_starts_where_it_was(passes, interrupted, monkeypatch):
     assert descriptions == ["cell 1/2, beta_y 1, beta_z 1 · epoch 1/2", "cell 2/2, beta_y 5, beta_z 1 · epoch 0/2"]
     assert "finished: " not in passes(train.main, *TINY, "--run_batch_name", "one")
     assert descriptions[-1] == "epoch 0/2"
+
+
+def test_the_time_to_go_leaves_out_what_other_trainings_did(passes, interrupted, monkeypatch):
+    """Three cells of 2 epochs are continued to 3; one of them is done when the command is repeated."""
+    shares, real = [], GridBar._jump
+
+    def noting(self, training, steps):
+        real(self, training, steps)
+        shares.append(self.bar.n / self.bar.total)
+
+    monkeypatch.setattr(console, "progress", partial(distributed.progress, disable=False))
+    monkeypatch.setattr(GridBar, "_jump", noting)
+    passes(train.main, *GRID)
+    assert shares == [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1]
+    longer = [*GRID, "--num_epochs", "3", "--init_from", "runs/singles"]
+    out = passes(train.main, *longer, "--dry_run")
+    assert out.count("  new from epoch 2 of 3\n") == 3 and "3 new; 3 epochs left, about " in out
+    shares.clear()
+    interrupted(5, *longer)
+    passes(train.main, *longer)
+    assert shares == approx([6 / 9, 7 / 9, 7 / 9, 4 / 6, 5 / 6, 5 / 6, 1])
 
 
 def test_every_status_and_the_time_to_go(passes, interrupted):

@@ -4,6 +4,7 @@ import math
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -37,15 +38,18 @@ def describe(configs: list[Config], device: torch.device) -> None:
         print(f"  {name:20s} {value}", flush=True)
 
 
-def show_status(runs: list[Run], overwrite: bool) -> int:
-    """Prints where each run stands, and how long the rest takes at the speed of what is trained; returns 0."""
+def show_status(runs: list[Run], overwrite: bool, starts: Mapping[Path, Run]) -> int:
+    """Prints where each run stands, and how long the rest takes at the speed of what is trained; returns 0.
+
+    New runs in `starts`, by path, start from others.
+    """
     if not runs:  # another process has them all
         return 0
     names, kinds, speeds, epochs_left = what_differs([run.config for run in runs]), Counter(), [], 0.0
     width = max(map(len, names))
     print(f"\n{runs[0].path if len(runs) == 1 else runs[0].path.parent}:")
     for run, name in zip(runs, names, strict=True):
-        line, epochs, seconds = standing(run)
+        line, epochs, seconds = standing(run, starts.get(run.path))
         print(f"  {name:{width}s}  {line}")
         kinds[line.split()[0]] += 1
         if epochs and seconds:
@@ -76,12 +80,18 @@ def speeds_of_others(run: Run) -> list[float]:
     return seconds
 
 
-def standing(run: Run) -> tuple[str, float, float]:
-    """Where a run stands, in words; the epochs that it has been trained for, and the seconds that they took."""
+def standing(run: Run, start: Run | None = None) -> tuple[str, float, float]:
+    """Where a run stands, in words; the epochs that it has been trained for, and the seconds that they took.
+
+    A new one may continue another, its `start`; whatever else it starts from, its epochs are all to be trained.
+    """
     try:
         line, total, epochs, seconds = run.status, run.config.num_epochs, 0.0, 0.0
         if line == "finished":
             return line, total, run.result.get("seconds", 0.0)
+        if line == "new" and start is not None and run.config.continues(start.config):
+            epochs, seconds = start.config.num_epochs, start.result.get("seconds", 0.0)
+            return f"new from epoch {epochs} of {total}", epochs, seconds
         if line == "failed":
             return f"failed at step {run.result['step']} of epoch {run.result['epoch']}", 0, 0
         if line == "unfinished":
@@ -97,9 +107,13 @@ def standing(run: Run) -> tuple[str, float, float]:
 
 
 class GridBar:
-    """The bar of several runs; it counts steps of single cells, those of earlier trainings as well."""
+    """The bar of several runs; it counts steps of single cells, those of earlier trainings as well.
 
-    def __init__(self, runs: list[Run]):
+    `trained` are the epochs that they have been trained for, by path.
+    """
+
+    def __init__(self, runs: list[Run], trained: Mapping[Path, float]):
+        self.waiting = dict(trained)  # of the cells that have not begun here
         self.names = dict(zip([run.path for run in runs], what_differs([run.config for run in runs]), strict=True))
         self.cells, self.done, self.steps, self.bar = len(runs), 0, 0, None
 
@@ -109,16 +123,18 @@ class GridBar:
         if self.bar is None:
             often = {} if sys.stderr and sys.stderr.isatty() else {"miniters": training.steps}  # a line an epoch
             self.bar = progress(total=self.cells * self.steps, dynamic_ncols=True, bar_format=FORMAT, **often)
-        steps = training.epoch * training.steps + training.steps_done
-        self._jump(self.done * self.steps + len(training.runs) * steps)
+        for run in training.runs:
+            self.waiting.pop(run.path, None)  # of halves it is gone
+        self._jump(training, len(training.runs) * (training.epoch * training.steps + training.steps_done))
         self.show(training, math.nan)
 
     def update(self, steps: int) -> None:
         """So many steps of single cells have been made."""
         self.bar.update(steps)
 
-    def _jump(self, n: int) -> None:
-        """Counts up or down to n, without taking that for speed."""
+    def _jump(self, training, steps: int) -> None:
+        """Counts so many steps of the cells of now, and all those of others, without taking that for speed."""
+        n = self.done * self.steps + steps + round(sum(self.waiting.values()) * training.steps)
         if not self.bar.disable:
             self.bar.initial += n - self.bar.n
             self.bar.last_print_n += n - self.bar.n
@@ -139,16 +155,18 @@ class GridBar:
     def end(self, training) -> None:
         """A training is done: of several cells, a line for each."""
         self.done += len(training.runs)
-        self._jump(self.done * self.steps)
+        self._jump(training, 0)
         for run in training.written.values() if self.cells > 1 else ():
             t, seconds = run.result["test"], run.result["seconds"]
             rates = f"loss {t['loss']:.4g}, R(y|z) {t['kl_y']:.3g}, R(z) {t['kl_z']:.3g} nats"
             tqdm.write(f"finished: {self.names[run.path]} · {rates} · {duration(seconds)}")
             sys.stdout.flush()
 
-    def skip(self, cells: int) -> None:
-        """So many cells are not trained here after all."""
-        self.cells -= cells
+    def skip(self, runs: list[Run]) -> None:
+        """These cells are not trained here after all."""
+        self.cells -= len(runs)
+        for run in runs:
+            del self.waiting[run.path]
         if self.bar is not None:
             self.bar.total = self.cells * self.steps
 

@@ -18,7 +18,7 @@ from utils.errors import UserError, is_out_of_memory
 from utils.files import load_tensors
 from utils.locks import Held, note_held
 from utils.runs import Run
-from utils.training.console import GridBar
+from utils.training.console import GridBar, standing
 from utils.training.saving import Interrupted, Signals
 from utils.training.start import begin
 from utils.training.training import Setup, Training
@@ -36,7 +36,8 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
     """
     problems, size = [], setup.size
     torch.backends.cudnn.benchmark = True
-    with Signals() as signals, contextlib.closing(GridBar(runs)) as bar:
+    trained = {run.path: 0.0 if setup.overwrite else standing(run, starts.get(run.path))[1] for run in runs}
+    with Signals() as signals, contextlib.closing(GridBar(runs, trained)) as bar:
         while runs:
             of_seed = [run for run in runs if run.config.seed == runs[0].config.seed]
             use_precision(runs[0].config.precision)
@@ -46,7 +47,7 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
             with contextlib.ExitStack() as locks:
                 cells, wrong = open_cells(together, setup, locks, starts)
                 problems += wrong
-                bar.skip(len(together) - len(cells))
+                bar.skip([run for run in together if run not in dict(cells)])
                 size = min(size, train_cells(cells, data, setup, signals, bar))
             if signals.received and (runs or together[0].config.is_conditioned):  # whose cells are still to be unfolded
                 raise Interrupted(signals.received, together[0].config.num_epochs)
