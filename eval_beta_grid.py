@@ -1,13 +1,17 @@
 """Evaluates every run of a batch; results that are up to date are not recomputed.
 
-    python eval_beta_grid.py --run_batch_name B --all --cpu_n 2                  all of it, or step by step:
-    python eval_beta_grid.py --run_batch_name B --exclude_mi --with_classifier   step 1: rates, PSNR, IS, FID, latents
-    python eval_beta_single.py --run_path runs/B/*/                              step 2: mutual information
-    python eval_beta_grid.py --run_batch_name B --get_mi_cal_acc --cpu_n 2       step 3: simple classifiers on latents
-    python eval_beta_grid.py --run_batch_name B --recons_acc                     step 4: accuracy on reconstructions
+    python eval_beta_grid.py --run_batch_name B --all --cpu_n 2
 
-All metrics are computed on the test images, stored in each run's metrics.json and collected in the batch's
-eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
+does all of it. Or step by step: 1, rates, PSNR, IS, FID, latents; 2, mutual information; 3, simple
+classifiers on latents; 4, accuracy on reconstructions:
+
+    python eval_beta_grid.py --run_batch_name B --exclude_mi --with_classifier
+    python eval_beta_single.py --run_path runs/B/*/
+    python eval_beta_grid.py --run_batch_name B --get_mi_cal_acc --cpu_n 2
+    python eval_beta_grid.py --run_batch_name B --recons_acc
+
+All metrics are computed on the test images, stored in each run's metrics.json and collected in the
+batch's eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 """
 
 from functools import partial

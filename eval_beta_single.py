@@ -1,4 +1,4 @@
-"""Estimates the mutual information between the label and z, and between the label and y, for some runs.
+"""Estimates the mutual information between the label and z, and the label and y, of some runs.
 
     python eval_beta_single.py --run_path "runs/B/<run>"
     python eval_beta_single.py --run_path runs/B/*/

@@ -1,13 +1,14 @@
 """Plots the rate plane of an evaluated batch, and finds the best cell for each task.
 
-    python plot_eval.py --run_batch_name B                    report.html, figures and advice in runs/B/figures/
-    python plot_eval.py --run_batch_name B --max_rate 20      also the best cells of at most 20 nats per image
-    python plot_eval.py --run_batch_name B C                  what B and C reach at equal rates, in runs/B/figures/
-    python plot_eval.py --traverse RUN [RUN ...]              what z and what y of these runs encode, side by side
-    python plot_eval.py --latents RUN [RUN ...]               where the test images lie in z of these runs
+    python plot_eval.py --run_batch_name B                 report.html and more in runs/B/figures/
+    python plot_eval.py --run_batch_name B --max_rate 20   also the best cells of at most 20 nats
+    python plot_eval.py --run_batch_name B C               what B and C reach at equal rates
+    python plot_eval.py --traverse RUN [RUN ...]           what z and what y of these runs encode
+    python plot_eval.py --latents RUN [RUN ...]            where the test images lie in z of these runs
 
-Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and reconstructions. The
-report is one page, which works offline: the rate plane to explore, and below it all tables and figures.
+Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and
+reconstructions. The report is one page, which works offline: the rate plane to explore, and below
+it all tables and figures.
 """
 
 from functools import partial

@@ -3,8 +3,9 @@
     python train_classifier.py --dataset Digits --seed 2 3 4
     python train_classifier.py --dataset path/to/folder --image_size 32
 
-It is saved in runs/classifiers/<data set>/, where the evaluation looks for it, those of further seeds in folders
-seed_<seed> there. Repeating a command resumes an unfinished training and skips a finished one.
+It is saved in runs/classifiers/<data set>/, where the evaluation looks for it, those of further
+seeds in folders seed_<seed> there. Repeating a command resumes an unfinished training and skips a
+finished one.
 """
 
 from functools import partial

@@ -69,7 +69,7 @@ def test_of_a_flag_of_one_value_the_last_counts(passes):
 
 def test_the_next_command_can_be_pasted(passes):
     out = passes(train.main, *TINY, "--runs_dir", "my runs", "--run_batch_name", "it's")
-    (command,) = re.findall("To evaluate: python (.*)", out)
+    (command,) = re.findall("To evaluate: python (.*)", out.replace(" \\\n", " "))
     both = "train_classifier.py --dataset Digits --runs_dir 'my runs' && python eval_beta_grid.py"
     both += """ --run_batch_name "it's" --all --runs_dir 'my runs'"""
     assert shlex.split(command) == shlex.split(both)

@@ -1,6 +1,7 @@
 """train.py as its users see it: flags, run folders, grids."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_dry_run_tells_each_cell_of_each_seed_and_writes_nothing(passes):
     out = passes(train.main, *TINY, "--dry_run", "--seed", "2", "3", "--beta_y", "0.1:10:3")
     assert out.count("  beta_y 10, beta_z 1") == 2 and out.count(" new\n") == 6
     assert not Path("runs").exists()
+
+
+def test_the_results_say_of_which_seed_each_is_where_there_are_several(passes):
+    flags = [*TINY, "--beta_y", "0.5", "--target_rate_z", "2", "--num_epochs", "1"]
+    out = passes(train.main, *flags, "--seed", "7", "5")
+    assert re.findall(r"^ +(seed|\d+) +(?:beta_y|0\.5) ", out, re.M) == ["seed", "7", "5"]
+    assert re.findall(r"^ +(seed|\d+) +(?:asked|-) ", out, re.M) == ["seed", "7", "5"]
+    assert max(map(len, out.splitlines())) <= 100
+    assert "seed " not in passes(train.main, *flags, "--seed", "7").partition("test images")[0].partition("cells")[2]
 
 
 def test_the_papers_command_with_its_trailing_backslash(passes):

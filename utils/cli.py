@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
@@ -81,6 +82,17 @@ def add_bench_flags(parser: Parser) -> None:
     samples = "samples of z that approximate q(y|x), for the mutual information of y (default: 4)"
     group.add_argument("--y_samples", type=partial(whole, most=1000), default=4, help=samples)
     group.add_argument("--force", action="store_true", help="recompute results that are up to date")
+
+
+def wrapped(text: str, width: int = 100, indent: int = 0) -> str:
+    """A text for a terminal of so many columns, indented from its second line on."""
+    return textwrap.fill(text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def wrapped_command(command: str) -> str:
+    """A command on lines of at most 100 columns, to paste."""
+    together = re.sub(" (?!--)", "\0", command)  # a flag and its values
+    return wrapped(together, 98, indent=4).replace("\n", " \\\n").replace("\0", " ")
 
 
 def next_command(*words: str, runs_dir: str, data_dir: str) -> str:

@@ -102,7 +102,7 @@ def test_every_figure_comes_with_what_it_shows(passes):
     write_csv(rows_of() + rows_of([1.0], seed=3, psnr=40))
     flags = ["--format", "png", "--device", "cpu", "--rate_unit", "bits", "--metrics", "psnr"]
     out = passes(plot_eval.main, "--run_batch_name", "b", *flags, "--max_rate", "60")
-    assert "R(z) + R(y\\|z) <= 60 bits" in out and "R(z) (bits)" in out
+    assert "reconstruction, dB, R(z) + R(y|z) <= 60 bits\n" in out and "\nrates in bits " in out
     assert "nats" not in out.partition("\n\n")[0]
     rows = read_csv("runs/b/figures/total_rate.csv")
     one = [r for r in rows if r["beta_y"] == r["beta_z"] == "1.0"]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 
+from utils.cli import wrapped
 from utils.plane.cells import OF_GRID, Plane
 from utils.plane.drawing import MARKERS, Drawing, Output, literal, panels, rate_axis, styled, write_drawing
 from utils.plane.figures import draw_errors, draw_seeds
@@ -140,4 +141,6 @@ def write_comparison(out: Output, planes: Sequence[Plane], names: Sequence[str])
         for g in parts if len(g.planes) < len(planes)
     ]  # fmt: skip
     notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
-    return table.markdown() + "".join(f"note: {note}\n" for note in dict.fromkeys(notes))
+    short = {n: text for n, text in COMPARED.items() if n not in ("unit", "first", "told")}
+    table = Table(table.rows, short | {"value": next(iter(planes)), "gain": "gain"})  # which a terminal has room for
+    return table.markdown() + "".join(wrapped(f"note: {note}") + "\n" for note in dict.fromkeys(notes))

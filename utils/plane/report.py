@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jinja2
 import torch
 
+from utils.cli import wrapped, wrapped_command
 from utils.distributed import progress
 from utils.evaluation.metrics import plain
 from utils.files import to_csv, write_text
@@ -20,7 +21,7 @@ from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
 from utils.plane.sheets import OVERVIEW, Pictures, images_to_reconstruct, overview, pictures_of, sheets, to_uri
 from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
-from utils.plane.tables import DRIVERS, EXCESS, Table, cells_of, drivers, excess_rows, print_excess
+from utils.plane.tables import DRIVERS, EXCESS, Table, cells_of, drivers, excess_rows, print_excess, short_advice
 
 OF_LABEL = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *ACCURACIES["qz_mu"])
 TO_TRAIN = {"metrics": "best for", "command": "command"}
@@ -56,10 +57,11 @@ def write_report(out: Output, plane: Plane, options: Options, device: torch.devi
     tables = write_tables(out, plane, names, advised, rows, excess)
     write_text(out.folder / "report.html", page(plane, names, tables, images, pictures))
     for note in plane.notes:
-        print(f"note: {note}")
-    print(tables["Advice"].markdown() + EXPLAINED)
+        print(wrapped(f"note: {note}"))
+    print(short_advice(advised, plane) + wrapped(EXPLAINED))
     for row in commands(advised):
-        print(f"\nTo train the best for {row['metrics']} on its own:\n{row['command']}")
+        print("\n" + wrapped(f"To train the best for {row['metrics']} separately:"))
+        print(wrapped_command(row["command"]))
     print_far_off(rows)
     print_excess(excess)
     print(f"\nOpen {out.folder / 'report.html'}")
@@ -113,11 +115,11 @@ def write_tables(out: Output, plane: Plane, names: list[str], advised: list, slo
     to_train = Table(commands(advised), TO_TRAIN)
     tables = {
         "Advice": Table(advised, headings_of(plane), "advice"),
-        "Commands that train these points on their own": to_train,
+        "Commands that train these cells separately": to_train,
         "Rank correlations with the rates": Table(drivers(plane, of_tasks), of_drivers, "drivers"),
         "Cells": Table(cells, {n: plane.heading(n) for row in cells for n in row}),
         "Slopes": Table(slopes, SLOPES, "slopes"),
-        "Multi-rate cells and their own trainings": Table(excess, EXCESS, "excess" if excess else ""),
+        "Multi-rate cells and separately trained ones": Table(excess, EXCESS, "excess" if excess else ""),
     }
     for table in tables.values():
         if table.file:

@@ -1,13 +1,15 @@
-"""Tables of cells, of the rates that metrics go with, of multi-rate cells against own trainings."""
+"""Tables of cells, of the rates that metrics go with, of multi-rate cells against separately trained ones."""
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise, product
+from functools import partial
+from itertools import chain, pairwise, product
 from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
 
+from utils.cli import wrapped
 from utils.config import fields_of
 from utils.evaluation.probes import standard_error
 from utils.files import to_csv, write_text
@@ -21,12 +23,12 @@ RATES = {"kl_z": "R(z)", "kl_y": "R(y|z)", "rate": "R", "kl_z_given_rate": "R(z)
 DRIVERS = {"metric": "metric", "n": "cells", "seeds": "seeds"}  # headings of drivers.csv
 for _name, _label in RATES.items():  # R = R(z) + R(y|z)
     DRIVERS |= {_name: f"with {_label}", f"{_name}_se": f"+- of {_label}"}
-EXCESS = {  # columns and headings of excess.csv
-    "num_epochs": "epochs, multi-rate", "own_epochs": "epochs, own",
-    "optimizer": "optimizer, multi-rate", "own_optimizer": "own", "beta_y": "beta_y", "beta_z": "beta_z",
-    "loss": "loss, multi-rate", "own_loss": "own", "excess": "excess", "se": "+-",
-    "kl_y": "R(y|z), multi-rate", "own_kl_y": "R(y|z), own", "kl_z": "R(z), multi-rate", "own_kl_z": "R(z), own",
-    "psnr": "PSNR, multi-rate", "own_psnr": "PSNR, own", "n": "seeds", "own_n": "seeds, own",
+EXCESS = {  # columns and headings of excess.csv; own_ is of the separately trained cell
+    "num_epochs": "epochs, multi-rate", "own_epochs": "separate",
+    "optimizer": "optimizer, multi-rate", "own_optimizer": "separate", "beta_y": "beta_y", "beta_z": "beta_z",
+    "loss": "loss, multi-rate", "own_loss": "separate", "excess": "excess", "se": "+-",
+    "kl_y": "R(y|z), multi-rate", "own_kl_y": "separate", "kl_z": "R(z), multi-rate", "own_kl_z": "separate",
+    "psnr": "PSNR, multi-rate", "own_psnr": "separate", "n": "seeds, multi-rate", "own_n": "separate",
 }  # fmt: skip
 LEAST_CELLS = 4  # of fewer, ranks say nothing
 
@@ -104,6 +106,25 @@ def text_of(row: dict, name: str) -> str:
     return "" if value is None else str(value)
 
 
+def short_advice(rows: list[dict], plane: Plane) -> str:
+    """Rows of the advice in 100 columns, below task, unit and budget, with those settings that differ and still fit."""
+    head = [f"rates in {plane.unit}", "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %"]
+    lines = [head + plane.differing]
+    for row in rows:
+        text = partial(text_of, row)
+        best = " +- ".join(filter(None, (text("value"), text("se"))))
+        gain = text("gain") + (f", {text('low')} to {text('high')}" if text("low") else "")
+        pairs = [f"{text(a)}, {text(b)}" for a, b in (BETAS, ("kl_z", "kl_y"))]
+        lines.append([f"  {text('metric')}", best, *pairs, gain, *map(text, plane.differing)])
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    while sum(widths) > 102 and len(widths) > len(head):
+        widths.pop()
+    first, *lines = ("".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    tasks = [", ".join(filter(None, (row["task"], row["unit"], row["budget"]))) for row in rows]
+    of_tasks = {task: [line for line, of in zip(lines, tasks, strict=True) if of == task] for task in tasks}
+    return "\n".join([first, *chain(*([task, *of_task] for task, of_task in of_tasks.items()))]) + "\n"
+
+
 def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:
     """What a figure of cells shows: each one's medians, and its runs where there are several."""
     columns, rows = dict.fromkeys((*BETAS, "kl_z", "kl_y", "rate", *names)), []
@@ -165,7 +186,7 @@ def _correlations(rates: np.ndarray, values: np.ndarray) -> list[float]:
 
 
 def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
-    """Every unfolded cell with every own cell of the same model, data and betas.
+    """Every unfolded cell with every separately trained one of the same model, data and betas.
 
     `excess` is by how many nats the unfolded cell's loss is larger, `se` its standard error over
     seeds and images.
@@ -203,19 +224,17 @@ def by_trainings(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     groups = {}
     for row in rows:
         shared = f"{row['num_epochs'] or '?'} epochs, {row['optimizer']}"
-        own = f"{row['own_epochs'] or '?'} epochs, {row['own_optimizer']}"
-        groups.setdefault((shared, own), []).append(row)
+        separate = f"{row['own_epochs'] or '?'} epochs, {row['own_optimizer']}"
+        groups.setdefault((shared, separate), []).append(row)
     return groups
 
 
 def print_excess(rows: list[dict]) -> None:
     """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead."""
     finite = [row for row in rows if math.isfinite(row["excess"])]
-    for (shared, own), of_both in by_trainings(finite).items():
+    for (shared, separate), of_both in by_trainings(finite).items():
         excess = [row["excess"] for row in of_both]
         lower = sum(e < 0 for e in excess)
-        print(
-            f"\nmulti-rate cells ({shared}) against their own trainings ({own}): "
-            f"loss {np.mean(excess):+.2f} nats on average, {min(excess):+.2f} to {max(excess):+.2f}; "
-            f"lower in {lower} of {len(excess)} cells"
-        )
+        text = f"multi-rate cells ({shared}) against separately trained ones ({separate}): "
+        text += f"loss {np.mean(excess):+.2f} nats on average, {min(excess):+.2f} to {max(excess):+.2f}; "
+        print("\n" + wrapped(f"{text}lower in {lower} of {len(excess)} cells"))

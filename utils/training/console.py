@@ -14,7 +14,7 @@ from tqdm import tqdm
 from models import own
 from models.build import build_model
 from utils import locks
-from utils.cli import next_command
+from utils.cli import next_command, wrapped, wrapped_command
 from utils.config import FLAGS, Config, what_differs
 from utils.distributed import duration, is_first, progress
 from utils.errors import UserError
@@ -35,7 +35,7 @@ def describe(configs: list[Config], device: torch.device) -> None:
     lines |= {"device": device, "shapes": f"x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}"}
     lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": len(configs)}
     for name, value in lines.items():
-        print(f"  {name:20s} {value}", flush=True)
+        print(wrapped(f"  {name:20s} {value}", indent=23), flush=True)
 
 
 def show_status(runs: list[Run], overwrite: bool, starts: Mapping[Path, Run]) -> int:
@@ -179,10 +179,12 @@ class GridBar:
 
 def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> None:
     """Prints the test results of all runs, and the commands that inspect and evaluate them."""
-    print("\n" + " ".join(f"{text:>{width}}" for text, width in HEADINGS.items()))
+    several = len({run.config.seed for run in runs}) > 1
+    print("\n" + f"{'seed':>10} " * several + " ".join(f"{text:>{width}}" for text, width in HEADINGS.items()))
     runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with betas that were steered
     for run in runs:
-        print(f"{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} {outcome(run)}")
+        seed = f"{run.config.seed:10d} " * several
+        print(f"{seed}{run.config.beta_y:10.5g} {run.config.beta_z:10.5g} {outcome(run)}")
     print("(test images; nats per image, PSNR in dB)")
     if any(run.config.has_target for run in runs):
         print_targets(runs, rate_unit)
@@ -196,7 +198,7 @@ def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> 
     command = next_command("eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all", *words, **where)
     if not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
         command = f"{next_command('train_classifier.py', *config.data_flags, **where)} && {command}"
-    print(f"To evaluate: {command}")
+    print(wrapped_command(f"To evaluate: {command}"))
 
 
 def outcome(run: Run) -> str:
@@ -214,11 +216,12 @@ def outcome(run: Run) -> str:
 
 def print_targets(runs: list[Run], unit: str) -> None:
     """Prints the rates that were asked for beside those on the training and the test images."""
+    several = len({run.config.seed for run in runs}) > 1
     print(f"\n{'':10}{'R(y|z)':^31}{'R(z)':^30}")
-    print(f"{'':10}" + f"{'asked':>10} {'train':>9} {'test':>9} " * 2 + f"{'beta_y':>10} {'beta_z':>10}")
+    print(f"{'seed' * several:>10}" + f"{'asked':>10} {'train':>9} {'test':>9} " * 2 + f"{'beta_y':>10} {'beta_z':>10}")
     nats = math.log(2) if unit == "bits" else 1.0
     for run in runs:
-        config, result, line = run.config, run.result, " " * 10
+        config, result, line = run.config, run.result, f"{run.config.seed if several else '':>10}"
         if config.has_target and result.get("status") == "finished":
             for layer in "yz":
                 target = getattr(config, f"target_rate_{layer}")
