@@ -132,6 +132,8 @@ def test_every_column_colours_the_plane_and_the_better_figure_of_two_is_bold(ope
     titles = [plane.title(name) for name in plane.names if name != "psnr_se"]  # shown with PSNR
     assert sorted(options) == sorted([*titles, "log10 beta_y", "log10 beta_z"])
     assert options[:4] == [plane.title(name) for name in ("kl_z", "kl_y", "rate", "psnr")]
+    more = page.locator("#colour optgroup[label=more] option").all_inner_texts()
+    assert more == options[-len(more) :] and {HOSTILE, plane.title("ll")} == {*more}
     assert page.locator("#colour option:checked").inner_text() == "inception score"  # no error, though asked for
     for select, cell in zip(page.locator("#compared select").all(), ("1", "24"), strict=True):
         select.select_option(cell)

@@ -113,7 +113,7 @@ def _ends(values: np.ndarray) -> str:
 
 
 def training(cell: Cell, folder: Path | None = None) -> str:
-    """The command that trains a cell on its own: of a grid as it was trained, with all its seeds.
+    """The command that trains a cell separately: of a grid as it was trained, with all its seeds.
 
     The runs in `folder` tell where own images are. Empty if its settings are not those of a training any more,
     or it began with other weights.

@@ -16,7 +16,7 @@ from matplotlib.scale import SymmetricalLogTransform  # which Bokeh's axes lack
 from utils.plane.advice import TASK_OF, training
 from utils.plane.cells import BETAS, Plane
 from utils.plane.drawing import RED, crowded
-from utils.plane.metrics import FOUR, first_of, metric
+from utils.plane.metrics import COLOURS, FOUR, first_of, metric
 from utils.plane.sheets import Pictures
 
 # one clear pixel
@@ -61,6 +61,9 @@ def lines_of(plane: Plane) -> dict[str, dict]:
         betas = plane.values(name.removeprefix("log10 "))
         logs = np.log10(np.where(betas > 0, betas, np.nan))
         lines[name] = numbers(name, 0, logs, np.nan * logs)
+    few = ["kl_z", "kl_y", "rate", *first_of(plane.names, COLOURS), *(f"log10 {beta}" for beta in BETAS)]
+    for name, line in lines.items():
+        line["more"] = name not in few
     more = {name: [c.settings.get(name) or "" for c in plane.cells] for name in plane.differing}
     more["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
     more["runs"] = [" ".join(cell.runs) for cell in plane.cells]

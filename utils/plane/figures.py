@@ -49,7 +49,7 @@ def mark(ax: Axes, plane: Plane, x: str, y: str, name: str) -> None:
 
 
 def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) -> None:
-    """Draws cells: round ones trained on their own, square ones of a multi-rate model.
+    """Draws cells: round ones of separate trainings, square ones of a multi-rate model.
 
     In batches of mixed settings, each has a marker. `colours` are RGB (N, 3), or numbers (N,);
     NaN is not drawn.
@@ -310,9 +310,9 @@ def excess_maps(plane: Plane, rows: list[dict]) -> Drawing:
     """The excess loss of multi-rate cells over the grid, a panel for each pair of trainings."""
     excess = [abs(row["excess"]) for row in rows if math.isfinite(row["excess"])]
     largest, layers = max(excess, default=1.0) or 1.0, []
-    for (shared, own), of_both in by_trainings(rows).items():
+    for (shared, separate), of_both in by_trainings(rows).items():
         grid = Grid(*([row[name] for row in of_both] for name in BETAS))
-        title = f"excess loss (nats): {shared}\nfor all; {own}, on their own"
+        title = f"excess loss (nats): {shared}\nfor all; {separate}, separately"
         values, norm = [row["excess"] for row in of_both], Normalize(-largest, largest)
         layers.append(Map(title, grid, values, "PuOr_r", norm))
     return Drawing(maps(plane, layers), rows)

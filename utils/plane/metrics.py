@@ -24,6 +24,9 @@ FOUR = [  # for reconstruction, generation, representation by z and by y the fir
     ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
     ("svm_rbf_acc_y", "lr_acc_mean_y", "mi_y_low"),
 ]
+# what the report's page offers first as a colour, beside rates and betas
+COLOURS = [(n,) for n in ("psnr", "D", "nelbo", "is_mean")]
+COLOURS += [("fid", "fid_classifier"), *FOUR[2:], ("mi_z_low",), ("mi_y_low",)]
 INFORMATION = [  # on the label, against R(z)
     ("mi_z_low", "mi_q_mc", "mi_q"),
     ("mi_y_low", "mi_q_mc_y"),

@@ -17,13 +17,16 @@ onkeydown = ({key}) => {  // closes a picture
 };
 
 const [colour, a, b] = all("#explorer select"), [body] = all("#compared tbody");
-const rows = lines.map(({title, values}, i) => {
-  if (values) colour.add(new Option(title, i));
+const others = document.createElement("optgroup");
+others.label = "more";
+const rows = lines.map(({title, values, more}, i) => {
+  if (values) (more ? others : colour).append(new Option(title, i));
   const row = body.insertRow();
   row.innerHTML = "<th></th><td></td><td></td>";
   row.cells[0].textContent = title;
   return row;
 });
+if (others.children.length) colour.append(others);
 for (const select of [a, b]) labels.forEach((label, i) => select.add(new Option(label, i)));
 
 colour.onchange = () => {
