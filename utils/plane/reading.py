@@ -16,6 +16,7 @@ from utils.evaluation.metrics import STEP_OF, columns_of, conditions_of, read_me
 from utils.files import digest_of
 from utils.plane.cells import BETAS, OF_CELL, OF_DATA, SATURABLE, SETTINGS, TARGETS, Cell, Plane, number
 from utils.plane.metrics import METRICS, metric
+from utils.runs import Run
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -42,15 +43,19 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
             row["data_digest"] = next(iter(digests))
     stale = [row for row in rows if _is_stale(path.parent / (row.get("run") or "?"), row)]
     rows = [row for row in rows if row not in stale]
+    shorter = _continued([row for row in rows if _has_rates(row)], path.parent)
+    rows = [row for row in rows if row not in shorter]
     conditions, notes = _conditions(rows, path.parent)
     for row, of_row in zip(rows, conditions, strict=True):
-        if any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z")):
+        if not _has_rates(row):
             without.append(row)
         else:  # of searched betas each seed has others
             key = row | {beta: None for beta, rate in TARGETS.items() if row.get(rate)}
             cells.setdefault(tuple(key.get(name) for name in OF_CELL), []).append((row, of_row))
     if not cells and not stale:
         raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
+    if shorter:
+        notes.append(f"{_names(shorter)} left out: the longest of each cell is shown, which continues them")
     if stale:
         notes.append(f"{_names(stale)} left out: not as they were evaluated; repeat eval_beta_grid.py")
     if not cells:
@@ -70,6 +75,35 @@ def _is_stale(folder: Path, row: dict[str, str]) -> bool:
     pairs = [(number(row.get(name)), metrics[name]) for name in ("ll", "kl_y", "kl_z") if name in metrics]
     other = any(not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs if not math.isnan(a))
     return other or None not in (weights, metrics.get("weights")) and weights != metrics["weights"]
+
+
+def _has_rates(row: dict[str, str]) -> bool:
+    return not any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z"))
+
+
+def _continued(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
+    """The rows of runs that longer ones continue; of epochs that were trained anew, for comparison, all stay.
+
+    The sessions that trained a run are the first of one that continues it.
+    """
+    alike, shorter = {}, []
+    for row in rows:
+        settings = (row.get(name) for name in (*OF_CELL, "seed") if name != "num_epochs")
+        alike.setdefault(tuple(settings), []).append(row)
+    for group in (group for group in alike.values() if len(group) > 1):
+        made = [_sessions(folder / (row.get("run") or "?")) for row in group]
+        for row, sessions in zip(group, made, strict=True):
+            longer = [other for other in made if len(other) > len(sessions) > 0]
+            shorter += [row] if any(other[: len(sessions)] == sessions for other in longer) else []
+    return shorter
+
+
+def _sessions(path: Path) -> list[dict]:
+    """What made a run, if its folder tells."""
+    try:
+        return Run.open(path).result.get("sessions", [])
+    except UserError:
+        return []
 
 
 def _conditions(rows: list[dict[str, str]], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
