@@ -54,6 +54,11 @@ def commit_and_date(result: dict) -> dict[str, str]:
     return {"commit": " ".join(dict.fromkeys(commits)), "date": sessions[-1]["end"][:10] if sessions else ""}
 
 
+@functools.cache
+def _digest_of(file: Path, _changed: int) -> str:
+    return digest_of(file)  # once, whatever number of cells is asked for
+
+
 def command_of(run: Run) -> list[str]:
     """The words of a command that makes a run again, after `python`; of an unfolded cell, with its model.
 
@@ -61,7 +66,7 @@ def command_of(run: Run) -> list[str]:
     """
     config, source, batches = run.config, run, run.path.resolve().parent.parent
     if weights := config.source or config.init_from:
-        files = (file for file in sorted(batches.glob("*/*/vae.pth")) if digest_of(file) == weights)
+        files = (f for f in sorted(batches.glob("*/*/vae.pth")) if _digest_of(f, f.stat().st_mtime_ns) == weights)
         if (file := next(files, None)) is None:
             raise UserError(f"--like: {run.path} comes from weights ({weights}) that no run in {batches} has")
         source = Run.open(file.parent)

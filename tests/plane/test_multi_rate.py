@@ -17,6 +17,7 @@ from tests.plane.planes import rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
+from utils.plane.explorer import lines_of
 from utils.plane.reading import read_plane
 from utils.plane.tables import by_trainings, excess_rows
 from utils.runs import Run
@@ -64,6 +65,10 @@ def test_a_real_batch_of_both_kinds(passes):
     advised = [line for line in out.replace(" \\\n    ", " ").splitlines() if line.startswith("python train.py")]
     assert set(advised) <= {training(cell) for cell in unfolded}
     assert all(line in Path("runs/b/figures/report.html").read_text() for line in advised)
+    plane = read_plane(Path("runs/b/eval_results.csv"))
+    like = [passes(train.main, "--like", f"runs/b/{cell.runs[0]}").strip() for cell in plane.cells]
+    expected = [text if "--multi_rate" in text else "" for text in like]
+    assert lines_of(plane)["made by"]["texts"] == expected and any(expected)
 
 
 def test_the_excess_is_the_difference_of_the_losses(passes):

@@ -1,5 +1,7 @@
 """The rate plane to explore, on the report's page: Bokeh draws it, and page.js answers in it."""
 
+import contextlib
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,11 +15,14 @@ from bokeh.plotting import figure
 from bokeh.resources import Resources
 from matplotlib.scale import SymmetricalLogTransform  # which Bokeh's axes lack
 
+from utils.errors import UserError
 from utils.plane.advice import TASK_OF, training
-from utils.plane.cells import BETAS, Plane
+from utils.plane.cells import BETAS, Cell, Plane
 from utils.plane.drawing import RED, crowded
 from utils.plane.metrics import COLOURS, FOUR, first_of, metric
 from utils.plane.sheets import Pictures
+from utils.provenance import command_of
+from utils.runs import Run
 
 # one clear pixel
 EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -67,9 +72,22 @@ def lines_of(plane: Plane) -> dict[str, dict]:
     more = {name: [c.settings.get(name) or "" for c in plane.cells] for name in plane.differing}
     more["seeds"] = [", ".join(cell.seeds) for cell in plane.cells]
     more["runs"] = [" ".join(cell.runs) for cell in plane.cells]
+    if any(made_by := [_made_by(cell, plane.folder) for cell in plane.cells]):
+        more["made by"] = made_by
     more["command"] = [training(cell, plane.folder) or NO_COMMAND for cell in plane.cells]
     first, last = ({n: {"title": n, "texts": t} for n, t in of.items()} for of in (texts, more))
     return first | lines | last
+
+
+def _made_by(cell: Cell, folder: Path | None) -> str:
+    """The commands that make a cell's runs again that no training alone makes, if their folders tell."""
+    commands = {}
+    for run in cell.runs if folder else ():
+        with contextlib.suppress(UserError):
+            run = Run.open(folder / run)
+            if run.config.source or run.config.init_from:
+                commands[shlex.join(["python", *command_of(run)])] = None
+    return " && ".join(commands)
 
 
 def numbers(title: str, better: int, values: np.ndarray, errors: np.ndarray) -> dict:

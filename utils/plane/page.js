@@ -23,7 +23,7 @@ const rows = lines.map(({title, values, more}, i) => {
   if (values) (more ? others : colour).append(new Option(title, i));
   const row = body.insertRow();
   row.innerHTML = "<th></th><td></td><td></td>";
-  row.cells[0].textContent = title;
+  row.cells[0].textContent = row.dataset.title = title;
   return row;
 });
 if (others.children.length) colour.append(others);
