@@ -1,5 +1,7 @@
 """Models in one's own Python: what README.md and docs/tour.ipynb show, from any folder, and what is refused."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -81,10 +83,10 @@ def test_the_readme_is_right_from_any_folder(trained):
 
 
 def test_the_tour_runs(trained):
-    """As a notebook does: cell by cell, in one namespace; the last expression of each is shown."""
+    """As a notebook does: cell by cell, in one namespace; the last expression of each is shown, as it is stored."""
     (path,) = trained()
     cells = [c for c in json.loads((ROOT / "docs/tour.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
-    assert all(c["outputs"] == [] for c in cells)
+    shown = [output["data"]["image/png"] for c in cells for output in c["outputs"] if "data" in output]
     names, pictures = {}, []
     for cell in cells:
         code = "".join(cell["source"]).replace('".."', repr(str(ROOT))).replace('"../runs', '"runs')
@@ -95,4 +97,5 @@ def test_the_tour_runs(trained):
         else:
             exec(last, names)
     assert names["run"].run.path == path and len(pictures) == 5
+    assert [Image.open(io.BytesIO(base64.b64decode(png))).size for png in shown] == [p.size for p in pictures]
     assert all(p.width == 8 * 30 + 2 and p.getextrema()[0][1] > 0 for p in pictures)
