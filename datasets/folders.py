@@ -74,6 +74,12 @@ class Folder(NamedTuple):
         ]
         return digest("\n".join(lines).encode(errors="surrogateescape"))
 
+    def names(self, split: str) -> dict[str, np.ndarray]:
+        """The `filename` (N,) of each image of a split, below the folder, and the `classes` (K,), if there are some."""
+        files = [str(path).removeprefix(self.root).lstrip(os.sep) for path, _ in getattr(self, split)]
+        texts = {"filename": files, "classes": self.classes}
+        return {name: np.array(values) for name, values in texts.items() if values}
+
 
 def enumeration(names: Iterable) -> str:
     """Names with commas between; of more than ten the first nine and the last."""

@@ -26,6 +26,7 @@ class Data(NamedTuple):
     n_classes: int
     digest: str | None = None  # of its images and labels, in their order
     listed: str | None = None  # of a folder's list of files, by which earlier versions told it
+    folder: Folder | None = None  # where it is from, if from a folder of images
 
     def is_of(self, digest: str | None) -> bool:
         """Whether what keeps that digest is of these images; of earlier versions, what keeps none may be."""
@@ -132,7 +133,7 @@ def _of_folder(name: str, folder: Folder, shape: tuple[int, int, int], device: t
         images, labels = decode(samples, channels, size), torch.tensor([label for _, label in samples])
         splits = [(images[:n], labels[:n]), (images[n:], labels[n:])]
         splits, content = _resident(name, splits, device), content_of(splits)
-    return Data(*splits, len(folder.classes), content, folder.digest)
+    return Data(*splits, len(folder.classes), content, folder.digest, folder)
 
 
 def content_of(splits: list[tuple[torch.Tensor, torch.Tensor]]) -> str:

@@ -20,13 +20,14 @@ import train
 import train_classifier
 from datasets import loading
 from datasets.batches import Resident, Streamed
-from datasets.folders import open_image, scan
+from datasets.folders import centre_crop, open_image, scan
 from datasets.loading import load_data
 from models.build import build_model
 from tests.conftest import TINY, weights
 from tests.datasets.files import load, refused, write_folder, write_image
 from utils.config import Config
 from utils.errors import UserError
+from utils.explore import load as load_run
 from utils.runs import Run
 
 PETS = Path("pets")
@@ -166,7 +167,23 @@ def test_images_without_classes_train(passes, refused):
     assert out.count("pets_3x64x64 has no labels") == 1
     passes(eval_beta_grid.main, *EVALUATE[:4], "--latents", "test")
     with np.load(next(Path("runs/singles").glob("*/latents_test.npz"))) as arrays:
-        assert "label" not in arrays and len(arrays["index"]) == 1
+        assert {"label", "classes"}.isdisjoint(arrays) and len(arrays["index"]) == len(arrays["filename"]) == 1
+
+
+def test_latents_say_of_which_file_and_class_they_are(passes):
+    """Each file named, opened and encoded has the latents beside its name."""
+    root = plant(PETS, "train/dog 3, train/cat 4, val/dog 2, val/cat 1")
+    (root / "val/dog/1.png").rename(root / "val/dog/\udcff.png")
+    passes(train.main, *TINY, "--dataset", root, "--image_size", "32")
+    passes(eval_beta_grid.main, *EVALUATE[:4], "--latents", "train", "test")
+    (path,) = Path("runs/singles").glob("*NoName*")
+    for split, part, n in (("train", "train", 7), ("val", "test", 3)):
+        with np.load(path / f"latents_{part}.npz") as arrays:
+            files, classes, labels, means = (arrays[name] for name in ("filename", "classes", "label", "z_mean"))
+        assert sorted(files) == sorted(str(p.relative_to(root)) for p in root.glob(f"{split}/*/*")) and len(files) == n
+        assert [f"{split}/{classes[label]}" for label in labels] == [str(Path(file).parent) for file in files]
+        x = torch.stack([centre_crop(32)(open_image(root / file, 3)) for file in files])
+        assert_allclose(means, load_run(path).model.q_z(x / 255).mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_default_size_is_the_nearest_to_the_images_own_and_outlives_them():

@@ -301,7 +301,8 @@ def export(run: EvaluatedRun, split: str) -> dict[str, bytes]:
     """The latents of a split's N images, in the data set's order, as latents_<split>.npz.
 
     `y_mean` and `y_std` are at the mode of q(z|x), `z_sample` and `y_sample` one joint sample. A categorical z has
-    probabilities as means. Raises UserError if they do not fit into the memory.
+    probabilities as means; a folder of images has `filename` and `classes`. Raises UserError if they do not fit into
+    the memory.
     """
     data, model, g = run.evaluation.data(run.config), run.model, run.generator("latents", split)
     images, size = getattr(data, split), math.prod(model.z_shape) + math.prod(model.y_shape)
@@ -321,7 +322,8 @@ def export(run: EvaluatedRun, split: str) -> dict[str, bytes]:
         }
 
     arrays = on_all_images(of_batch(*batch) for batch in images.batches(BATCH))
-    return {f"latents_{split}.npz": npz({"index": np.arange(len(images)), **arrays})}
+    names = data.folder.names(split) if data.folder else {}
+    return {f"latents_{split}.npz": npz({"index": np.arange(len(images)), **names, **arrays})}
 
 
 def _probes(name: str, version: int, paper: bool, **more) -> Step:
@@ -344,8 +346,8 @@ _STEPS = (
     _probes("probes_paper", 1, paper=True),
     Step("recons", reconstructions, 2, classifier=True, files=("per_image_recons.npz",)),
     Step("pca", pca, files=("pca.npz",)),
-    Step("latents_train", partial(export, split="train"), files=("latents_train.npz",)),
-    Step("latents_test", partial(export, split="test"), files=("latents_test.npz",)),
+    Step("latents_train", partial(export, split="train"), 2, files=("latents_train.npz",)),
+    Step("latents_test", partial(export, split="test"), 2, files=("latents_test.npz",)),
 )
 STEPS = {step.name: step for step in _STEPS}
 
