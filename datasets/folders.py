@@ -75,8 +75,12 @@ class Folder(NamedTuple):
         return digest("\n".join(lines).encode(errors="surrogateescape"))
 
     def names(self, split: str) -> dict[str, np.ndarray]:
-        """The `filename` (N,) of each image of a split, below the folder, and the `classes` (K,), if there are some."""
-        files = [str(path).removeprefix(self.root).lstrip(os.sep) for path, _ in getattr(self, split)]
+        """The `filename` (N,) of each image of a split, below the folder, and the `classes` (K,), if there are some.
+
+        In an array, an image is called `images[3]`.
+        """
+        above = self.root + (": " if self.is_file else os.sep)
+        files = [str(path).removeprefix(above) for path, _ in getattr(self, split)]
         texts = {"filename": files, "classes": self.classes}
         return {name: np.array(values) for name, values in texts.items() if values}
 
