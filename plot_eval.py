@@ -4,7 +4,7 @@
     python plot_eval.py --run_batch_name B --max_rate 20   also the best cells of at most 20 nats
     python plot_eval.py --run_batch_name B C               what B and C reach at equal rates
     python plot_eval.py --traverse RUN [RUN ...]           what z and what y of these runs encode
-    python plot_eval.py --latents RUN [RUN ...]            where the test images lie in z of these runs
+    python plot_eval.py --latents RUN [RUN ...]            where test images lie in z of these runs
 
 Reads runs/B/eval_results.csv, which eval_beta_grid.py writes, and the models, for samples and
 reconstructions. The report is one page, which works offline: the rate plane to explore, and below
