@@ -288,7 +288,7 @@ def test_the_page_explains_every_column_as_declared():
 
 def test_metrics_of_derived_columns():
     labels = {
-        "svm_rbf_acc_y_paper": "SVM (rbf) on y, paper's protocol",
+        "svm_rbf_acc_y_paper": "accuracy of SVM (rbf) on y, paper's protocol",
         "lr_nll_sample_y_se": "standard error of log loss on samples of y",
         "mi_q_mc_y_null": "I(y; shuffled label)",
         "train_ll": "log-likelihood, training images",
