@@ -14,9 +14,10 @@ All metrics are computed on the test images, stored in each run's metrics.json a
 batch's eval_results.csv, one row per run. Without --exclude_mi, step 1 includes step 2.
 """
 
+import math
 from functools import partial
 
-from utils.cli import Parser, add_bench_flags, whole
+from utils.cli import Parser, add_bench_flags, positive, whole
 from utils.distributed import is_first, share, wait_for_all
 from utils.errors import run_script
 from utils.machine import prepare
@@ -32,6 +33,10 @@ FLAGS = {  # by group; without type or choices they are switches
         "latents": ("write means, stds and samples of z and y of these images to latents_train.npz, latents_test.npz "
                     "(plot_eval.py --latents draws z)",
                     {"choices": ("train", "test"), "nargs": "+", "default": []}),
+    },
+    "time": {
+        "max_hours": ("begin nothing after so many hours: the map is then a coarser one, and the same command goes on",
+                      {"type": positive}),
     },
     "step 1": {
         "with_classifier": ("compute the inception score; where the Inception weights are missing, fid_classifier "
@@ -97,13 +102,17 @@ def main(argv=None) -> int:
         print(f"{len(runs) + len(problems)} runs of {name}; steps: {names}; on {device}", flush=True)
     else:
         problems = {}
-    runs = share(runs)
+    runs = share(batch.coarse_first(runs))
     n = len(runs) + len(problems)
+    gather = partial(batch.gather, args.runs_dir, name)
     try:
-        batch.evaluate(runs, steps, evaluation, problems)
+        missing = batch.evaluate(runs, steps, evaluation, problems, gather, args.max_hours or math.inf)
         wait_for_all()
     finally:  # in every process, so that the table is complete whoever is last
-        table = batch.gather(args.runs_dir, name)
+        table = gather()
+    if missing:
+        of_steps = ", ".join(f"{step} of {k}" for step, k in missing.items())
+        print(f"\nstopped after {args.max_hours:g} hours; runs that still lack a step: {of_steps}")
     print(f"\n{n - len(problems)} of {n} runs evaluated: {table}")
     return batch.report(problems)
 

@@ -1,15 +1,19 @@
 """Evaluates runs: steps in this process, their jobs in others; the table of a batch's results."""
 
 import contextlib
+import math
 import sys
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from signal import SIGHUP, SIGUSR1
+from time import monotonic
+
+import numpy as np
 
 from models.stack import TERMS
 from utils.cli import batch_folder
@@ -23,6 +27,8 @@ from utils.files import to_csv, write_text
 from utils.provenance import commit_and_date
 from utils.runs import Run, locked, runs_in
 
+AT_ONCE = ("rates", "units")  # of all cells first: seconds each
+GROW = 60  # seconds after which the table is written anew
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # and OPENBLAS_NUM_THREADS, as in this process
 COLUMNS = ["run", "status", *fields_of()]
 COLUMNS += [column for step in STEPS for column in columns_of(step)]
@@ -55,32 +61,79 @@ def find_runs(runs_dir: str, batch: str) -> tuple[list[Run], dict[Path, str]]:
     return runs, problems
 
 
-def evaluate(runs: list[Run], steps: list[Step], evaluation: Evaluation, problems: dict[Path, str]) -> None:
-    """Computes steps that are not up to date; failures go to `problems`. Raises UserError without a classifier."""
+def coarse_first(runs: list[Run]) -> list[Run]:
+    """The runs in an order that fills the plane evenly: corners first, then what is farthest from those before.
+
+    So an evaluation that is stopped leaves a coarser map. Repeats of a cell follow after all cells.
+    """
+    rounds: dict[int, list[Run]] = {}
+    seen = Counter()
+    for run in runs:
+        betas = run.config.beta_y, run.config.beta_z
+        rounds.setdefault(seen[betas], []).append(run)
+        seen[betas] += 1
+    ordered = []
+    for of_round in rounds.values():
+        at = np.log10(np.maximum([[run.config.beta_y, run.config.beta_z] for run in of_round], 1e-9))
+        at = (at - at.min(0)) / np.maximum(np.ptp(at, 0), 1e-9)
+        nearest, i = np.full(len(at), math.inf), int(at.sum(1).argmin())
+        for _ in of_round:
+            ordered.append(of_round[i])
+            nearest = np.minimum(nearest, np.linalg.norm(at - at[i], axis=1).round(6))
+            nearest[i] = -1
+            i = int(nearest.argmax())
+    return ordered
+
+
+def evaluate(
+    runs: list[Run],
+    steps: list[Step],
+    evaluation: Evaluation,
+    problems: dict[Path, str],
+    grow: Callable = lambda: None,
+    hours: float = math.inf,
+) -> Counter:
+    """Computes steps that are not up to date, of all runs first what takes seconds; failures go to `problems`.
+
+    Calls `grow` every minute, and begins nothing after so many hours. Returns how many runs lack each step then.
+    Raises UserError without a classifier.
+    """
+    start = last = monotonic()
     evaluated, n = [], evaluation.cpu_n
     for run in runs:
         with failures_in(problems, run.path):
             evaluated.append(EvaluatedRun(run, evaluation))
     for run in evaluated if any(step.classifier for step in steps) else []:
         evaluation.classifiers(run.config)
-    queue, ways = deque(), ([s for s in steps if not s.jobs], [s for s in steps if s.jobs])
+    queue, missing = deque(), Counter()
+    parts = [s for s in steps if s.name in AT_ONCE], [s for s in steps if s.name not in AT_ONCE]
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder, worker_processes(n) as submit:
-        for chosen in filter(None, ways):  # those with jobs then have the cores to themselves
+        for part in filter(None, parts):
             for i, run in enumerate(progress(evaluated, unit="run")):
-                for step in chosen:
+                for step in part:
                     with failures_in(problems, run.path):
-                        if run.path not in problems and run.needs(step):
+                        if run.path in problems or not run.needs(step):
+                            continue
+                        if monotonic() > start + 3600 * hours:
+                            missing[step.name] += 1
+                        elif step.jobs:
                             file = Path(folder, f"{i}.npz")
-                            jobs = step.jobs(run, file) if step.jobs else []
-                            queue.append((run, step, file, [submit(*job) for job in jobs]))
+                            queue.append((run, step, file, [submit(*job) for job in step.jobs(run, file)]))
+                        else:
+                            run.record(step, step.compute(run))
                     finish(queue, 2 * n, problems)
                 run.forget()
-        finish(queue, 0, problems)
+                if monotonic() > last + GROW:
+                    grow()
+                    last = monotonic()
+            finish(queue, 0, problems)
+            grow()
+    return missing
 
 
 def finish(queue: deque[tuple], enough: int, problems: dict[Path, str]) -> None:
     """Completes the first entries (run, step, file, Futures) of a queue while the others have enough jobs."""
-    while queue and (not queue[0][-1] or sum(len(e[-1]) for e in list(queue)[1:]) >= enough):
+    while queue and sum(len(e[-1]) for e in list(queue)[1:]) >= enough:
         run, step, file, jobs = queue.popleft()
         with failures_in(problems, run.path):
             run.record(step, step.compute(run, *(job.result() for job in jobs)))

@@ -101,9 +101,9 @@ def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> 
         row |= tested | {n: plane.scale(name) * tested[n] for n in ("gain", "low", "high") if n in tested}
         row["chosen_kl_z"] = _ends(plane.values("kl_z")[row["chosen"]])
         if row["told"].startswith("no, worse") and ordinary[0] > rates[best]:
-            row["told"] = "ordinary ones have more rate"
+            row["told"] = "unclear: ordinary ones have more rate"
         elif ordinary[-1] < rates[best]:
-            row["told"] = "ordinary ones have less rate"
+            row["told"] = "unclear: ordinary ones have less rate"
     return row
 
 

@@ -20,6 +20,7 @@ from utils.plane.advice import TASK_OF, training
 from utils.plane.cells import BETAS, Cell, Plane
 from utils.plane.drawing import RED, crowded
 from utils.plane.metrics import COLOURS, FOUR, first_of, metric
+from utils.plane.neighbours import predictions
 from utils.plane.sheets import Pictures
 from utils.provenance import command_of
 from utils.runs import Run
@@ -62,6 +63,9 @@ def lines_of(plane: Plane) -> dict[str, dict]:
             title = f"{title} [{name}]" if titles.count(title) > 1 else title
             both = plane.values(name), plane.values(f"{name}_se")
             lines[name] = numbers(title, metric(name).better, *both)
+            for i, (value, se) in enumerate(zip(*predictions(plane, name), strict=True)):
+                if np.isfinite(value):
+                    lines[name]["texts"][i] = f"predicted: {value:.4g} ± {se:.2g}"
     for name in (f"log10 {beta}" for beta in BETAS):
         betas = plane.values(name.removeprefix("log10 "))
         logs = np.log10(np.where(betas > 0, betas, np.nan))

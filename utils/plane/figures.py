@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, cycle
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -19,10 +20,12 @@ from utils.plane.cells import BETAS, UNITS, Plane
 from utils.plane.drawing import COLOURS, GREY, RED, Drawing, Grid, bar_of, panels, rate_axes, rate_axis
 from utils.plane.gains import errors, hull
 from utils.plane.metrics import ACCURACIES, BRACKETS, metric
+from utils.plane.neighbours import predictions
 from utils.plane.slopes import FAR_OFF, Slope, slope_rows
 from utils.plane.tables import by_trainings, cells_of
 
 CORNERS = [[[0.00, 0.16, 0.55], [0.33, 0.22, 0.00]], [[0.60, 0.80, 1.00], [1.00, 0.86, 0.20]]]
+PREDICTED = "not evaluated: predicted by other cells"
 CIRCLE, STAR = {"mfc": "none", "mec": "k", "ls": "none"}, {"mfc": "none", "mec": RED, "ls": "none"}
 
 
@@ -111,15 +114,21 @@ def draw_targets(ax: Axes, plane: Plane) -> None:
 def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
     """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
     r_z, r_y = plane.values("kl_z"), plane.values("kl_y")
+    rows = cells_of(plane, names)
 
     def draw(ax: Axes, name: str) -> None:
         draw_seeds(ax, plane, "kl_z", "kl_y")
-        values = plane.values(name)
-        unknown = ~np.isfinite(values)
+        values, (predicted, errors) = plane.values(name), predictions(plane, name)
+        unknown = ~np.isfinite(values) & ~np.isfinite(predicted)
         ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5, ls="none", label="not evaluated")
         norm = Normalize(np.nanmin(values), np.nanmax(values))
         look = {"cmap": COLOURS[metric(name).better], "norm": norm}
         dots(ax, plane, "kl_z", "kl_y", values, lw=0, s=14, **look)
+        for i in np.flatnonzero(np.isfinite(predicted)):
+            rows.append({"what": "predicted", "runs": plane.cells[i].runs[0], "kl_z": r_z[i], "kl_y": r_y[i]})
+            rows[-1] |= {name: predicted[i], f"{name}_se": errors[i]}
+            colour = matplotlib.colormaps[look["cmap"]](norm(predicted[i]))
+            ax.plot(r_z[i], r_y[i], "o", ms=3.5, mew=0.9, mec=colour, mfc="none", ls="none", label=PREDICTED)
         draw_targets(ax, plane)
         mark(ax, plane, "kl_z", "kl_y", name)
         for *at, cell in zip(r_z, r_y, plane.cells, strict=True):
@@ -131,7 +140,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
         bar_of(ax.figure, ax, **look, better=metric(name).better)
         rate_axes(ax, plane)
 
-    return Drawing(panels(plane.about, names, draw), cells_of(plane, names))
+    return Drawing(panels(plane.about, names, draw), rows)
 
 
 def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: Callable) -> Figure:

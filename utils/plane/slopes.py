@@ -1,4 +1,4 @@
-"""The slopes of the distortion: whether cells are at the optimum for their betas."""
+"""The slopes of the distortion: whether cells can be at the optimum for their betas."""
 
 import math
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
+from utils.cli import wrapped
 from utils.plane.cells import BETAS, Cell, Plane
 from utils.plane.tables import Table
 
@@ -20,7 +21,10 @@ SLOPES = {  # columns and headings of slopes.csv
 
 
 class Slope(NamedTuple):
-    """How far a cell is from its optimum, at which -dD/dR of each layer equals its beta."""
+    """Whether a cell can be at its optimum, at which -dD/dR of each layer equals its beta.
+
+    That is necessary, not sufficient: cells that are all equally far from their optima have these slopes as well.
+    """
 
     cell: Cell
     ratio_y: float  # -dD/dR(y|z) / beta_y; 1 at the optimum, NaN if it cannot be estimated
@@ -164,10 +168,9 @@ def print_far_off(rows: list[dict]) -> None:
     """Prints the ten cells with the largest excess loss of those far from their optimum, if any."""
     far_off = sorted((row for row in rows if row["far_off"]), key=lambda r: -r.get("excess", 0))
     if far_off:
-        print(
-            f"\n{len(far_off)} of {len(rows)} cells are far from their optimum, probably under-trained: "
-            f"a slope is off\nits beta by more than a factor of {FAR_OFF:g}, "
-            "or another cell has a lower loss at the cell's betas:"
-        )
+        text = f"{len(far_off)} of {len(rows)} cells are not at their optimum, probably under-trained: a slope is off "
+        text += f"its beta by more than a factor of {FAR_OFF:g}, or another cell has a lower loss at the cell's betas. "
+        text += "The others may still be, all of them alike: only differences are seen."
+        print("\n" + wrapped(text))
         headings = {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}
         print(Table(far_off[:10], headings).markdown(), end="")

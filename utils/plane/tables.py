@@ -108,14 +108,15 @@ def text_of(row: dict, name: str) -> str:
 
 def short_advice(rows: list[dict], plane: Plane) -> str:
     """Rows of the advice in 100 columns, below task, unit and budget, with those settings that differ and still fit."""
-    head = [f"rates in {plane.unit}", "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %"]
+    head = [f"rates in {plane.unit}", "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %", "better?"]
     lines = [head + plane.differing]
     for row in rows:
         text = partial(text_of, row)
         best = " +- ".join(filter(None, (text("value"), text("se"))))
         gain = text("gain") + (f", {text('low')} to {text('high')}" if text("low") else "")
         pairs = [f"{text(a)}, {text(b)}" for a, b in (BETAS, ("kl_z", "kl_y"))]
-        lines.append([f"  {text('metric')}", best, *pairs, gain, *map(text, plane.differing)])
+        told = text("told").partition(":")[0].partition(" that ")[0].partition(" (")[0]
+        lines.append([f"  {text('metric')}", best, *pairs, gain, told, *map(text, plane.differing)])
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
     while sum(widths) > 102 and len(widths) > len(head):
         widths.pop()

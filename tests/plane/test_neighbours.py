@@ -1,0 +1,57 @@
+"""What evaluated cells say of those that were not."""
+
+import numpy as np
+import pytest
+
+from tests.plane.planes import plane_of
+from utils.plane import figures
+from utils.plane.advice import advice
+from utils.plane.neighbours import interpolated, predictions
+
+AXIS = np.linspace(-1, 1, 7)
+AT = np.stack(np.meshgrid(AXIS, AXIS, indexing="ij"), -1).reshape(-1, 2)  # log10 beta_y, beta_z
+SURFACES = [
+    lambda y, z: np.tanh(2 * y) + 0.5 * np.exp(z),
+    lambda y, z: 12 * np.log1p(np.exp(-3 * y)) * (1 + 0.2 * z),
+    lambda y, z: 0.8 - 0.3 / (1 + np.exp(4 * z + 2 * y)),
+]
+
+
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_95_percent_of_values_that_are_left_out_are_within_the_intervals(step):
+    rng, z = np.random.default_rng(0), []
+    for surface in SURFACES:
+        for noise in (0.01, 0.05):
+            values = surface(*AT.T)
+            values = values + noise * values.std() * rng.normal(size=len(values))
+            for i in range(0, len(values), step):
+                others = np.arange(len(values)) != i
+                (mean,), (error,) = interpolated(AT[others], values[others], AT[[i]])
+                z.append((values[i] - mean) / error)
+    assert 0.92 <= np.mean(np.abs(z) < 1.96) <= (0.98 if step == 1 else 1)
+
+
+def batch(multi_rate, missing=range(0, 49, 5)):
+    """A map whose PSNR is missing in some cells."""
+    rows = [{"beta_y": 10**y, "beta_z": 10**z, "kl_y": 20 - 9 * y, "kl_z": 9 - 6 * z} for y, z in AT]
+    rows = [row | ({} if i in missing else {"psnr": SURFACES[0](*AT[i])}) for i, row in enumerate(rows)]
+    return plane_of(rows, *[{"multi_rate": str(multi_rate)}] * 49)
+
+
+def test_cells_of_a_multi_rate_model_that_were_not_evaluated_are_drawn_hollow_and_not_advised():
+    plane = batch(True)
+    values, errors = predictions(plane, "psnr")
+    there = np.flatnonzero(np.isfinite(values))
+    assert there.tolist() == list(range(0, 49, 5)) and (errors[there] > 0).all()
+    assert np.abs(values - SURFACES[0](*AT.T))[there[1:-1]].max() < 0.05
+    figure, rows = figures.rate_planes(plane, ["psnr"])
+    hollow = [line for line in figure.axes[0].lines if line.get_label() == figures.PREDICTED]
+    assert len(hollow) == 10 == sum(row["what"] == "predicted" for row in rows)
+    (row,) = advice(plane)
+    cell = next(c for c in plane.cells if (c.median["beta_y"], c.median["beta_z"]) == (row["beta_y"], row["beta_z"]))
+    assert "psnr" in cell.median
+
+
+@pytest.mark.parametrize("multi_rate, missing", [(False, range(0, 49, 5)), (True, range(0, 42)), (True, [])])
+def test_nothing_is_predicted_of_separate_trainings_or_from_few_cells(multi_rate, missing):
+    assert np.isnan(predictions(batch(multi_rate, missing), "psnr")).all()

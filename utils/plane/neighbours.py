@@ -1,0 +1,49 @@
+"""What evaluated cells say of a metric of their neighbours that were not: a smooth function of the betas."""
+
+import math
+import warnings
+
+import numpy as np
+
+from utils.plane.cells import BETAS, Plane
+
+LEAST_CELLS = 8  # to learn a function of two betas from
+
+
+def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A metric's values (N,) where cells of a multi-rate model lack it, and their standard errors; else NaN.
+
+    Those of one model are smooth in the betas: they are predicted from those of its other cells.
+    """
+    values, errors = np.full((2, len(plane.cells)), math.nan)
+    betas = np.stack([plane.values(beta) for beta in BETAS], 1)
+    for mask in plane.kinds.values():
+        known = mask & np.isfinite(plane.values(name)) & (betas > 0).all(1)
+        wanted = mask & ~known & (betas > 0).all(1)
+        if plane.unfolded[mask].all() and known.sum() >= LEAST_CELLS and wanted.any():
+            points = np.log10(betas[known]), plane.values(name)[known], np.log10(betas[wanted])
+            values[wanted], errors[wanted] = interpolated(*points)
+    return values, errors
+
+
+def interpolated(at: np.ndarray, values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What values (N,) at points (N, 2) predict at others (M, 2), and standard errors, of the values' noise as well.
+
+    A Gaussian process whose lengths and noise have the largest likelihood. Its errors are scaled so that 1.96 of them
+    hold 95 % of the values that are left out, one at a time (Rasmussen & Williams 2006, eq. 5.12).
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern([1.0, 1.0], (0.1, 30), nu=2.5) + WhiteKernel(1e-2, (1e-8, 1.0))
+    process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=1, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of a length at its limit
+        process.fit(at, values)
+    inverse = np.linalg.inv(process.kernel_(at))
+    standardised = (values - values.mean()) / values.std()
+    residuals = inverse @ standardised / np.sqrt(inverse.diagonal())
+    means, stds = process.predict(where, return_std=True)
+    quantile = min(0.95 * (1 + 1 / len(values)), 1.0)
+    return means, stds * np.quantile(abs(residuals), quantile, method="higher") / 1.96
