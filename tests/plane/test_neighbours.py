@@ -1,12 +1,15 @@
 """What evaluated cells say of those that were not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from pytest import approx
 
 from tests.plane.planes import plane_of
 from utils.plane import figures
 from utils.plane.advice import advice
-from utils.plane.neighbours import interpolated, predictions
+from utils.plane.neighbours import interpolated, left, predictions
 
 AXIS = np.linspace(-1, 1, 7)
 AT = np.stack(np.meshgrid(AXIS, AXIS, indexing="ij"), -1).reshape(-1, 2)  # log10 beta_y, beta_z
@@ -55,3 +58,16 @@ def test_cells_of_a_multi_rate_model_that_were_not_evaluated_are_drawn_hollow_an
 @pytest.mark.parametrize("multi_rate, missing", [(False, range(0, 49, 5)), (True, range(0, 42)), (True, [])])
 def test_nothing_is_predicted_of_separate_trainings_or_from_few_cells(multi_rate, missing):
     assert np.isnan(predictions(batch(multi_rate, missing), "psnr")).all()
+
+
+def test_what_separate_trainings_of_some_cells_find_left_is_told_of_all():
+    """The excess is smooth in the betas; what is interpolated is within its errors, what is known stays."""
+    cells = [replace(c, settings={"multi_rate": "True", "num_epochs": "4"}) for c in batch(True, []).cells]
+    cells += [replace(cells[0], settings={"num_epochs": "4"})]
+    true, known = 3 + 2 * np.tanh(AT[:, 0] - AT[:, 1]), np.random.default_rng(0).permutation(49)[:16]
+    row = {"num_epochs": "4", "own_epochs": "4", "optimizer": "adam", "own_optimizer": "muon", "se": 0.1}
+    excess = [row | cells[i].median | {"excess": true[i]} for i in known]
+    values, errors = left(cells, excess)
+    assert np.isnan(values[49]) and values[known] == approx(true[known]) and errors[known] == approx(0.1)
+    assert (np.abs(values[:49] - true) < np.maximum(3 * errors[:49], 1e-9)).all() and np.nanmedian(errors) < 0.3
+    assert np.isnan(left(cells, excess[:7])).all() and np.isnan(left(cells, [])).all()

@@ -53,7 +53,7 @@ def write_report(out: Output, plane: Plane, options: Options, device: torch.devi
     if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), device, x)):
         drawings["overview"] = glance
     images = write_figures(out, plane, drawings | sheets(plane, pictures))
-    rows = slope_rows(estimates)
+    rows = slope_rows(estimates, excess)
     tables = write_tables(out, plane, names, advised, rows, excess)
     write_text(out.folder / "report.html", page(plane, names, tables, images, pictures))
     for note in plane.notes:

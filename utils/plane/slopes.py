@@ -1,6 +1,7 @@
 """The slopes of the distortion: whether cells can be at the optimum for their betas."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy.stats import t as student
 
 from utils.cli import wrapped
 from utils.plane.cells import BETAS, Cell, Plane
+from utils.plane.neighbours import left
 from utils.plane.tables import Table
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
@@ -17,6 +19,7 @@ ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's tests: two slope
 SLOPES = {  # columns and headings of slopes.csv
     "run": "run", "beta_y": "beta_y", "beta_z": "beta_z", "slope_y": "-dD/dR(y|z)", "se_y": "+- of y",
     "slope_z": "-dD/dR(z)", "se_z": "+- of z", "excess": "excess loss", "far_off": "far off",
+    "left": "nats left", "left_se": "+-",
 }  # fmt: skip
 
 
@@ -152,13 +155,14 @@ def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray
     return *result, squares, freedom
 
 
-def slope_rows(slopes: list[Slope]) -> list[dict]:
-    """The rows of slopes.csv: slopes, which equal the betas at an optimum, and excess loss."""
-    rows = []
-    for s in slopes:
+def slope_rows(slopes: list[Slope], excess: Sequence[dict] = ()) -> list[dict]:
+    """The rows of slopes.csv: slopes, which equal the betas at an optimum, excess loss, and what is `left`."""
+    rows, found = [], left([s.cell for s in slopes], excess)
+    for s, (nats, nats_se) in zip(slopes, np.transpose(found), strict=True):
         b_y, b_z = (s.cell.median[name] for name in BETAS)
         row = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
-        row |= {"excess": s.excess, "se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
+        row |= {"left": float(nats), "left_se": float(nats_se), "excess": s.excess}
+        row |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
         row = {name: value for name, value in row.items() if math.isfinite(value)}
         rows.append({"run": s.cell.runs[0], **row, "far_off": "yes" if s.far_off else ""})
     return rows
@@ -174,3 +178,7 @@ def print_far_off(rows: list[dict]) -> None:
         print("\n" + wrapped(text))
         headings = {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}
         print(Table(far_off[:10], headings).markdown(), end="")
+    if worst := max((row for row in rows if "left" in row), key=lambda row: row["left"], default=None):
+        most, betas = "{left:.2f} +- {left_se:.2f}".format(**worst), "{beta_y:g}, {beta_z:g}".format(**worst)
+        text = "Separate trainings of some cells, interpolated to the others, find at most"
+        print("\n" + wrapped(f"{text} {most} nats left, at betas {betas}."))
