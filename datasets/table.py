@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from . import arrays, readers
+from .gaussian import Gaussian, Optimum
 
 GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
 LEARNED = "GaussianLearnedSigma"
@@ -38,7 +39,8 @@ class DataSet:
     fetch: Callable | None = None  # downloads it into a folder
     recipe: Recipe | None = None  # of its classifier; None: the usual one of the shape
     elsewhere: str | None = None  # where a package of the system puts it
-    settings: Mapping[str, float] = field(default_factory=dict)  # of train.py, in place of its usual defaults
+    settings: Mapping[str, float | str] = field(default_factory=dict)  # of train.py, in place of its usual defaults
+    optimum: Callable | None = None  # of the smaller beta and sigma: the best of all models, where it is known
 
     def __post_init__(self):
         object.__setattr__(self, "recipe", self.recipe or _usual_recipe(self.shape))
@@ -95,12 +97,28 @@ def _digits(**where) -> DataSet:
     )
 
 
+def _gaussian() -> DataSet:
+    gaussian = Gaussian()
+    return DataSet(
+        GREY,
+        "GaussianFixedSigma",
+        gaussian.read,
+        "nothing: it is made from a seed",
+        n_classes=4,
+        recipe=Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=3, decay=0.7),
+        settings=BRIEF | {"sigma": 0.2},
+        optimum=gaussian.optimum,
+    )
+
+
 def _cifar(number: int, folder: str, parts: tuple[list[str], list[str]], labels: str, files: str) -> DataSet:
     reader = partial(readers.cifar, folder=folder, parts=parts, labels=labels)
     recipe = Recipe("densenet121", "sgd", 0.01, 128, num_epochs=100, decay=None, crop=4, flip=True)
     return DataSet(COLOUR, LEARNED, reader, f"{folder}/{{{files}}}", number, _torchvision(f"CIFAR{number}"), recipe)
 
 
+# Near to the optimum within a minute.
+BRIEF = {"num_epochs": 5, "batch_size": 128, "learning_rate": 2e-3, "optimizer": "muon", "lr_schedule": "tail"}
 CIFAR10_PARTS = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 FASHION = {"elsewhere": "/usr/share/datasets/fashion-mnist"}  # apt-get install dataset-fashion-mnist
 QMNIST = {"parts": ("qmnist-train", "qmnist-test"), "labels": "labels-idx2-int"}
@@ -128,6 +146,7 @@ DATASETS = {
         recipe=Recipe("resnet18", "sgd", 0.01, 256, num_epochs=14),
     ),
     "ImageNet": DataSet(LARGE, LEARNED, readers.imagenet, "{train,val}/<a folder a class>/<images>"),
+    "Gaussian": _gaussian(),
 }
 
 
@@ -139,3 +158,11 @@ def lookup(config) -> DataSet:
     likelihood = "Bernoulli" if config.image_channels == 1 else LEARNED
     files = "a folder of images, with or without a folder for each class, or an .npz of arrays"
     return DataSet(shape, likelihood, arrays.scan, files)
+
+
+def optimum(config) -> Optimum | None:
+    """The best of all models at a Config's betas; None where it is not known."""
+    row, betas = lookup(config), [config.beta_y] if config.vae_type == "BVAE" else [config.beta_y, config.beta_z]
+    if row.optimum is None or config.px_y_family_ll != row.likelihood or config.is_conditioned:
+        return None
+    return row.optimum(min(betas), config.sigma)

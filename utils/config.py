@@ -20,7 +20,7 @@ from models.tables import LATENTS, LIKELIHOODS, MODELS
 from utils.errors import UserError, nearest
 from utils.files import read_json
 
-USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10}  # the paper's
+USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10, "sigma": 0.03}  # the paper's
 HUGE = 1e30  # beyond which float32 overflows
 BOUNDS = (("least", operator.lt, ">="), ("above", operator.le, ">"), ("most", operator.gt, "at most"))
 
@@ -35,8 +35,12 @@ def _flag(default, help: str | None, part: str, **bounds):
 
 def _usual(name: str, help: str, part: str, **bounds):
     """A flag whose default depends on the data set."""
-    others = "".join(f"; {of} {s.settings[name]:g}" for of, s in DATASETS.items() if name in s.settings)
-    return _flag(None, f"{help} (default: {USUAL[name]:g}{others})", part, **bounds)
+    return _flag(None, f"{help} (default: {USUAL[name]:g}{_of_data_sets(name)})", part, **bounds)
+
+
+def _of_data_sets(name: str) -> str:
+    """What a flag's help says of the data sets that have a default of their own."""
+    return "".join(f"; {of} {row.settings[name]}" for of, row in DATASETS.items() if name in row.settings)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Config:
     px_y_family_ll: str | None = _flag(
         None, "the likelihood p(x|y) (default: the data set's usual one)", "model", choices=LIKELIHOODS
     )
-    sigma: float = _flag(0.03, "std of GaussianFixedSigma, in units of the pixel range", "model", above=0, most=HUGE)
+    sigma: float = _usual(
+        "sigma", "std of GaussianFixedSigma, in units of the pixel range", "model", above=0, most=HUGE
+    )
     qz_family: str = _flag("DiagonalGaussian", "the family of z", "model", choices=LATENTS)
     use_conv_z: bool = _flag(False, "a convolutional z (always for 256 pixels)", "model")
     linear_y_with_dims: int = _flag(
@@ -80,7 +86,7 @@ class Config:
     )  # fmt: skip
     optimizer: str | None = _flag(
         None, "adam; muon: far ahead in short trainings of Gaussian z, at the same learning rate (default: adam, muon "
-        "with --multi_rate)", "training", choices=("adam", "muon"),
+        f"with --multi_rate{_of_data_sets('optimizer')})", "training", choices=("adam", "muon"),
     )  # fmt: skip
     warmup_epochs: int | None = _flag(
         None, "epochs over which the weight of both rates (--multi_rate: of R(z)) rises from 0 to 1 (default: LVAE "
@@ -91,7 +97,7 @@ class Config:
     beta_z: float = _flag(1.0, "weight of R(z), the rate of z", "objective", least=0, most=HUGE)
     lr_schedule: str | None = _flag(
         None, "constant; cosine: down to 0 over the whole training; tail: over its last 30 % (default: constant, tail "
-        "with --multi_rate)", "training", choices=("constant", "cosine", "tail"),
+        f"with --multi_rate{_of_data_sets('lr_schedule')})", "training", choices=("constant", "cosine", "tail"),
     )  # fmt: skip
     multi_rate: bool = _flag(
         False, "train one model for the whole range of betas, and unfold it into the grid's cells", "training"
