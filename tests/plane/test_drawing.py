@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from pytest import approx
 
 import plot_eval
+from datasets.gaussian import Gaussian
 from tests.plane.planes import AXIS, exponential, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane import figures
 from utils.plane.cells import Plane
@@ -229,3 +230,25 @@ def test_tables_as_markdown():
     rows = [{"metric": "a|b", "value": 1.23456789, "other": None}]
     text = Table(rows, {name: name for name in rows[0]}).markdown()
     assert text == "| metric | value |\n| ------ | ----- |\n| a\\|b   | 1.235 |\n"
+
+
+def test_the_best_possible_is_a_curve_where_it_is_known():
+    """D of rates between those of betas of 0.1 and 10, by the Gaussian's theory; in bits."""
+    settings = {"dataset": "Gaussian", "px_y_family_ll": "GaussianFixedSigma", "sigma": "0.2", "vae_type": "HVAE"}
+    rows = [row | {"D": -500.0, "is_mean": 3.0} for row in grid([0.1, 1, 10])]
+
+    def curves(*of_cells):
+        figure, data = figures.total_rates(plane_of(rows, *of_cells, unit="bits"), ["D", "is_mean"])
+        drawn = [line for line in figure.axes[0].lines if line.get_label() == "best possible"]
+        assert not [line for line in figure.axes[1].lines if line.get_label() == "best possible"]
+        assert sum(row.get("what") == "best possible" for row in data) == sum(len(c.get_xdata()) for c in drawn)
+        return drawn
+
+    (curve,) = curves(*[settings] * 9)
+    rate, distortion = curve.get_xdata(), curve.get_ydata()
+    for beta in (0.1, 1, 10):
+        best = Gaussian().optimum(beta, 0.2)
+        assert np.interp(best.rate, rate[::-1] * np.log(2), distortion[::-1] * np.log(2)) == approx(best.D, abs=0.05)
+    for other in ({"sigma": "0.3"}, {"px_y_family_ll": "Bernoulli"}, {"dataset": "Digits"}):
+        assert not curves(*[settings] * 8, settings | other)
+    assert not curves(*[settings | {"dataset": "Digits"}] * 9)

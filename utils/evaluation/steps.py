@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datasets.batches import subset
 from datasets.loading import memory
+from datasets.table import optimum
 from models.latents import Gaussian
 from utils.errors import UserError
 from utils.evaluation import probes
@@ -48,6 +49,7 @@ class Step(NamedTuple):
 def rates(run: EvaluatedRun) -> dict:
     """Loss and its terms (nats), bits per dimension, active units, PSNR (dB); latents.npz and per_image.npz."""
     model, config, g = run.model, run.config, run.generator("rates")
+    best = optimum(config)
 
     def of_batch(x: Tensor, label: Tensor) -> dict[str, Tensor | None]:
         terms, q_z = model(x, model.noise(len(x), g)), model.q_z(x)
@@ -57,6 +59,8 @@ def rates(run: EvaluatedRun) -> dict:
         error = ((model.mean_x(q_y.mode) - x) ** 2).double().mean((1, 2, 3))
         values = {"loss": terms.loss(config.beta_y, config.beta_z), **terms._asdict()}
         values |= {"mse": error, "floor": model.likelihood.floor(x)}
+        if best is not None:
+            values["above_bound"] = values["loss"].cpu() - torch.from_numpy(best.loss_of(x.cpu().numpy()))
         return {**dict(latents), **{k: v.double() for k, v in values.items() if v is not None}}
 
     terms = on_all_images(of_batch(*batch) for batch in run.test.batches(BATCH))

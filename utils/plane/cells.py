@@ -28,7 +28,7 @@ OF_CELL = [*OF_GRID, *fields_of("objective")]  # equal for the repeats of one ce
 SATURABLE = ("mi_q_mc", "mi_q_mc_y")  # estimates that are left out where they are saturated
 OF_DATA = [name for name in fields_of("data") if name != "data_digest"]  # which old runs lack
 OF_LIKELIHOOD = ["px_y_family_ll", "sigma"]
-LIKELY = ("ll", "loss", "D", "nelbo", "ll_iw", "bpd")  # these depend on the likelihood
+LIKELY = ("ll", "loss", "above_bound", "D", "nelbo", "ll_iw", "bpd")  # these depend on the likelihood
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}  # per nat
 
 

@@ -14,9 +14,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from datasets.table import DATASETS
 from utils.evaluation.information import accuracy_bound, entropy
 from utils.plane import drawing
-from utils.plane.cells import BETAS, UNITS, Plane
+from utils.plane.cells import BETAS, OF_LIKELIHOOD, UNITS, Plane, number
 from utils.plane.drawing import COLOURS, GREY, RED, Drawing, Grid, bar_of, panels, rate_axes, rate_axis
 from utils.plane.gains import errors, hull
 from utils.plane.metrics import ACCURACIES, BRACKETS, metric
@@ -176,6 +177,7 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
     rows, hulls = [], [("all cells", "all cells", True, {"c": RED, "lw": 2, "alpha": 0.6})]
     look = {"c": "k", "lw": 0.9, "ls": "--"}
     hulls += [(drawing.DIAGONAL, "beta_y = beta_z", plane.diagonal, look)]
+    best = best_possible(plane)
 
     def lines(ax: Axes, name: str) -> None:
         for label, text, cells, look in hulls:
@@ -183,9 +185,25 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
                 x, y = zip(*(row.values() for row in corners), strict=True)
                 ax.plot(x, y, zorder=1, label=f"hull of {label}", **look)
                 rows.extend({"what": f"hull of {text}"} | row for row in corners)
+        if name in best:
+            ax.plot(best["rate"], best[name], ":", c="k", lw=1.2, zorder=1, label="best possible")
+            points = zip(best["rate"], best[name], strict=True)
+            rows.extend({"what": "best possible", "rate": rate, name: value} for rate, value in points)
 
     figure = against(plane, names, "rate", "kl_z", lines)
     return Drawing(figure, cells_of(plane, with_ends(names)) + rows)
+
+
+def best_possible(plane: Plane) -> dict[str, np.ndarray]:
+    """Metrics of the best of all models over the range of the cells' betas, (100,); empty where it is not known."""
+    kinds = {tuple(cell.settings.get(n) for n in ("dataset", *OF_LIKELIHOOD)) for cell in plane.cells}
+    (dataset, likelihood, sigma), *others = kinds
+    row, betas = DATASETS.get(dataset), np.array([plane.values(name) for name in BETAS])
+    if others or row is None or row.optimum is None or likelihood != row.likelihood or not (betas > 0).any():
+        return {}
+    betas = np.geomspace(betas[betas > 0].min(), betas.max(), 100)
+    metrics = [best.metrics for beta in betas if (best := row.optimum(beta, number(sigma)))]
+    return {name: plane.scale(name) * np.array([of[name] for of in metrics]) for name in metrics[0]} if metrics else {}
 
 
 def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:

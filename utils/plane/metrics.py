@@ -11,7 +11,7 @@ from utils.evaluation.probes import PROBES
 
 DECIBEL = -10 / math.log(10)
 FIRST = """
-ll loss psnr D nelbo ll_iw bpd is_mean is_div is_sharp fid fid_classifier kid kid_classifier
+ll loss above_bound psnr D nelbo ll_iw bpd is_mean is_div is_sharp fid fid_classifier kid kid_classifier
 recons_acc mi_q_mc mi_q mi_p mi_q_mc_y mi_z_low mi_z_high mi_y_low mi_y_high D_above_floor
 acc_bound lr_acc_mean svm_rbf_acc svm_linear_acc kNN_acc lr_ece lr_nll
 """
@@ -24,8 +24,9 @@ FOUR = [  # for reconstruction, generation, representation by z and by y the fir
     ("svm_rbf_acc", "lr_acc_mean", "mi_z_low"),
     ("svm_rbf_acc_y", "lr_acc_mean_y", "mi_y_low"),
 ]
+DRAWN = [*FOUR, ("above_bound",)]
 # what the report's page offers first as a colour, beside rates and betas
-COLOURS = [(n,) for n in ("psnr", "D", "nelbo", "is_mean")]
+COLOURS = [(n,) for n in ("above_bound", "psnr", "D", "nelbo", "is_mean")]
 COLOURS += [("fid", "fid_classifier"), *FOUR[2:], ("mi_z_low",), ("mi_y_low",)]
 INFORMATION = [  # on the label, against R(z)
     ("mi_z_low", "mi_q_mc", "mi_q"),
@@ -57,7 +58,7 @@ def first_of(names: list[str], choices: list[tuple[str, ...]]) -> list[str]:
 
 
 def wanted(names: list[str], requested: list[str] | None) -> list[str]:
-    """A batch's metrics to draw: those requested, all that have a better way, or one for each task.
+    """A batch's metrics to draw: those requested, all that have a better way, or one for each task and the excess.
 
     Raises UserError for one that the batch has not.
     """
@@ -66,4 +67,4 @@ def wanted(names: list[str], requested: list[str] | None) -> list[str]:
     for name in requested or []:
         if name not in names:
             raise UserError(f"--metrics: no run has {name!r}{nearest(name, names)}")
-    return list(dict.fromkeys(requested)) if requested else first_of(names, FOUR)
+    return list(dict.fromkeys(requested)) if requested else first_of(names, DRAWN)

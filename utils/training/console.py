@@ -199,6 +199,7 @@ def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> 
     if not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
         command = f"{next_command('train_classifier.py', *config.data_flags, **where)} && {command}"
     print(wrapped_command(f"To evaluate: {command}"))
+    print_above_bound(runs)
 
 
 def outcome(run: Run) -> str:
@@ -212,6 +213,16 @@ def outcome(run: Run) -> str:
         terms = ", ".join(f"{k} {v}" for k, v in result["terms"].items())
         return f"failed at epoch {result['epoch']}, step {result['step']}: {terms}"
     return status
+
+
+def print_above_bound(runs: list[Run]) -> None:
+    """Prints how far the losses are above that of the best of all models, where it is known."""
+    for run, name in zip(runs, what_differs([run.config for run in runs]), strict=True):
+        test = run.result.get("test", {})
+        if "above_bound" in test:
+            excess, se = test["above_bound"], test["above_bound_se"]
+            best = f"nats above the best possible loss on these images, {test['loss'] - excess:.2f}"
+            print(f"{name}: " * (len(runs) > 1) + f"{excess:.2f} +- {se:.2f} {best}")
 
 
 def print_targets(runs: list[Run], unit: str) -> None:

@@ -17,9 +17,10 @@ from torch.utils.tensorboard.summary import hparams, image, scalar
 
 from datasets.batches import chosen
 from datasets.loading import Data
+from datasets.table import optimum
 from models.stack import TERMS
 from utils import locks
-from utils.config import FLAGS
+from utils.config import FLAGS, Config
 from utils.errors import UserError
 from utils.files import write_atomic
 from utils.images import tiled, to_pil
@@ -76,12 +77,27 @@ class Log:
         self._append(m, [{"summary": summary} for summary in summaries], epoch)
 
 
-def figures(model: nn.Module, data: Data, batch_size: int, **means: Tensor) -> dict[str, dict]:
-    """What training.json says of a model, by split: means (4,) of its terms, and its PSNR on the test images."""
+def figures(model: nn.Module, data: Data, config: Config, **means: Tensor) -> dict[str, dict]:
+    """What training.json says of a model, by split: means (4,) of its terms; for the test images also others."""
     result = {split: dict(zip(TERMS, of.tolist(), strict=True)) for split, of in means.items()}
-    psnr = model.psnr(data.test.batches(batch_size))
+    psnr = model.psnr(data.test.batches(config.batch_size))
     result["test"]["psnr"] = psnr if math.isfinite(psnr) else None
+    result["test"] |= above_bound(model, data, config)
     return result
+
+
+@torch.no_grad()
+def above_bound(model: nn.Module, data: Data, config: Config) -> dict[str, float]:
+    """The loss on the test images above that of the best of all models, nats, and its error; empty if not known."""
+    best, values, images = optimum(config), [], data.test.batches(config.batch_size)
+    if best is None:
+        return {}
+    noise = generator(next(model.parameters()).device, config.seed, "test")  # that of the loss
+    for x, _ in images:
+        loss = model(x, model.noise(len(x), noise)).loss(config.beta_y, config.beta_z)
+        values.append(loss.cpu().double() - torch.from_numpy(best.loss_of(x.cpu().numpy())))
+    excess = torch.cat(values)
+    return {"above_bound": excess.mean().item(), "above_bound_se": excess.std().item() / math.sqrt(len(excess))}
 
 
 @torch.no_grad()

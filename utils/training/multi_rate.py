@@ -171,7 +171,7 @@ def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tu
         stack.evaluate(split, config.batch_size, generator(device, config.seed, "test"), *betas)[0]
         for split in (data.train.subset(TRAIN_IMAGES), data.test)
     )
-    values = figures(plain, data, config.batch_size, train=train, test=test)
+    values = figures(plain, data, config, train=train, test=test)
     write_pictures(run.path, pictures(plain, chosen(data.test, N)[0], config.seed))
     result = {"status": "finished", "epoch": config.num_epochs, "seconds": round(time.monotonic() - start, 2)}
     result["parameters"] = sum(p.numel() for p in plain.parameters())

@@ -306,19 +306,20 @@ class Training:
         """Writes the trained weights and the final metrics of every live cell; train and test are means (M, 4)."""
         self.saver.settle()
         for m, run in self.written.items():
-            state, model = self.state(m), self.stack.plain(m)
+            state, model, first = self.state(m), self.stack.plain(m), run.config
+            if first.has_target:
+                beta_y, beta_z = (float(f"{b:.6g}") for b in self.betas.values[m].tolist())
+                run = run.with_settings(beta_y=beta_y, beta_z=beta_z)
             result = {
                 "status": "finished",
                 "epoch": self.epoch,
                 "seconds": round(self.seconds, 2),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "sessions": state["sessions"],
-                **figures(model, data, self.config.batch_size, train=train[m], test=test[m]),
+                **figures(model, data, run.config, train=train[m], test=test[m]),
             }
-            if run.config.has_target:
-                result["first_betas"] = {name: getattr(run.config, name) for name in ("beta_y", "beta_z")}
-                beta_y, beta_z = (float(f"{b:.6g}") for b in self.betas.values[m].tolist())
-                run = run.with_settings(beta_y=beta_y, beta_z=beta_z)
+            if first.has_target:
+                result["first_betas"] = {name: getattr(first, name) for name in ("beta_y", "beta_z")}
                 run.write_config()
             if self.points:
                 result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
