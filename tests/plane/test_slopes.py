@@ -8,6 +8,7 @@ import pytest
 from pytest import approx
 from scipy.stats import linregress
 
+from datasets.gaussian import Gaussian
 from tests.plane.planes import AXIS, exponential, grid, plane_of
 from utils.plane.cells import Cell, Plane
 from utils.plane.slopes import slope_rows, slopes
@@ -129,3 +130,20 @@ def test_standard_errors_are_those_of_a_regression_with_an_intercept():
     x = [mean * (row["kl_y"] - rows[1]["kl_y"]) for mean, row in zip(m, rows, strict=True)]
     line = linregress(x, [row["ll"] for row in rows])
     assert (s.ratio_y, s.se_y, s.freedom) == approx((line.slope, line.stderr, 1))
+
+
+@pytest.mark.parametrize("n", [3, 5, 9])
+def test_at_a_known_optimum_no_cell_is_far_off(n):
+    """Where one layer has all of the rate, the slope of the other is below its beta."""
+    rows = []
+    for beta_y, beta_z in product(np.geomspace(0.1, 10, n), repeat=2):
+        best = Gaussian().optimum(min(beta_y, beta_z), 0.2)
+        share = 0.5 if beta_y == beta_z else float(beta_z < beta_y)
+        rates = {"kl_y": (1 - share) * best.rate, "kl_z": share * best.rate}
+        rows.append({"beta_y": beta_y, "beta_z": beta_z, **rates, "ll": -best.D})
+    of_slope = slopes(plane_of(rows))
+    assert not any(s.far_off for s in of_slope)
+    assert n == 9 or min(np.nanmin([s.ratio_y, s.ratio_z]) for s in of_slope) < 0.4
+    for row in rows:  # of too little rate: it would pay to use the layer
+        row["ll"] *= 6
+    assert sum(s.far_off for s in slopes(plane_of(rows))) >= len(rows) // 3

@@ -39,7 +39,7 @@ TAILS = {"qz_mu": "", "qy_mu": "_y", "z": "_sample", "y": "_sample_y"}  # of col
 TAILS_PAPER = {"qz_mu": "_paper", "qy_mu": "_y_paper"}
 _ROWS = [
     ("loss", "rates", "loss at the cell's own betas", "nats", 0, True, SE),
-    ("above_bound", "rates", "loss above the best possible", "nats", -1, False, SE),
+    ("above_bound", "rates", "loss above its bound", "nats", -1, False, SE),
     ("ll", "rates", "log-likelihood", "nats", 1, True, SE),
     ("kl_y", "rates", "R(y|z)", "nats", 0, False, SE),
     ("kl_z", "rates", "R(z)", "nats", 0, False, SE),

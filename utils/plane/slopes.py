@@ -14,7 +14,7 @@ from utils.plane.tables import Table
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
 FAR_EXCESS = 0.1  # and an excess of more than this share of the neighbours' difference in D
-LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ
+LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ; of a layer with less, a slope may be low
 ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's tests: two slopes, the excess
 SLOPES = {  # columns and headings of slopes.csv
     "run": "run", "beta_y": "beta_y", "beta_z": "beta_z", "slope_y": "-dD/dR(y|z)", "se_y": "+- of y",
@@ -40,10 +40,14 @@ class Slope(NamedTuple):
 
     @property
     def far_off(self) -> bool:
-        """Whether it is under-trained, or a slope is off by FAR_OFF, and more than by noise."""
+        """Whether it is under-trained, or a slope is off by FAR_OFF, and more than by noise.
+
+        A layer without a rate has none to give up, however low its slope.
+        """
         ratios, errors = np.array([self[1:3], self[3:5]])
+        unused = np.array([self.cell.median[rate] < LEAST_RATE for rate in ("kl_y", "kl_z")])
         noisy = abs(ratios - 1) <= student.ppf(1 - ALARM / 2, self.freedom) * errors
-        off = (ratios < 1 / FAR_OFF) | (ratios > FAR_OFF)
+        off = (ratios < 1 / FAR_OFF) & ~unused | (ratios > FAR_OFF)
         return bool(self.under_trained or (off & ~noisy).any())
 
 
