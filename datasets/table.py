@@ -10,6 +10,7 @@ from .gaussian import Gaussian, Optimum
 
 GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
 LEARNED = "GaussianLearnedSigma"
+QUICK = {"optimizer": "muon", "lr_schedule": "tail"}  # for trainings that learn much in a few epochs
 MNIST_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
 
@@ -105,8 +106,8 @@ def _gaussian() -> DataSet:
         gaussian.read,
         "nothing: it is made from a seed",
         n_classes=4,
-        recipe=Recipe("small_conv_net", "adadelta", 1.0, 64, num_epochs=3, decay=0.7),
-        settings=BRIEF | {"sigma": 0.2},
+        recipe=Recipe("small_conv_net", "sgd", 0.02, 64, num_epochs=3, decay=None),
+        settings={"sigma": 0.2, "num_epochs": 5, "batch_size": 128, "learning_rate": 2e-3} | QUICK,  # within a minute
         optimum=gaussian.optimum,
     )
 
@@ -117,8 +118,6 @@ def _cifar(number: int, folder: str, parts: tuple[list[str], list[str]], labels:
     return DataSet(COLOUR, LEARNED, reader, f"{folder}/{{{files}}}", number, _torchvision(f"CIFAR{number}"), recipe)
 
 
-# Near to the optimum within a minute.
-BRIEF = {"num_epochs": 5, "batch_size": 128, "learning_rate": 2e-3, "optimizer": "muon", "lr_schedule": "tail"}
 CIFAR10_PARTS = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 FASHION = {"elsewhere": "/usr/share/datasets/fashion-mnist"}  # apt-get install dataset-fashion-mnist
 QMNIST = {"parts": ("qmnist-train", "qmnist-test"), "labels": "labels-idx2-int"}
