@@ -19,7 +19,7 @@ ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's tests: two slope
 SLOPES = {  # columns and headings of slopes.csv
     "run": "run", "beta_y": "beta_y", "beta_z": "beta_z", "slope_y": "-dD/dR(y|z)", "se_y": "+- of y",
     "slope_z": "-dD/dR(z)", "se_z": "+- of z", "excess": "excess loss", "far_off": "far off",
-    "left": "nats left", "left_se": "+-",
+    "left": "nats left", "left_se": "+-", "above_bound": "above the bound",
 }  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def slope_rows(slopes: list[Slope], excess: Sequence[dict] = ()) -> list[dict]:
         b_y, b_z = (s.cell.median[name] for name in BETAS)
         row = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
         row |= {"left": float(nats), "left_se": float(nats_se), "excess": s.excess}
+        row |= {"above_bound": s.cell.median.get("above_bound", math.nan)}
         row |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
         row = {name: value for name, value in row.items() if math.isfinite(value)}
         rows.append({"run": s.cell.runs[0], **row, "far_off": "yes" if s.far_off else ""})
@@ -182,7 +183,11 @@ def print_far_off(rows: list[dict]) -> None:
         print("\n" + wrapped(text))
         headings = {k: v for k, v in SLOPES.items() if k not in ("run", "far_off")}
         print(Table(far_off[:10], headings).markdown(), end="")
-    if worst := max((row for row in rows if "left" in row), key=lambda row: row["left"], default=None):
-        most, betas = "{left:.2f} +- {left_se:.2f}".format(**worst), "{beta_y:g}, {beta_z:g}".format(**worst)
-        text = "Separate trainings of some cells, interpolated to the others, find at most"
-        print("\n" + wrapped(f"{text} {most} nats left, at betas {betas}."))
+    for name, text in (
+        ("left", "Separate trainings of some cells, interpolated to the others, find at most"),
+        ("above_bound", "The best of all models would have at most"),
+    ):
+        if there := [row for row in rows if name in row]:
+            worst = max(there, key=lambda row: row[name])
+            most, betas = f"{worst[name]:.2f} nats less", f"{worst['beta_y']:g}, {worst['beta_z']:g}"
+            print("\n" + wrapped(f"{text} {most}, at betas {betas}."))
