@@ -1,6 +1,6 @@
 """Information on the label against closed forms, integration and slow versions; its bracket."""
 
-from math import exp, log, nan, sqrt
+from math import exp, inf, log, nan, sqrt
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ from utils.evaluation import information
 from utils.evaluation.information import (
     MutualInformation,
     accuracy_bound,
-    channel_mi,
+    channel_bound,
     discrete_mi,
     gaussian_mi,
     upper_end,
 )
-from utils.evaluation.probes import entropy, fit_probe
+from utils.evaluation.probes import entropy, fit_probe, label_entropy
 
 SVHN = np.repeat(np.arange(10), [1744, 5099, 4149, 2882, 2523, 2384, 1977, 2019, 1660, 1595])
 K = 4  # classes of the synthetic latents
@@ -53,9 +53,10 @@ def test_the_estimate_and_its_bound_equal_a_direct_loop(std, n, mixture, columns
         values.append(of_class - logsumexp(log_p) + log(n))
         uppers.append(of_class - logsumexp(others) + log(n - 1))
     mi = gaussian_mi(samples, means, stds, labels)
-    for (ours, se), theirs in (((mi.mi, mi.se), values), ((mi.upper, mi.upper_se), uppers)):
-        assert ours == approx(np.mean(theirs), abs=1e-6)
-        assert se == approx(sem(theirs), rel=1e-5, abs=1e-9)
+    means = [np.mean(uppers, where=labels.numpy() == k) for k in labels.unique().tolist()]
+    errors = sem(values), max(sem(uppers), sem([*uppers, *means, *means]))
+    assert (mi.mi, mi.upper) == approx((np.mean(values), np.mean(uppers)), abs=1e-6)
+    assert (mi.se, mi.upper_se) == approx(errors, rel=1e-5, abs=1e-9)
 
 
 def test_a_class_far_away_keeps_its_density():
@@ -90,18 +91,30 @@ def test_discrete_information_equals_sklearn():
     assert discrete_mi(a, b) == approx(mutual_info_score(a, b))
     assert discrete_mi(a, a) == approx(entropy(a))
     assert entropy(a) == approx(scipy_entropy(np.bincount(a)))
-    labels = np.arange(1000) % K  # and a category drawn from its probabilities
+
+
+def test_the_bound_of_a_category_drawn_from_its_probabilities():
+    labels = np.arange(1000) % K
     certain, right = np.eye(K)[labels], 0.9 + 0.1 / K
-    assert channel_mi(certain, labels) == approx(log(K))
-    assert channel_mi(np.full((1000, 7), 1 / 7), labels) == approx(0, abs=1e-12)
+    assert channel_bound(certain, labels) == approx((log(999 / 249), 0), abs=1e-12)  # 250 of a class, less the own
+    assert channel_bound(np.full((1000, 7), 1 / 7), labels) == approx((0, 0), abs=1e-12)
     expected = log(K) + right * log(right) + (1 - right) * log((1 - right) / (K - 1))
-    assert channel_mi(0.9 * certain + 0.1 / K, labels) == approx(expected)  # symmetric
+    assert channel_bound(0.9 * certain + 0.1 / K, labels)[0] == approx(expected, abs=(K - 1) / 1000)  # symmetric
+    assert channel_bound(np.eye(2)[[0, 0, 1]], np.array([0, 0, 1]))[0] == inf  # nothing else is in its category
+
+
+def test_the_entropy_of_labels_is_corrected_for_their_number():
+    rng, p = np.random.default_rng(0), np.array([0.6, 0.3, 0.1])
+    drawn = [label_entropy(rng.choice(3, 100, p=p)) for _ in range(2000)]
+    (mean, error), (spread, _) = np.mean(drawn, 0), np.std(drawn, 0)
+    assert mean == approx(scipy_entropy(p), abs=0.003) and error == approx(spread, rel=0.1)
+    assert label_entropy(np.arange(100) % K) == approx((log(K), 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100, "SVHN"])
 def test_accuracy_bound_equals_a_fine_grid_search(classes):
     labels = SVHN if classes == "SVHN" else np.arange(classes)
-    h, k = entropy(labels), len(np.unique(labels))
+    h, k = label_entropy(labels)[0], len(np.unique(labels))
     grid = np.linspace(1 / k, 1, 2_000_001)[:-1]
     h2 = -grid * np.log(grid) - (1 - grid) * np.log1p(-grid)
     needed = h - h2 - (1 - grid) * (log(k - 1) if k > 2 else 0)  # nats, for an accuracy
@@ -189,7 +202,7 @@ def test_latents_that_know_nothing_of_the_label(rate, n):
 
 def test_the_upper_end_is_the_smallest_bound():
     labels = np.arange(100) % K
-    assert upper_end(labels, (9.0, 0.1), (3.0, 0.2)) == (entropy(labels), 0.0)
+    assert upper_end(labels, (9.0, 0.1), (3.0, 0.2)) == label_entropy(labels)
     assert upper_end(labels, (1.0, 0.1), (0.5, 0.2)) == (0.5, 0.2)
     assert upper_end(labels, (1.0, 0.1), (nan, nan)) == (1.0, 0.1)
     assert upper_end(labels, (0.1, 0.01), (-0.2, 0.2)) == (0.0, 0.2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from models.latents import Gaussian
-from utils.evaluation.probes import entropy
+from utils.evaluation.probes import label_entropy, upper_error
 from utils.evaluation.run import BATCH, EvaluatedRun
 
 ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
@@ -29,7 +29,7 @@ def mi_z(run: EvaluatedRun) -> dict[str, float]:
         mi = gaussian_mi(z, means[:, None], stds[:, None], torch.from_numpy(labels).to(device))
         results = _bracket(run, "z", labels, mi)
     else:
-        high, se = upper_end(labels, _rate(run, "kl_z"), (channel_mi(q, labels), 0.0))
+        high, se = upper_end(labels, _rate(run, "kl_z"), channel_bound(q, labels))
         results = {"mi_q": discrete_mi(q.argmax(1), labels), "mi_z_high": high, "mi_z_high_se": se}
     return {**results, "acc_bound": accuracy_bound(results["mi_z_high"], labels)}
 
@@ -110,14 +110,14 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
     values = log_class - (log_all - math.log(n))
     null = (log_null - counts[shuffled].log()) - (log_all - math.log(n))
     upper = log_class - (log_others - math.log(max(1, n - 1)))
-    ses = [v.std().item() / n**0.5 for v in (values, upper)]
-    return MutualInformation(values.mean().item(), ses[0], null.mean().item(), upper.mean().item(), ses[1])
+    se, upper_se = values.std().item() / n**0.5, upper_error(upper.cpu().numpy(), labels.cpu().numpy())
+    return MutualInformation(values.mean().item(), se, null.mean().item(), upper.mean().item(), upper_se)
 
 
 def upper_end(labels: np.ndarray, *bounds: tuple[float, float]) -> tuple[float, float]:
     """The smallest of upper bounds, each with its standard error, and of H(label); labels (N,)."""
     bounds = [(max(0.0, value), se) for value, se in bounds if math.isfinite(value)]
-    return min([*bounds, (entropy(labels), 0.0)])
+    return min([*bounds, label_entropy(labels)])
 
 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
@@ -167,13 +167,8 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
 
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
     """Mutual information of two discrete variables (N,), integers >= 0, from their joint counts."""
-    return channel_mi(np.eye(b.max() + 1)[b], a)
-
-
-def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
-    """Mutual information of labels (N,) and categories of probabilities (N, C), or more."""
-    joint = np.zeros((labels.max() + 1, q.shape[1]))
-    np.add.at(joint, labels, q.astype(np.float64))
+    joint = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(joint, (a, b), 1)
 
     def entropy(counts: np.ndarray) -> float:
         p = counts[counts > 0] / counts.sum()
@@ -182,11 +177,25 @@ def channel_mi(q: np.ndarray, labels: np.ndarray) -> float:
     return max(0.0, entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint.ravel()))
 
 
+def channel_bound(q: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Upper bound on the information of labels (N,) and categories of probabilities (N, C); its standard error.
+
+    Like `upper` of `gaussian_mi`: the average of a class includes the image's own probabilities, that of all does not.
+    """
+    from scipy.special import xlogy
+
+    q, members = q.astype(np.float64), np.eye(labels.max() + 1)[labels]
+    of_class = (members.T @ q / members.sum(0).clip(1)[:, None])[labels]
+    others = (q.sum(0) - q).clip(0) / max(1, len(q) - 1)
+    terms = (xlogy(q, of_class) - xlogy(q, others)).sum(1)
+    return float(terms.mean()), upper_error(terms, labels)
+
+
 def accuracy_bound(mi: float, labels: np.ndarray) -> float:
     """The largest accuracy with `mi` nats on the label: H(label) - H_2(a) - (1 - a) ln(K - 1) = mi (Meyen 2016)."""
     from scipy.optimize import brentq
 
-    k, missing = len(np.unique(labels)), entropy(labels) - max(mi, 0.0)
+    k, missing = len(np.unique(labels)), label_entropy(labels)[0] - max(mi, 0.0)
     if missing <= 0 or k < 2:
         return 1.0
 

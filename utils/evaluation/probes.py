@@ -53,11 +53,38 @@ def entropy(labels: ndarray) -> float:
     return -sum(v * math.log(v) for v in p if v > 0)
 
 
+def surprisals(labels: ndarray) -> ndarray:
+    """-log p(label) in nats of each of the labels (N,), by their frequencies; the mean is their `entropy`."""
+    return np.log(len(labels) / np.bincount(labels)[labels])
+
+
+def label_entropy(labels: ndarray) -> tuple[float, float]:
+    """H(label) in nats of what labels (N,) are drawn from, at most that of even classes, and its standard error.
+
+    Their `entropy` is on average (K - 1) / 2N less (Miller 1955).
+    """
+    counts = np.bincount(labels)
+    correction = (np.count_nonzero(counts) - 1) / (2 * len(labels))
+    value = min(entropy(labels) + correction, math.log(len(counts)))
+    return value, upper_error(surprisals(labels), labels)
+
+
 def standard_error(values: ndarray) -> float:
     """The standard error of the mean of independent values (N,); NaN for a single one."""
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan
     return float(values.std(ddof=1, dtype=np.float64) / math.sqrt(len(values)))
+
+
+def upper_error(values: ndarray, labels: ndarray) -> float:
+    """The standard error of the mean of an upper bound's terms (N,), also where a class has few labels (N,).
+
+    It is not below that with two more terms of each class, at its mean (as Agresti & Coull 1998): a single image of a
+    class does not tell how rare it is.
+    """
+    counts = np.bincount(labels)
+    means = np.bincount(labels, values)[counts > 0] / counts[counts > 0]
+    return max(standard_error(terms) for terms in (values, np.concatenate([values, means, means])))
 
 
 def mean_and_error(terms: dict[str, ndarray]) -> dict[str, float]:
@@ -159,14 +186,14 @@ def fit_stored(name: str, file: Path, key: str, tail: str) -> Scores:
         train = [values[trained] for values in train]
     scores, terms = fit_probe(name, train, [v[tested] for v in test], tail, standardize=not paper)
     if name == "lr" and scores:
-        low, lows = (entropy(test[1]) - of[f"lr_nll{tail}"] for of in (scores, terms))
         scores["probe_images"] = len(train[1])
         if paper:  # of means, it bounds nothing about a sample; logistic regression knows no seed
-            scores |= {f"lr_acc_std{tail}": 0.0, f"mi_lr_lb{tail}": low}
+            scores |= {f"lr_acc_std{tail}": 0.0, f"mi_lr_lb{tail}": entropy(test[1]) - scores[f"lr_nll{tail}"]}
         elif "_sample" in tail:
-            error = scores[f"lr_nll{tail}_se"]
-            scores |= {f"mi_{key}_low": max(0.0, low), f"mi_{key}_low_se": error}
-            terms[f"mi_{key}_low"] = lows
+            low = f"mi_{key}_low"
+            terms[low] = surprisals(test[1]) - terms[f"lr_nll{tail}"]
+            value = entropy(test[1]) - scores[f"lr_nll{tail}"]
+            scores |= {low: max(0.0, value), f"{low}_se": standard_error(terms[low])}
     of_images = {column: np.full(len(test[1]), math.nan, dtype=np.float32) for column in terms}
     for column, values in terms.items():
         of_images[column][tested] = values

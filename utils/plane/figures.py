@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from datasets.table import DATASETS
-from utils.evaluation.information import accuracy_bound, entropy
+from utils.evaluation.information import accuracy_bound
+from utils.evaluation.probes import label_entropy
 from utils.plane import drawing
 from utils.plane.cells import BETAS, OF_LIKELIHOOD, UNITS, Plane, number
 from utils.plane.drawing import COLOURS, GREY, RED, Drawing, Grid, bar_of, panels, rate_axes, rate_axis
@@ -218,7 +219,7 @@ def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:
     def lines(ax: Axes, name: str) -> None:
         of_samples = name in ACCURACIES["z"]
         if plane.labels is not None and (of_samples or name in ("mi_z_low", "mi_q_mc", "mi_q")):
-            bounds = np.minimum(rates, entropy(plane.labels) * unit)
+            bounds = np.minimum(rates, label_entropy(plane.labels)[0] * unit)
             if of_samples:
                 bounds = [accuracy_bound(rate / unit, plane.labels) for rate in rates]
             ax.plot(rates, bounds, "-", c=RED, label="bound from R(z) and H(label)")
