@@ -15,7 +15,7 @@ from utils.evaluation.information import channel_bound, gaussian_mi, upper_end
 from utils.evaluation.probes import fit_stored
 
 EVEN, RARE, SKEWED = (0.1,) * 10, (0.98, 0.02), (0.91, *[0.01] * 9)  # frequencies of classes
-LABELS = [(RARE, 200), (EVEN, 360), (SKEWED, 360), ((0.5, 0.5), 360), ((0.01,) * 100, 500)]
+LABELS = [(RARE, 200), (SKEWED, 360), (EVEN, 360), ((0.5, 0.5), 360), ((0.01,) * 100, 500)]
 STD = 0.6  # of posteriors; a class has a std of 1
 
 
@@ -48,7 +48,7 @@ def information(p: tuple, gap: float) -> float:
 def lower(p: tuple, n: int, gap: float, seed: int) -> tuple[float, float]:
     """The lower end and its error, negated."""
     rng = np.random.default_rng(seed)
-    (labels, _, z), (labels_train, _, z_train) = (draw(p, m, gap, rng) for m in (n, 4 * n))
+    (labels, _, z), (labels_train, _, z_train) = (draw(p, m, gap, rng) for m in (n, 2 * n))
     np.savez("latents.npz", z=z, labels=labels, z_train=z_train, labels_train=labels_train)
     v, _ = fit_stored("lr", Path("latents.npz"), "z", "_sample")
     return -v["mi_z_low"], v.get("mi_z_low_se", nan)
@@ -72,9 +72,9 @@ def channel_upper(q: np.ndarray, p: tuple, n: int, seed: int) -> tuple[float, fl
 
 @pytest.mark.parametrize("trials", first(1, 20, 200))
 @pytest.mark.parametrize("gap", first(1, 12, 1.5, 0))
-@pytest.mark.parametrize("p, n", LABELS[:4])
-def test_the_lower_end(p, n, gap, trials):
-    assert covered(partial(lower, p, n, gap), trials, -information(p, gap)) >= 0.93
+@pytest.mark.parametrize("of", first(2, *LABELS[:4]))
+def test_the_lower_end(of, gap, trials):
+    assert covered(partial(lower, *of, gap), trials, -information(of[0], gap)) >= 0.93
 
 
 @pytest.mark.parametrize("trials", first(1, 30, 1000))

@@ -251,6 +251,15 @@ def test_a_probe_of_many_dimensions_is_not_too_sure():
         assert probes.choose_c(*data) == 1
 
 
+def test_rounding_does_not_choose_between_two_that_are_as_good():
+    """Here a held-out fifth finds C of 1 or 0.1 better, as rounding falls; latents that are all alike, none."""
+    rng, labels = np.random.default_rng(0), np.arange(600) % 4
+    latents = 2 * np.eye(12)[labels] + 1.4393 * rng.normal(size=(600, 12))
+    noise = [1 + 1e-6 * np.random.default_rng(seed).normal(size=latents.shape) for seed in range(5)]
+    assert {probes.choose_c((latents * of_seed).astype(np.float32), labels) for of_seed in noise} == {0.1}
+    assert probes.choose_c(np.zeros((600, 12)), labels) == 0.01
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_probes_that_cannot_be_trained_and_unknown_classes(name):
     rng = np.random.default_rng(0)

@@ -15,7 +15,8 @@ PROBES = {  # the columns of their accuracies; the paper's code averaged logisti
     "svm_linear": "svm_linear_acc",
     "kNN": "kNN_acc",
 }
-NEIGHBOURS = 5
+NEIGHBOURS, FOLDS = 5, 5
+CS = (0.01, 0.1, 1.0)  # of logistic regression: the inverses of its L2 weight
 KERNELS = {"svm_rbf": "rbf", "svm_linear": "linear"}
 TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; see docs/performance.md
 MANY = 64  # dimensions from which on kernels are sooner made as products of matrices
@@ -113,19 +114,37 @@ def calibration_null(probabilities: ndarray, draws: int = 200) -> float:
 
 
 def choose_c(latents: ndarray, labels: ndarray) -> float:
-    """The C of logistic regression of the least log loss on a fifth of latents (N, d): 1 is often too sure."""
-    from sklearn.metrics import log_loss
+    """The C of logistic regression by five-fold cross-validation on latents (N, d): 1 is often too sure.
 
-    train, held = split(len(labels))
-    classes = np.unique(labels[train])
-    if len(held) == 0 or len(classes) < 2 or not np.isin(labels[held], classes).all():
+    It is the smallest whose mean log loss is above the least by at most one standard error of the difference, so that
+    rounding does not decide between those that are as good.
+    """
+    several = np.bincount(labels)[labels] > 1  # a single image of a class cannot be held out
+    if len(np.unique(labels[several])) < 2:
         return 1.0
+    fold = np.empty(len(labels), int)
+    fold[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % FOLDS  # every fifth image of each class
 
-    def loss(c: float) -> float:
-        model = untrained("lr", True, c).fit(latents[train], labels[train])
-        return log_loss(labels[held], model.predict_proba(latents[held]), labels=classes)
+    def losses(c: float) -> ndarray:
+        values = np.zeros(len(labels))
+        for held in (fold == k for k in np.unique(fold)):
+            model = untrained("lr", True, c).fit(latents[~held], labels[~held])
+            values[held] = predictions(model, latents[held], labels[held])[2]
+        return values[several]
 
-    return min((1.0, 0.1, 0.01), key=loss)
+    of_c = {c: losses(c) for c in CS}
+    least = min(of_c.values(), key=np.mean)
+    more = {c: values - least for c, values in of_c.items()}
+    return next(c for c in CS if more[c].mean() <= standard_error(more[c]))
+
+
+def predictions(model, latents: ndarray, labels: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """Probabilities (N, K) by a fitted model, the labels' columns in them (-1: unknown), log losses in nats (N,)."""
+    probabilities, classes = model.predict_proba(latents), model.classes_
+    columns = np.where(np.isin(labels, classes), np.searchsorted(classes, labels), -1)
+    of_label = probabilities[np.arange(len(columns)), columns]
+    losses = -np.log(np.maximum(of_label, np.finfo(of_label.dtype).eps))  # as scikit-learn's log_loss
+    return probabilities, columns, np.where(columns < 0, math.inf, losses.astype(np.float64))
 
 
 def svm_labels(name: str, train: Split, latents: ndarray) -> ndarray:
@@ -156,16 +175,15 @@ def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool
         if name in KERNELS and standardize and is_large:
             terms = {column: svm_labels(name, train, tested) == right}
             return mean_and_error(terms), terms
-        c = choose_c(latents, labels) if name == "lr" and standardize else 1.0
+        c = 1.0
+        if name == "lr" and standardize:
+            latents, tested = latents.astype(np.float64), tested.astype(np.float64)  # where rounding decides less
+            c = choose_c(latents, labels)
         model = untrained(name, standardize, c).fit(latents, labels)
     if name != "lr":
         terms = {column: model.predict(tested) == right}
         return mean_and_error(terms), terms
-    probabilities, classes = model.predict_proba(tested), model.classes_
-    columns = np.where(np.isin(right, classes), np.searchsorted(classes, right), -1)
-    of_label = probabilities[np.arange(len(columns)), columns]
-    losses = -np.log(np.maximum(of_label, np.finfo(of_label.dtype).eps))  # as scikit-learn's log_loss
-    losses = np.where(columns < 0, math.inf, losses.astype(np.float64))
+    probabilities, columns, losses = predictions(model, tested, right)
     terms = {column: probabilities.argmax(1) == columns, f"lr_nll{tail}": losses}
     calibration = calibration_error(probabilities, columns), calibration_null(probabilities)
     calibration = dict(zip((f"lr_ece{tail}", f"lr_ece_null{tail}"), calibration, strict=True))
