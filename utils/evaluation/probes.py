@@ -15,7 +15,7 @@ PROBES = {  # the columns of their accuracies; the paper's code averaged logisti
     "svm_linear": "svm_linear_acc",
     "kNN": "kNN_acc",
 }
-NEIGHBOURS, FOLDS = 5, 5
+NEIGHBOURS, FOLDS, ENOUGH = 5, 5, 2000
 CS = (0.01, 0.1, 1.0)  # of logistic regression: the inverses of its L2 weight
 KERNELS = {"svm_rbf": "rbf", "svm_linear": "linear"}
 TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; see docs/performance.md
@@ -114,23 +114,25 @@ def calibration_null(probabilities: ndarray, draws: int = 200) -> float:
 
 
 def choose_c(latents: ndarray, labels: ndarray) -> float:
-    """The C of logistic regression by five-fold cross-validation on latents (N, d): 1 is often too sure.
+    """The C of logistic regression by cross-validation on latents (N, d): 1 is often too sure.
 
     It is the smallest whose mean log loss is above the least by at most one standard error of the difference, so that
-    rounding does not decide between those that are as good.
+    rounding does not decide between those that are as good. Of five folds so many are held out that ENOUGH images are.
     """
     several = np.bincount(labels)[labels] > 1  # a single image of a class cannot be held out
     if len(np.unique(labels[several])) < 2:
         return 1.0
     fold = np.empty(len(labels), int)
     fold[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % FOLDS  # every fifth image of each class
+    folds = np.unique(fold)[: math.ceil(FOLDS * ENOUGH / len(labels))]
 
     def losses(c: float) -> ndarray:
-        values = np.zeros(len(labels))
-        for held in (fold == k for k in np.unique(fold)):
+        values = []
+        for held in (fold == k for k in folds):
             model = untrained("lr", True, c).fit(latents[~held], labels[~held])
-            values[held] = predictions(model, latents[held], labels[held])[2]
-        return values[several]
+            held &= several
+            values.append(predictions(model, latents[held], labels[held])[2])
+        return np.concatenate(values)
 
     of_c = {c: losses(c) for c in CS}
     least = min(of_c.values(), key=np.mean)
