@@ -10,7 +10,7 @@ from tests.conftest import TINY
 from tests.plane.planes import read_csv
 from utils.evaluation.batch import coarse_first
 
-GRID = ["--beta_y", "0.1", "1", "10", "--beta_z", "0.1", "1", "10", "--run_batch_name", "b"]
+GRID = ["--beta_y", "0.1", "10", "--beta_z", "0.1", "10", "--run_batch_name", "b"]
 
 
 def test_every_beginning_of_the_order_fills_the_plane_evenly():
@@ -32,14 +32,12 @@ def test_a_map_that_is_stopped_is_a_coarser_one_and_goes_on(passes, monkeypatch)
     passes(train.main, *TINY, *GRID)
     evaluate = ["--run_batch_name", "b", "--exclude_fid"]
     out = passes(eval_beta_grid.main, *evaluate, "--max_hours", "1e-9")
-    assert "runs that still lack a step: rates of 9" in out and "mi_z of 9" in out
+    assert "runs that still lack a step: rates of 4" in out and "mi_z of 4" in out
     clock = iter(np.arange(1e6))  # a second passes from look to look
     with monkeypatch.context() as patched:
         patched.setattr("utils.evaluation.batch.monotonic", lambda: float(next(clock)))
-        passes(eval_beta_grid.main, *evaluate, "--max_hours", str(40 / 3600))
-    rows = {(float(row["beta_y"]), float(row["beta_z"])): row for row in read_csv("runs/b/eval_results.csv")}
-    there = {betas for betas, row in rows.items() if row["mi_q_mc"]}
-    assert all(row["psnr"] for row in rows.values()) and 0 < len(there) < 9
-    assert there <= {(y, z) for y in (0.1, 10.0) for z in (0.1, 10.0)} or len(there) > 4
+        passes(eval_beta_grid.main, *evaluate, "--max_hours", str(20 / 3600))
+    rows = read_csv("runs/b/eval_results.csv")
+    assert all(row["psnr"] for row in rows) and 0 < sum(row["mi_q_mc"] != "" for row in rows) < 4
     assert "stopped" not in passes(eval_beta_grid.main, *evaluate)
     assert all(row["mi_q_mc"] for row in read_csv("runs/b/eval_results.csv"))
