@@ -70,17 +70,17 @@ def channel_upper(q: np.ndarray, p: tuple, n: int, seed: int) -> tuple[float, fl
     return upper_end(labels, channel_bound(np.eye(len(p))[categories], labels))
 
 
-@pytest.mark.parametrize("trials", first(1, 20, 200))
-@pytest.mark.parametrize("gap", first(1, 12, 1.5, 0))
+@pytest.mark.parametrize("gap_and_trials", first(1, (12, 20), (12, 200), (1.5, 200), (0, 200)))
 @pytest.mark.parametrize("of", first(2, *LABELS[:4]))
-def test_the_lower_end(of, gap, trials):
+def test_the_lower_end(of, gap_and_trials):
+    gap, trials = gap_and_trials
     assert covered(partial(lower, *of, gap), trials, -information(of[0], gap)) >= 0.93
 
 
-@pytest.mark.parametrize("trials", first(1, 30, 1000))
-@pytest.mark.parametrize("gap", first(1, 12, 1.5, 0))
+@pytest.mark.parametrize("gap_and_trials", first(1, (12, 30), (12, 1000), (1.5, 1000), (0, 1000)))
 @pytest.mark.parametrize("p, n", LABELS)
-def test_the_upper_end_of_a_gaussian_z(p, n, gap, trials):
+def test_the_upper_end_of_a_gaussian_z(p, n, gap_and_trials):
+    gap, trials = gap_and_trials
     assert covered(partial(upper, p, n, gap), trials, information(p, gap)) >= 0.93
 
 
