@@ -18,6 +18,7 @@ from utils.evaluation.information import (
     MutualInformation,
     accuracy_bound,
     channel_bound,
+    channel_bracket,
     discrete_mi,
     gaussian_mi,
     upper_end,
@@ -202,6 +203,31 @@ def test_latents_that_know_nothing_of_the_label(rate, n):
     else:
         assert mi.is_saturated or mi.mi < 0.1
         assert mi.mi > 0.5 or rate < 20
+
+
+@pytest.mark.parametrize("trials", first(1, 20, 200))
+@pytest.mark.parametrize("n, d, rate", [(360, 2, 0.5), (360, 4, 4.0), (360, 8, 20.0), (1000, 1, 2.0)])
+def test_the_information_on_the_image_is_between_its_ends(n, d, rate, trials):
+    """The label's, and what a class's own spread and the other dimensions, all Gaussian, add."""
+    of, covered, ends = Latents(n, rate, d, 0), [], []
+    truth = of.truth + log(of.within / of.std) - (d - 1) * log(of.std)
+    for of in (Latents(n, rate, d, seed) for seed in range(trials)):
+        (low, low_se), (high, high_se) = (mi := of.estimate()).image_low, mi.image_high
+        covered.append((low - 1.96 * low_se <= truth, truth <= high + 1.96 * high_se))
+        ends.append((low, high))
+    low, high = np.mean(ends, 0)
+    assert (np.mean(covered, 0) >= 0.93).all() and low <= log(n) + 1e-9
+    assert high - low < 0.2 or rate > 2
+    assert log(n) - low < 0.1 or rate < 20
+
+
+def test_the_information_of_categories_on_the_image():
+    q = np.random.default_rng(0).dirichlet(np.ones(5), 3000)
+    (low, low_se), (high, high_se) = channel_bracket(q)
+    mean_divergence = (q * np.log(5 * q)).sum(1)
+    assert low == approx(mean_divergence.mean(), abs=3e-3) and low < high < low + 2e-3
+    assert (low_se, high_se) == approx((sem(mean_divergence),) * 2, rel=0.03)
+    assert np.abs(channel_bracket(np.full((20, 5), 0.2))).max() < 1e-12
 
 
 @pytest.mark.parametrize("trials", first(1, 6, 200))

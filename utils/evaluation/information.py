@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from models.latents import Gaussian
-from utils.evaluation.probes import label_entropy, upper_error
+from utils.evaluation.probes import label_entropy, standard_error, upper_error
 from utils.evaluation.run import BATCH, EvaluatedRun
 
 ROWS, COLUMNS = 500, 2000  # block sizes, which limit the memory whatever the number of images
@@ -19,7 +19,7 @@ FAR = -1e300  # the log of a density that does not count; unlike -inf, it can be
 
 def mi_z(run: EvaluatedRun) -> dict[str, float]:
     """Mutual information between z and the label."""
-    device, latents = run.evaluation.device, run.latents
+    device, latents, rate = run.evaluation.device, run.latents, _rate(run, "kl_z")
     if run.model.z_shape == (0,):
         run.evaluation.note(f"{run.config.vae_type} has no z: metrics of z are left empty")
         return {}
@@ -28,10 +28,13 @@ def mi_z(run: EvaluatedRun) -> dict[str, float]:
         means, stds = (torch.from_numpy(latents[f"qz_{k}"]).to(device).flatten(1) for k in ("mu", "std"))
         z = means + stds * torch.randn(means.shape, generator=run.generator("mi_z"), device=device)
         mi = gaussian_mi(z, means[:, None], stds[:, None], torch.from_numpy(labels).to(device))
-        results = _bracket(run, "z", labels, mi)
+        results, of_image = _bracket(run, "z", labels, mi), (mi.image_low, mi.image_high)
     else:
-        high, se = upper_end(labels, _rate(run, "kl_z"), channel_bound(q, labels))
+        high, se = upper_end(labels, rate, channel_bound(q, labels))
         results = {"mi_q": discrete_mi(q.argmax(1), labels), "mi_z_high": high, "mi_z_high_se": se}
+        of_image = channel_bracket(q)
+    low, high = of_image[0], smallest(rate, of_image[1])
+    results |= {"mi_zx_low": max(0.0, low[0]), "mi_zx_low_se": low[1], "mi_zx_high": high[0], "mi_zx_high_se": high[1]}
     return {**results, "acc_bound": accuracy_bound(results["mi_z_high"], labels)}
 
 
@@ -82,7 +85,10 @@ def mi_p(run: EvaluatedRun) -> dict[str, float]:
 
 
 class MutualInformation(NamedTuple):
-    """An estimate, its standard error, that of shuffled labels, its bias; an upper bound, its error; nats."""
+    """An estimate, its standard error, that of shuffled labels, its bias; an upper bound, its error; nats.
+
+    Also a lower and an upper bound of the information on the image, each with its standard error.
+    """
 
     mi: float
     se: float
@@ -90,6 +96,8 @@ class MutualInformation(NamedTuple):
     bias: float
     upper: float
     upper_se: float
+    image_low: tuple[float, float]
+    image_high: tuple[float, float]
 
     @property
     def is_saturated(self) -> bool:
@@ -103,35 +111,43 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
     Posteriors are mixtures of S Gaussians (N, S, d). q(s | l) averages those of class l, q(s) all, with the image's
     own, so narrow ones give H(label) for any labels: compare with `null`. In `upper`, q(s) leaves the own one out: a
     bound in expectation (Poole 2019, eq. 14). Where both leave it out, it is missed about as much as it counts too much
-    where both include it: `bias` is half of the difference.
+    where both include it: `bias` is half of the difference. The information on the image, the mean of log q(s | x) -
+    log q(s), is bounded from below where q(s) includes the own one, at most by ln N, and from above where it does not.
     """
     n = len(labels)
     shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(labels.device)]
     columns = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
-    log_all, log_class, log_null, log_others, log_class_others = columns
+    log_all, log_class, log_null, log_others, log_class_others, log_own = columns
     counts = torch.bincount(labels).double()
-    log_class = log_class - counts[labels].log()
-    values = log_class - (log_all - math.log(n))
-    null = (log_null - counts[shuffled].log()) - (log_all - math.log(n))
+    log_class, log_all = log_class - counts[labels].log(), log_all - math.log(n)
+    values = log_class - log_all
+    null = (log_null - counts[shuffled].log()) - log_all
     log_others = log_others - math.log(max(1, n - 1))
     upper = log_class - log_others
     without = log_class_others - (counts - 1).clamp_min(1)[labels].log() - log_others
     without = (without.exp() * (1 - 1 / n) + 1 / n).log()  # a bound still, of which no image decides
     bias = (values - without).mean().item() / 2
     se, upper_se = values.std().item() / n**0.5, upper_error(upper.cpu().numpy(), labels.cpu().numpy())
-    return MutualInformation(values.mean().item(), se, null.mean().item(), bias, upper.mean().item(), upper_se)
+    of_image = [(v.mean().item(), v.std().item() / n**0.5) for v in (log_own - log_all, log_own - log_others)]
+    return MutualInformation(
+        values.mean().item(), se, null.mean().item(), bias, upper.mean().item(), upper_se, *of_image
+    )
 
 
 def upper_end(labels: np.ndarray, *bounds: tuple[float, float]) -> tuple[float, float]:
     """The smallest of upper bounds, each with its standard error, and of H(label); labels (N,)."""
-    bounds = [(max(0.0, value), se) for value, se in bounds if math.isfinite(value)]
-    return min([*bounds, label_entropy(labels)])
+    return smallest(*bounds, label_entropy(labels))
+
+
+def smallest(*bounds: tuple[float, float]) -> tuple[float, float]:
+    """The smallest of upper bounds, each with its standard error, of those that are finite; none is below 0."""
+    return min((max(0.0, value), se) for value, se in bounds if math.isfinite(value))
 
 
 def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
     """Log sums of posterior densities (N, S, d) at samples (N, d): of all, and by class in each labelling.
 
-    The last two columns are of all, and by class in the first labelling, without the image's own posterior. The
+    Three more are of all, and by class in the first labelling, without the image's own posterior, and of that. The
     log-densities are one matrix product, which needs centred float64: float32 errs by 10 nats at a std of 1e-3.
     """
     n, mixture, d = means.shape
@@ -171,7 +187,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
                 other = labels[part][lost, None] != labels[block][None, :]
                 log_sums[lost, k] = log_p(part[lost]).masked_fill(other, -math.inf).logsumexp(1)
             others[part] = torch.logaddexp(others[part], log_sums)
-    return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :2]], 1)
+    return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :2], own[:, None]], 1)
 
 
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:
@@ -198,6 +214,19 @@ def channel_bound(q: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     others = (q.sum(0) - q).clip(0) / max(1, len(q) - 1)
     terms = (xlogy(q, of_class) - xlogy(q, others)).sum(1)
     return float(terms.mean()), upper_error(terms, labels)
+
+
+def channel_bracket(q: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Bounds of the information of images and categories of probabilities (N, C), each with its standard error.
+
+    Like `image_low` and `image_high` of `gaussian_mi`.
+    """
+    from scipy.special import rel_entr
+
+    q = q.astype(np.float64)
+    averages = q.mean(0), (q.sum(0) - q).clip(0) / max(1, len(q) - 1)
+    terms = [rel_entr(q, average).sum(1) for average in averages]
+    return tuple((float(values.mean()), standard_error(values)) for values in terms)
 
 
 def accuracy_bound(mi: float, labels: np.ndarray) -> float:

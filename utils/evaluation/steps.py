@@ -343,7 +343,7 @@ _STEPS = (
     Step("is", sample_quality, 2, classifier=True, **SAMPLES),
     Step("fid", fid, 2, **SAMPLES),
     Step("fid_classifier", fid_classifier, 2, classifier=True, **SAMPLES),
-    Step("mi_z", mi_z, 4, metrics=RATES[:2], labels=True),
+    Step("mi_z", mi_z, 5, metrics=RATES[:2], labels=True),
     Step("mi_p", mi_p, classifier=True),
     Step("mi_y", mi_y, 4, metrics=RATES, labels=True, settings=("y_samples",)),
     _probes("probes", 5, paper=False, settings=("probe_images",)),

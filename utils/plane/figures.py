@@ -208,7 +208,7 @@ def best_possible(plane: Plane) -> dict[str, np.ndarray]:
 
 
 def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:
-    """Accuracies and information against R(z), with the bounds that it and H(label) imply.
+    """Accuracies and information against R(z), with the bounds that it, H(label), and the number of images imply.
 
     The bounds hold for samples of z; none are drawn if the labels are not known.
     """
@@ -223,6 +223,10 @@ def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:
             if of_samples:
                 bounds = [accuracy_bound(rate / unit, plane.labels) for rate in rates]
             ax.plot(rates, bounds, "-", c=RED, label="bound from R(z) and H(label)")
+        if name == "mi_zx_low":
+            ax.plot(rates, rates, "-", c=RED, label="all of R(z)")
+            if plane.labels is not None and (most_known := math.log(len(plane.labels)) * unit) < most:
+                ax.axhline(most_known, c=GREY, lw=0.8, ls=":", label="ln N")
         if of_samples:
             look = {"c": RED, "ms": 4, "mew": 0.7, "label": "bound from the cell's own I(z; label)"}
             ax.plot(plane.values("kl_z"), plane.values("acc_bound"), "_", **look)

@@ -17,7 +17,11 @@ acc_bound lr_acc_mean svm_rbf_acc svm_linear_acc kNN_acc lr_ece lr_nll
 """
 METRICS = {name: DECLARED[name] for name in [*FIRST.split(), *DECLARED]}  # in figures' order
 ACCURACIES = {key: tuple(column + tail for column in PROBES.values()) for key, tail in TAILS.items()}
-BRACKETS = {"mi_z_low": "mi_z_high", "mi_y_low": "mi_y_high"}  # ends of what is known between
+BRACKETS = {
+    "mi_z_low": "mi_z_high",
+    "mi_y_low": "mi_y_high",
+    "mi_zx_low": "mi_zx_high",
+}  # ends of what is known between
 FOUR = [  # for reconstruction, generation, representation by z and by y the first that is there
     ("psnr", "recons_acc", "nelbo"),
     ("is_mean", "fid", "fid_classifier"),
@@ -28,11 +32,12 @@ DRAWN = [*FOUR, ("above_bound",)]
 # what the report's page offers first as a colour, beside rates and betas
 COLOURS = [(n,) for n in ("above_bound", "psnr", "D", "nelbo", "is_mean")]
 COLOURS += [("fid", "fid_classifier"), *FOUR[2:], ("mi_z_low",), ("mi_y_low",)]
-INFORMATION = [  # on the label, against R(z)
+INFORMATION = [  # on the label, and the image, against R(z)
     ("mi_z_low", "mi_q_mc", "mi_q"),
     ("mi_y_low", "mi_q_mc_y"),
     ("svm_rbf_acc_sample", "lr_acc_mean_sample"),
     ("svm_rbf_acc", "lr_acc_mean"),
+    ("mi_zx_low",),
 ]
 
 
