@@ -78,6 +78,7 @@ def test_the_relations_between_the_figures_of_the_four_steps(evaluated):
             low, se, high = (v[f"mi_{k}_{end}"] for end in ("low", "low_se", "high"))
             assert 0 <= low <= high + 3 * se and high <= min(H, rate) + 1e-9
         assert 0 <= v["mi_zx_low"] <= math.log(360) + 1e-9 and 0 <= v["mi_zx_high"] <= v["kl_z"]
+        assert 0 <= v["mi_yx_low"] <= math.log(360) + 1e-9 and 0 <= v["mi_yx_high"] <= v["kl_z"] + v["kl_y"]
         for name in ACCURACIES:  # samples keep to the bound
             assert v[f"{name}_sample"] <= v["acc_bound"] + 3 * v[f"{name}_sample_se"]
         assert v["is_mean"] == approx(v["is_div"] * v["is_sharp"], rel=0.05)

@@ -33,8 +33,7 @@ def mi_z(run: EvaluatedRun) -> dict[str, float]:
         high, se = upper_end(labels, rate, channel_bound(q, labels))
         results = {"mi_q": discrete_mi(q.argmax(1), labels), "mi_z_high": high, "mi_z_high_se": se}
         of_image = channel_bracket(q)
-    low, high = of_image[0], smallest(rate, of_image[1])
-    results |= {"mi_zx_low": max(0.0, low[0]), "mi_zx_low_se": low[1], "mi_zx_high": high[0], "mi_zx_high_se": high[1]}
+    results |= _of_image("z", rate, *of_image)
     return {**results, "acc_bound": accuracy_bound(results["mi_z_high"], labels)}
 
 
@@ -51,7 +50,15 @@ def mi_y(run: EvaluatedRun) -> dict[str, float]:
         batches.append((sample, means, stds, label))
     *posteriors, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     mi = gaussian_mi(*posteriors, labels)
-    return {**_bracket(run, "y", labels.cpu().numpy(), mi), "y_samples": n}
+    of_image = _of_image("y", _rate(run, "kl_z", "kl_y"), mi.image_low, mi.image_high)
+    return {**_bracket(run, "y", labels.cpu().numpy(), mi), **of_image, "y_samples": n}
+
+
+def _of_image(layer: str, rate: tuple, low: tuple, high: tuple) -> dict[str, float]:
+    """The columns of what is known of the information on the image, from two bounds and a rate, each with its error."""
+    (low, low_se), (high, high_se), name = low, smallest(rate, high), f"mi_{layer}x"
+    ends = {f"{name}_low": max(0.0, low), f"{name}_low_se": low_se}
+    return {**ends, f"{name}_high": high, f"{name}_high_se": high_se}
 
 
 def _rate(run: EvaluatedRun, *names: str) -> tuple[float, float]:

@@ -69,6 +69,8 @@ _ROWS = [
     ("mi_z_high", "mi_z", "I(z; label), at most", "nats", 1, False, SE),
     ("mi_zx_low", "mi_z", "I(z; x), at least", "nats", 0, False, SE),
     ("mi_zx_high", "mi_z", "I(z; x), at most", "nats", 0, False, SE),
+    ("mi_yx_low", "mi_y", "I(y; x), at least", "nats", 0, False, SE),
+    ("mi_yx_high", "mi_y", "I(y; x), at most", "nats", 0, False, SE),
     ("acc_bound", "mi_z", "bound on accuracy from z", "", 1),
     ("mi_p", "mi_p", "I(z; generated label)", "nats", 1),
     ("mi_q_mc_y", "mi_y", "I(y; label)", "nats", 1, False, ESTIMATE),

@@ -345,7 +345,7 @@ _STEPS = (
     Step("fid_classifier", fid_classifier, 2, classifier=True, **SAMPLES),
     Step("mi_z", mi_z, 5, metrics=RATES[:2], labels=True),
     Step("mi_p", mi_p, classifier=True),
-    Step("mi_y", mi_y, 4, metrics=RATES, labels=True, settings=("y_samples",)),
+    Step("mi_y", mi_y, 5, metrics=RATES, labels=True, settings=("y_samples",)),
     _probes("probes", 5, paper=False, settings=("probe_images",)),
     _probes("probes_paper", 1, paper=True),
     Step("recons", reconstructions, 2, classifier=True, files=("per_image_recons.npz",)),

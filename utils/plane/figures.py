@@ -87,7 +87,8 @@ def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, 
     low, high = plane.values(name), plane.values(BRACKETS.get(name, name))
     is_known = name not in BRACKETS or not np.isfinite(high).any()
     draw_errors(ax, plane, x, name, name if is_known else BRACKETS[name])
-    ax.set_ylabel(plane.title(name) if is_known else plane.title(name).replace(", at least", ""))
+    title = plane.title(name) if is_known else plane.title(name).replace(", at least", "")
+    ax.set_ylabel(textwrap.fill(title, 30))
     if is_known:
         draw_seeds(ax, plane, x, name)
         colours = np.where(np.isfinite(low), colours, math.nan)

@@ -21,6 +21,7 @@ BRACKETS = {
     "mi_z_low": "mi_z_high",
     "mi_y_low": "mi_y_high",
     "mi_zx_low": "mi_zx_high",
+    "mi_yx_low": "mi_yx_high",
 }  # ends of what is known between
 FOUR = [  # for reconstruction, generation, representation by z and by y the first that is there
     ("psnr", "recons_acc", "nelbo"),
