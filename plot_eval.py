@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from utils.cli import Parser, add_run_flags, batch_folder, positive, whole
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.files import check_writable
 from utils.machine import prepare
 
@@ -82,7 +82,9 @@ def main(argv=None) -> int:
     device = prepare(args.device, args.threads)
     if args.traverse or args.latents:
         return draw_runs(args, device)
-    folders = [batch_folder(args.runs_dir, name) for name in dict.fromkeys(args.run_batch_name)]
+    folders = [batch_folder(args.runs_dir, name) for name in args.run_batch_name]
+    if len({*folders}) < len(folders):
+        raise UserError(f"--run_batch_name: {' '.join(args.run_batch_name)}: a batch is named twice")
     from utils.plane.drawing import Output
     from utils.plane.metrics import wanted
     from utils.plane.reading import read_plane

@@ -111,7 +111,7 @@ def main(argv=None) -> int:
             status = max(status, report(problems, cells, single, args.overwrite))
     wait_for_all()
     if is_first() and runs:
-        summarise(runs, args.rate_unit, args.runs_dir, args.data_dir)
+        summarise(runs, args.rate_unit, args.runs_dir, args.data_dir, data.labelled)
     return status
 
 

@@ -89,7 +89,8 @@ def _checked_images(name: str, images: ndarray) -> ndarray:
         if images.dtype.kind in "biuf":
             what += f" from {images.min():g} to {images.max():g}"
             scaled = f"({name} * 255)" if images.max() <= 1 else name
-            how = f'; save {scaled}.round().astype("uint8")'
+            fits = images.min() >= 0 and images.max() <= 255
+            how = f'; save {scaled}.round().astype("uint8")' if fits else "; scale them to these first"
         raise ValueError(f"{what}, not bytes from 0 to 255{how}")
     return images[..., 0] if shape[3:] == (1,) else images
 

@@ -75,9 +75,9 @@ def told(path: Path, where: Callable[[], str] = str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
-        lines += [e.lineno] if isinstance(e, SyntaxError) else []
+        lines += [e.lineno] if isinstance(e, SyntaxError) and e.lineno else []
         line = f", line {lines[-1]}" if lines else ""
         raise UserError(f"--networks: {path}{line}{where()}: {type(e).__name__}: {one_line(e)}") from e
 

@@ -81,6 +81,15 @@ def test_equal_batches_of_other_sizes_are_told_to_be_equal(times, sizes):
     assert sum(text.startswith(("better", "worse")) for text in told) <= len(told) / 20 and "untested" not in told
 
 
+def test_ranges_that_overlap_where_one_batch_has_no_cell_are_compared_at_the_others_cells():
+    batch("a"), batch("b", draw=1)  # rates of 15, 30, 45
+    for name, rates in (("a", (1.0, 20.0, 45.0)), ("b", (5.0, 10.0, 19.0))):
+        rows = read_csv(f"runs/{name}/eval_results.csv")
+        write_csv([row | {"kl_y": r} for row, r in zip(rows, rates, strict=True)], name, header=SETTINGS)
+    rows = compared(*(read_plane(Path(f"runs/{name}/eval_results.csv")) for name in "ab"))
+    assert [row["rate"] for row in rows] == [f"{rate} nats" for rate in ("10 to 24", 10, 15, 24)]
+
+
 def test_what_cannot_be_compared_is_apart():
     a, b, c = batch("a"), batch("b", dataset="MNIST"), batch("c", px_y_family_ll="GaussianFixedSigma")
     assert [list(g.planes) for g in groups({"a": a, "b": b}, ["psnr"])] == [["a"], ["b"]] and not compared(a, b)

@@ -212,14 +212,14 @@ def test_the_grid_puts_each_cell_in_its_place():
 
 def test_tables_for_latex_have_errors_behind_their_values():
     headings = {"metric": "metric_a", "value": "best", "se": "+-", "n": "R(y|z)", "rate": "<R>", "empty": "e"}
-    rows = [{"metric": "50 %", "value": 719.34, "se": 0.5, "n": 3, "rate": 0.012345, "empty": None}]
+    rows = [{"metric": "psnr", "value": 719.34, "se": 0.5, "n": 3, "rate": 0.012345, "empty": None}]
     rows.append({"metric": "b", "value": 0.81449, "se": 0.0042, "n": 2, "rate": 12345.6})
     assert Table(rows, headings).latex().splitlines() == [
         r"\begin{tabular}{lrrr}",
         r"\toprule",
         r"metric\_a & best & R(y$|$z) & $<$R$>$ \\",
         r"\midrule",
-        r"50 \% & $719.3 \pm 0.5$ & 3 & $0.0123$ \\",
+        r"PSNR & $719.3 \pm 0.5$ & 3 & $0.0123$ \\",
         r"b & $0.814 \pm 0.004$ & 2 & $12300$ \\",
         r"\bottomrule",
         r"\end{tabular}",

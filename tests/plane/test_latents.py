@@ -113,13 +113,13 @@ def test_classes_are_told_by_colour_and_marker_or_by_a_colour_bar(n_classes):
     dots = {(d.get_facecolor()[0].tobytes(), d.get_paths()[0].vertices.tobytes()) for d in ax.collections}
     assert len(dots) == len(ax.collections) == (n_classes if several else 1)
     assert len(ax.patches) == N_ELLIPSES + 1 and len(rows) == 2 * 200
-    assert {row["class"] for row in rows} == ({*range(n_classes)} if n_classes else {""})
+    assert {row["class"] for row in rows} == ({*map(str, range(n_classes))} if n_classes else {""})
 
 
 def test_an_ellipse_has_the_colour_of_its_image():
     (view,), ax = views(cell := cell_of(z_dims=2)), Figure().subplots()
     labels = cell.images(40)[1].numpy()
-    draw_posteriors(ax, view, labels, 10)
+    draw_posteriors(ax, view, labels, 10, list("0123456789"))
     colours = {dots.get_label(): dots.get_facecolor()[0, :3] for dots in ax.collections}
     for patch, label, mean in zip(ax.patches, labels, view.means, strict=False):
         assert_allclose(patch.get_edgecolor()[:3], colours[str(label)])

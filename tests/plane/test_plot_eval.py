@@ -69,7 +69,8 @@ def test_bad_input(refused):
         (["--format", "svg"], "--format:"),
         (["--out", "runs/b/eval_results.csv"], "runs/b/eval_results.csv:", "--out"),
         (["--run_batch_name", "c"], "runs/c/eval_results.csv:"),
-        (["--run_batch_name", "b", "b", "c"], "runs/c/eval_results.csv:"),
+        (["--run_batch_name", "b", "c"], "runs/c/eval_results.csv:"),
+        (["--run_batch_name", "b", "b", "c"], "--run_batch_name: b b c", "twice"),
         (["--rate_unit", "dB"], "--rate_unit:"),
         (["--run_batch_name", "empty"], "runs/empty/eval_results.csv:"),
     ):

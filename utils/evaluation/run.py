@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from datasets.loading import Data, load_data
 from datasets.table import DATASETS
 from models.classifiers import Classifier, InParts, load_classifier
-from utils.cli import next_command
+from utils.cli import next_command, wrapped
 from utils.config import Config
 from utils.errors import UserError
 from utils.evaluation.metrics import columns_of, read_metrics
@@ -80,7 +80,7 @@ class Evaluation:
         """Prints a note, unless it has been printed before."""
         if text not in self.notes:
             self.notes.add(text)
-            print(f"note: {text}", flush=True)
+            print(wrapped(f"note: {text}"), flush=True)
 
     @once
     def data(self, config: Config) -> Data:

@@ -348,7 +348,7 @@ _STEPS = (
     Step("mi_y", mi_y, 5, metrics=RATES, labels=True, settings=("y_samples",)),
     _probes("probes", 5, paper=False, settings=("probe_images",)),
     _probes("probes_paper", 1, paper=True),
-    Step("recons", reconstructions, 2, classifier=True, files=("per_image_recons.npz",)),
+    Step("recons", reconstructions, 2, classifier=True, labels=True, files=("per_image_recons.npz",)),
     Step("pca", pca, files=("pca.npz",)),
     Step("latents_train", partial(export, split="train"), 2, files=("latents_train.npz",)),
     Step("latents_test", partial(export, split="test"), 2, files=("latents_test.npz",)),

@@ -1,5 +1,6 @@
 """Batches against each other: what each reaches at equal rate."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations, cycle
@@ -48,7 +49,7 @@ def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
             for key, mask in plane.comparable(name).items():
                 if (mask := mask & np.isfinite(plane.values(name))).any():
                     parts.setdefault((name, key), {})[batch] = plane.where(mask)
-    return [Group(n, " ".join(filter(None, key)), part) for (n, key), part in parts.items()]
+    return [Group(n, ", ".join(filter(None, key)), part) for (n, key), part in parts.items()]
 
 
 def comparisons(parts: Sequence[Group]) -> list[dict]:
@@ -71,8 +72,8 @@ def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
     low, high = max(r.min() for r in rates), min(r.max() for r in rates)
     if not low < high:
         return []
-    at = min(([*{*r[(low <= r) & (r <= high)]}] for r in rates), key=len)
-    at = np.sort(at)
+    inside = [np.unique(r[(low <= r) & (r <= high)]) for r in rates]
+    at = min((of_batch for of_batch in inside if len(of_batch)), key=len)
     medians = [np.array([cell.median[name] for cell in plane.cells]) for plane in pair]
     best = [unit * reached(name, r, values, at) for r, values in zip(rates, medians, strict=True)]
     of_first = np.arange(sum(map(len, rates))) < len(rates[0])  # of the cells of both
@@ -86,7 +87,7 @@ def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
     cells = [cell for plane in pair for cell in plane.cells]
     terms = [t for plane in pair for t in terms_of(plane, name)]
     values = on_others(name, terms, [cell.seeds for cell in cells], choose)
-    parts = {f"{low:.4g} to {high:.4g}": slice(None)}
+    parts = {f"{at[0]:.4g} to {at[-1]:.4g}": slice(None)} if len(at) > 1 else {}
     parts |= {f"{at[i]:.4g}": slice(i, i + 1) for i in np.arange(1, 4) * len(at) // 4}
     rows = []
     for rate, part in parts.items():
@@ -116,11 +117,13 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
             at, look = (plane.values("rate"), plane.values(name)), {"ms": 3.5, "mew": 0, "ls": "none"}
             ax.plot(*at, marker, c=colour, label=literal(batch), **look)
             corners = hull(plane, name)
-            ax.plot([c["rate"] for c in corners], [c[name] for c in corners], c=colour, lw=1.2)
+            label = f"{literal(batch)}, mixed" if corners else None
+            ax.plot([c["rate"] for c in corners], [c[name] for c in corners], c=colour, lw=1.2, label=label)
             both = {"batch": batch, "of": of}
             rows.extend(both | row for row in cells_of(plane, [name]))
             rows.extend(both | {"what": "hull"} | row for row in corners)
-        ax.set_title(f"{some.title(name)}, {literal(of)}" if groups_of[name] > 1 else some.title(name))
+        title = f"{some.title(name)}, {literal(of)}" if groups_of[name] > 1 else some.title(name)
+        ax.set_title(textwrap.fill(title, 40))
         rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
 
     return Drawing(panels(about, parts, draw), rows)
@@ -143,4 +146,5 @@ def write_comparison(out: Output, planes: Sequence[Plane], names: Sequence[str])
     notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
     short = {n: text for n, text in COMPARED.items() if n not in ("unit", "first", "told")}
     table = Table(table.rows, short | {"value": next(iter(planes)), "gain": "gain"})  # which a terminal has room for
-    return table.markdown() + "".join(wrapped(f"note: {note}") + "\n" for note in dict.fromkeys(notes))
+    text = table.markdown() if table.rows else "nothing can be compared\n"
+    return text + "".join(wrapped(f"note: {note}") + "\n" for note in dict.fromkeys(notes))

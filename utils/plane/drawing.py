@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, NullFormatter, ScalarFormatter
+from matplotlib.ticker import AutoLocator, FormatStrFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
 from utils.files import to_csv, write_atomic, write_text
 from utils.plane.cells import UNITS, Plane
@@ -67,6 +67,8 @@ def panels(about: str, keys: Sequence, draw: Callable, height: float = 0.8, colu
     say(figure, about)
     for ax, key in zip(axes, keys, strict=False):
         draw(ax, key)
+        if isinstance(ax.xaxis.get_major_locator(), AutoLocator):
+            ax.xaxis.set_major_locator(MaxNLocator(5))  # more would touch
     legend(figure, axes[:n])
     return figure
 
@@ -112,6 +114,8 @@ def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
     if isinstance(norm, LogNorm) and "ticks" not in look:
         bar.set_ticks([t for d in (0.01, 0.1, 1, 10, 100) for t in (d, 2 * d, 5 * d) if norm.vmin <= t <= norm.vmax])
         bar.formatter = FormatStrFormatter("%g")
+    elif abs(norm.vmax - norm.vmin) < 1e-6 * abs(norm.vmax):  # the same up to rounding
+        bar.set_ticks([norm.vmin], labels=[f"{norm.vmin:.4g}"])
     bar.minorticks_off()  # whose labels would be of another format
     if better < 0:
         bar.ax.invert_yaxis()
@@ -122,7 +126,9 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
     pairs = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes]
     entries = {label: handle for of_panel in pairs for handle, label in of_panel}
     if entries:
-        columns, place = 2 if figure.get_figwidth() < TEXT else 4, "outside lower center"
+        longest = max(len(line) for label in entries for line in label.splitlines())
+        columns = min(4, max(1, int(figure.get_figwidth() / (0.06 * longest + 0.45))))  # inches of a letter, of a mark
+        place = "outside lower center"
         figure.legend(entries.values(), entries, loc=place, ncols=columns, frameon=False)
 
 

@@ -44,9 +44,10 @@ def draw_seeds(ax: Axes, plane: Plane, x: str, y: str) -> None:
 def mark(ax: Axes, plane: Plane, x: str, y: str, name: str) -> None:
     """Marks cells on the diagonal (circles), (1, 1) (square) and the best for a metric (stars)."""
     xs, ys, on = plane.values(x), plane.values(y), plane.diagonal
-    ax.plot(xs[on], ys[on], "o", ms=5.8, mew=0.6, label=drawing.DIAGONAL, **CIRCLE)
     one = on & np.isclose(plane.values("beta_y"), 1)
-    ax.plot(xs[one], ys[one], "s", ms=8, mew=0.8, label="both 1", **CIRCLE)
+    for cells, marker, size, label in ((on, "o", 5.8, drawing.DIAGONAL), (one, "s", 8, "both 1")):
+        if cells.any():
+            ax.plot(xs[cells], ys[cells], marker, ms=size, mew=0.7, label=label, **CIRCLE)
     ties = plane.ties(name)
     if len(ties):
         label = "best" if len(ties) == 1 else "best, equally good"
@@ -123,7 +124,9 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
         draw_seeds(ax, plane, "kl_z", "kl_y")
         values, (predicted, errors) = plane.values(name), predictions(plane, name)
         unknown = ~np.isfinite(values) & ~np.isfinite(predicted)
-        ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5, ls="none", label="not evaluated")
+        if unknown.any():
+            label = "not evaluated, or saturated"
+            ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5, ls="none", label=label)
         norm = Normalize(np.nanmin(values), np.nanmax(values))
         look = {"cmap": COLOURS[metric(name).better], "norm": norm}
         dots(ax, plane, "kl_z", "kl_y", values, lw=0, s=14, **look)
@@ -297,6 +300,9 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
         title, grid, values, cmap, norm, better, best = layer
         image = grid.image(values)
         ax.set_facecolor("0.9")
+        if np.isnan(image).any():
+            ax.patch.set(hatch="////", edgecolor="0.7")
+            ax.plot([], [], "s", mfc="0.9", mec="0.7", ms=7, ls="none", label="grey, hatched: not known")
         look = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
         colours = ax.imshow(image, cmap=cmap, norm=norm, **look)
         ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if cmap == "PuOr" else {}

@@ -15,7 +15,7 @@ from utils.plane.metrics import DECIBEL, mean_term, metric, score_of, value_of
 
 SPLITS = 50  # of the test images into halves
 LEAST_IMAGES = 20  # to compare cells by
-UNTESTED = "untested"
+UNTESTED, FAR_APART = "untested", "unclear: rates too far apart"
 
 
 def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndarray:
@@ -175,11 +175,11 @@ def interval(least: np.ndarray, most: np.ndarray, words: tuple[str, str]) -> dic
     # differences of equal numbers are not exactly 0
     low, gain, over_mixtures, high = (round(float(v), 9) + 0.0 for v in (below - width, mean, mean - half, mean + half))
     if not math.isfinite(low):  # nothing is known of what is more
-        return {"gain": gain, "high": high, "told": UNTESTED}
+        return {"gain": gain, "high": high, "told": FAR_APART}
     if low > 0 or high < 0:
         told = words[low <= 0] + ("" if n > 1 else " (one seed)")
     elif over_mixtures > 0:
-        told = "unclear: rates too far apart"
+        told = FAR_APART
     else:
         told = f"no difference that these images{' and seeds' if n > 1 else ''} show"
     return {"gain": gain, "low": low, "high": high, "told": told}

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from torch.distributions import Normal
 
+from datasets.loading import Data
 from models.latents import Gaussian
 from utils.errors import UserError
 from utils.explore import Loaded
@@ -91,15 +92,20 @@ def draw_views(axes: Sequence[Axes], cell: Loaded) -> list[dict]:
     """Draws the means and single posteriors of z in its planes, and, where there is but one, the manifold."""
     seen, (_, labels) = views(cell), cell.images(N_RATES)
     for ax, view in zip(axes, seen, strict=False):
-        draw_posteriors(ax, view, labels.cpu().numpy(), cell.data.n_classes)
+        draw_posteriors(ax, view, labels.cpu().numpy(), cell.data.n_classes, names_of(cell.data))
     if len(seen) == 1:
         draw_manifold(axes[1], cell)
     return [
-        {"x": view.axes[0], "y": view.axes[1], "class": label if cell.data.labelled else ""}
+        {"x": view.axes[0], "y": view.axes[1], "class": names_of(cell.data)[label] if cell.data.labelled else ""}
         | {"mean x": x, "mean y": y, "var x": of_both[0, 0], "cov": of_both[0, 1], "var y": of_both[1, 1]}
         for view in seen
         for label, (x, y), of_both in zip(labels.tolist(), view.means, view.covariances, strict=True)
     ]
+
+
+def names_of(data: Data) -> Sequence[str]:
+    """The names of the classes; of a built-in data set, their numbers."""
+    return data.folder.classes if data.folder else list(map(str, range(data.n_classes)))
 
 
 def views(cell: Loaded) -> list[View]:
@@ -135,7 +141,7 @@ def pca(mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return components * signs, stds[:2] ** 2 / total if total > 0 else np.zeros(2)
 
 
-def draw_posteriors(ax: Axes, view: View, labels: np.ndarray, n_classes: int) -> None:
+def draw_posteriors(ax: Axes, view: View, labels: np.ndarray, n_classes: int, names: Sequence[str]) -> None:
     """Draws means by class, ellipses of the first posteriors, and the prior's circle."""
     several = 1 < n_classes <= MOST_CLASSES
     colours = np.array(COLOURS)[labels % len(COLOURS)]
@@ -146,7 +152,7 @@ def draw_posteriors(ax: Axes, view: View, labels: np.ndarray, n_classes: int) ->
     for label in np.unique(labels) if several else [None]:
         of_class = labels == label if several else ...
         marker = MARKERS[label % len(MARKERS)][0] if several else "."
-        look = {"marker": marker, "s": 8, "lw": 0, "alpha": 0.7, "label": label}
+        look = {"marker": marker, "s": 8, "lw": 0, "alpha": 0.7, "label": literal(names[label]) if several else None}
         ax.scatter(*view.means[of_class].T, c=colours[of_class], **look)
     for mean, covariance, colour in list(zip(view.means, view.covariances, colours, strict=True))[:N_ELLIPSES]:
         ax.add_patch(ellipse(mean, covariance, ec=colour, lw=0.6))
@@ -192,7 +198,7 @@ def draw_categories(axes: Sequence[Axes], cell: Loaded) -> list[dict]:
     shown = axes[0].imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
     axes[0].figure.colorbar(shown, ax=axes[0], label="mean of q(z|x)")
     if cell.data.labelled and len(classes) <= MOST_CLASSES:
-        axes[0].set_yticks(range(len(classes)), classes)
+        axes[0].set_yticks(range(len(classes)), [literal(names_of(cell.data)[label]) for label in classes])
     axes[0].set_xlabel("category of z, from 0")
     axes[0].set_ylabel("class" if cell.data.labelled else "all images")
     columns = math.ceil(math.sqrt(shares.shape[1]))

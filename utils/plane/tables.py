@@ -60,7 +60,7 @@ class Table(NamedTuple):
 
     def latex(self) -> str:
         """The table for LaTeX, with the package booktabs: three significant digits, errors behind their values."""
-        there = [n for n in self.headings if any(row.get(n) not in (None, "") for row in self.rows)]
+        there = [n for n in self.headings if any(row.get(n) not in (None, "") for row in self.rows) and n != "run"]
         columns = [n for n in there if not self.headings[n].startswith("+-")]
         errors = {a: b for a, b in pairwise(there) if self.headings[b].startswith("+-")}
         cells = [[_latex(row, n, row.get(errors.get(n))) for n in columns] for row in self.rows]
@@ -83,6 +83,8 @@ class Table(NamedTuple):
 
 def _latex(row: dict, name: str, error: float | None) -> str:
     value = row.get(name)
+    if name == "metric":
+        return _escaped(metric(value).label)
     if not isinstance(value, float) or not math.isfinite(value):
         return _escaped("" if value is None else str(value))
     digits = 2 - math.floor(math.log10(abs(value))) if value else 2
@@ -107,23 +109,23 @@ def text_of(row: dict, name: str) -> str:
 
 
 def short_advice(rows: list[dict], plane: Plane) -> str:
-    """Rows of the advice in 100 columns, below task, unit and budget, with those settings that differ and still fit."""
+    """Rows of the advice in 100 columns, below task, unit, budget, and the settings that differ."""
     head = [f"rates in {plane.unit}", "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %", "better?"]
-    lines = [head + plane.differing]
+    lines = [head]
     for row in rows:
         text = partial(text_of, row)
         best = " +- ".join(filter(None, (text("value"), text("se"))))
         gain = text("gain") + (f", {text('low')} to {text('high')}" if text("low") else "")
         pairs = [f"{text(a)}, {text(b)}" for a, b in (BETAS, ("kl_z", "kl_y"))]
         told = text("told").partition(":")[0].partition(" that ")[0].partition(" (")[0]
-        lines.append([f"  {text('metric')}", best, *pairs, gain, told, *map(text, plane.differing)])
+        lines.append([f"  {text('metric')}", best, *pairs, gain, told])
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
-    while sum(widths) > 102 and len(widths) > len(head):
-        widths.pop()
     first, *lines = ("".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-    tasks = [", ".join(filter(None, (row["task"], row["unit"], row["budget"]))) for row in rows]
+    kinds = [[f"{n} {row[n]}" for n in plane.differing if row.get(n)] for row in rows]
+    heads = [(row["task"], row["unit"], row["budget"], *of_row) for row, of_row in zip(rows, kinds, strict=True)]
+    tasks = [", ".join(filter(None, texts)) for texts in heads]
     of_tasks = {task: [line for line, of in zip(lines, tasks, strict=True) if of == task] for task in tasks}
-    return "\n".join([first, *chain(*([task, *of_task] for task, of_task in of_tasks.items()))]) + "\n"
+    return "\n".join([first, *chain(*([wrapped(task), *of_task] for task, of_task in of_tasks.items()))]) + "\n"
 
 
 def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:

@@ -177,8 +177,11 @@ class GridBar:
             self.bar.close()
 
 
-def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> None:
-    """Prints the test results of all runs, and the commands that inspect and evaluate them."""
+def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str, labelled: bool) -> None:
+    """Prints the test results of all runs, and the commands that inspect and evaluate them.
+
+    The evaluation of `labelled` images asks for a classifier.
+    """
     several = len({run.config.seed for run in runs}) > 1
     print("\n" + f"{'seed':>10} " * several + " ".join(f"{text:>{width}}" for text, width in HEADINGS.items()))
     runs = [Run.open(run.path) if run.status != "new" else run for run in runs]  # with betas that were steered
@@ -196,7 +199,7 @@ def summarise(runs: list[Run], rate_unit: str, runs_dir: str, data_dir: str) -> 
     where = {"runs_dir": runs_dir, "data_dir": data_dir}
     words = ["--networks", str(own.file_of(config.networks)[0])] if config.networks else []
     command = next_command("eval_beta_grid.py", "--run_batch_name", config.run_batch_name, "--all", *words, **where)
-    if not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():  # which step 1 asks for
+    if labelled and not Path(runs_dir, "classifiers", config.data_name, "classifier.pth").exists():
         command = f"{next_command('train_classifier.py', *config.data_flags, **where)} && {command}"
     print(wrapped_command(f"To evaluate: {command}"))
     print_above_bound(runs)
