@@ -28,11 +28,13 @@ class Muon(torch.optim.Adam):
     """
 
     def __init__(self, weights: list[Tensor], others: list[Tensor], **adam):
-        super().__init__([{"params": weights}, {"params": others}], **adam)
-        self.on, shapes = True, {}
+        shapes = {}
         for p in weights:
             shapes.setdefault(p.flatten(2).shape, []).append(p)
-        self.alike = list(shapes.values())  # matrices of one shape are orthogonalised at once
+        self.on, self.alike = True, list(shapes.values())
+        sizes = [0.2 * max(shape[1:]) ** 0.5 for shape in shapes]  # of steps, at a learning rate of 1
+        self.sizes = torch.tensor(sizes, dtype=torch.float64, device=weights[0].device)
+        super().__init__([{"params": [p for alike in self.alike for p in alike]}, {"params": others}], **adam)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -41,38 +43,74 @@ class Muon(torch.optim.Adam):
             super().step(closure)
             return
         weights, others = self.param_groups
-        for alike in self.alike:
-            nesterov = [self._nesterov(p, **self.state[p]) for p in alike]
-            steps = orthogonalised(torch.cat(nesterov)) * (0.2 * max(nesterov[0].shape[1:]) ** 0.5 * weights["lr"])
-            for p, change in zip(alike, steps.split(len(alike[0])), strict=True):
-                p.sub_(change.view_as(p))
+        blocks = [torch.cat([p.grad.flatten(2) for p in alike]) for alike in self.alike]
+        self._look_ahead(weights["params"], blocks)
+        directions = orthogonalised(blocks, at_once=blocks[0].is_cuda)
+        for block, x, size in zip(blocks, directions, self.sizes * weights["lr"], strict=True):
+            torch.mul(x, size, out=block)
+        torch._foreach_sub_(weights["params"], views(blocks, weights["params"]))
         try:
             self.param_groups = [others]
             super().step(closure)
         finally:
             self.param_groups = [weights, others]
 
-    @staticmethod
-    def _nesterov(p: Tensor, step: Tensor, exp_avg: Tensor, **_) -> Tensor:
-        """Counts the step, and adds its gradient to the momentum; the momentum one step ahead, (M, out, rest)."""
-        norm, usual = (t.flatten(1).norm(dim=1) for t in (p.grad, exp_avg))
+    def _look_ahead(self, weights: list[Tensor], blocks: list[Tensor]) -> None:
+        """Counts the step, and adds gradients (K, out, rest) to the momenta; in their place, these one step ahead."""
+        steps, momenta = ([self.state[p][key] for p in weights] for key in ("step", MOMENTS[0]))
+        norm, usual = norms([*blocks, *momenta]).chunk(2)
         share = torch.where(usual > 0, (CLIP * usual / norm).clamp_max(1), 1.0)  # all of the first gradient
-        gradient = p.grad * share.view(-1, *[1] * (p.dim() - 1))
-        exp_avg.lerp_(gradient, 1 - MOMENTUM)
-        step += 1
-        return gradient.lerp(exp_avg, MOMENTUM).flatten(2)
+        for block, of_block in zip(blocks, share.split([*map(len, blocks)]), strict=True):
+            block.mul_(of_block.view(-1, 1, 1))
+        gradients = views(blocks, momenta)
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(gradients, momenta, MOMENTUM)
 
 
-def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices (..., out, in) with their singular values replaced by values near 1 (Newton-Schulz iterations)."""
-    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Of each model's part of tensors (M, ...), one tensor after another."""
+    return torch.stack(torch._foreach_norm([part for t in tensors for part in t.unbind()]))
+
+
+def views(blocks: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """The parts of blocks that tensors (M, ...), in this order, were concatenated to, in their shapes."""
+    parts = (part for block in blocks for part in block.split(len(tensors[0])))
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def orthogonalised(blocks: list[Tensor], at_once: bool = False) -> list[Tensor]:
+    """Matrices (K, out, in) with their singular values replaced by values near 1 (Newton-Schulz iterations).
+
+    `at_once` takes few launches, as a GPU wants it, and changes last digits: matrices with the same shorter side are
+    iterated together, padded with zeros, which stay zeros.
+    """
+    result, together = list(blocks), {}
+    for i, block in enumerate(blocks):
+        wide = block.mT if block.shape[1] > block.shape[2] else block
+        together.setdefault(wide.shape[1] if at_once else i, []).append((i, wide))
+    sizes = norms(blocks).clamp_min(1e-7).split([*map(len, blocks)])
+    for group in together.values():
+        counts, longest = [len(wide) for _, wide in group], max(wide.shape[2] for _, wide in group)
+        x = blocks[0].new_zeros(sum(counts), group[0][1].shape[1], longest)
+        for (i, wide), part in zip(group, x.split(counts), strict=True):
+            torch.div(wide, sizes[i].view(-1, 1, 1), out=part[..., : wide.shape[2]])
+        for (i, wide), part in zip(group, iterated(x, at_once).split(counts), strict=True):
+            part = part[..., : wide.shape[2]]
+            result[i] = part if wide is blocks[i] else part.mT
+    return result
+
+
+def iterated(x: Tensor, fused: bool) -> Tensor:
+    """Newton-Schulz iterations of matrices (K, out, in) of norm 1, out <= in; `fused` in three products each."""
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         squares = x @ x.mT
-        x = a * x + (b * squares + c * squares @ squares) @ x
-    return x.mT if tall else x
+        if fused:
+            x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
+        else:
+            x = a * x + (b * squares + c * squares @ squares) @ x
+    return x
 
 
 def build_optimizer(config: Config, parameters: dict[str, Tensor], capturable: bool) -> torch.optim.Adam:
