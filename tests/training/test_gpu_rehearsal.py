@@ -1,0 +1,162 @@
+"""What runs on a GPU, rehearsed on a pretended one (tests/pretended.py): every kind of model, and all that is done."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import eval_beta_grid
+import plot_eval
+import train
+import train_classifier
+from datasets.batches import Resident
+from models.hvae import HVAE
+from models.tables import LIKELIHOODS
+from tests import pretended
+from tests.conftest import GRID, TINY
+from tests.pretended import CPU, Graph, Refused
+from tests.reliability.trials import first
+from utils.config import Config
+from utils.explore import load
+from utils.runs import Run
+from utils.seeds import generator
+from utils.training import capture
+from utils.training.schedule import use_precision
+from utils.training.training import Setup, Training
+
+pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch built with CUDA")
+SMALL = {"conv_channels": 4, "z_dims": 3, "batch_size": 8, "num_epochs": 2, "lr_schedule": "cosine"}
+RANGE = {"multi_rate": True, "beta_y": 0.1, "beta_z": 0.1, "beta_max_y": 10.0, "beta_max_z": 10.0}
+KINDS = {name: {"vae_type": name} for name in ("HVAE", "LVAE", "BVAE")}
+KINDS |= {"conv_z": {"use_conv_z": True}, "LVAE conv_z": {"vae_type": "LVAE", "use_conv_z": True}}
+KINDS |= {
+    "linear_y": {"linear_y_with_dims": 8},
+    "steered": {"target_rate_z": 1.0},
+    "Gumbel": {"qz_family": "GumbelSoftmax"},
+}
+KINDS |= {"LVAE Gumbel": {"vae_type": "LVAE", "qz_family": "GumbelSoftmax"}}
+KINDS |= {name: {"px_y_family_ll": name} for name in LIKELIHOODS}
+KINDS |= {"multi-rate BVAE": RANGE | {"vae_type": "BVAE", "beta_z": 1.0, "beta_max_z": 1.0}}
+KINDS |= {
+    f"multi-rate {kind}": RANGE | KINDS[kind] for kind in ("HVAE", "conv_z", "Gumbel", "GaussianLearnedSigma", "MoL")
+}
+WAYS = [("muon", "bf16", 2), ("adam", "fp32", 2), ("muon", "fp32", 1), ("adam", "bf16", 1)]
+CASES = [(kind, WAYS[(i + shift) % 4]) for shift in range(4) for i, kind in enumerate(KINDS)]
+KINDS["large"] = {"dataset": "ImageNet"}
+CASES.append(("large", WAYS[2]))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(capture, "WARM_UP", 1)
+    with pretended.one(monkeypatch) as device:
+        yield device
+
+
+def begun(config: Config, device: torch.device, m: int = 1, state: dict | None = None, **setup) -> Training:
+    """A training of m cells, new or from a checkpoint."""
+    use_precision(config.precision)
+    training = Training([Run.of(config, "runs")] * m, [state] * m, Setup(device, **setup))
+    training.begin_epoch(3)
+    return training
+
+
+def images(config: Config, device: torch.device) -> Resident:
+    """Two batches, and one of fewer images."""
+    noise = torch.randint(256, (20, *config.image_shape), generator=torch.Generator().manual_seed(0))
+    return Resident(noise.byte(), torch.zeros(20), device)
+
+
+def epoch(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
+    """Trains an epoch and evaluates; the sums of the steps, and the means. Reads nothing after the first step."""
+    config, split = training.config, images(training.config, training.device)
+    for x, _ in split.batches(config.batch_size, (config.seed, training.epoch)):
+        training.step(x, len(x))
+        if training.steps_done == 1:
+            Graph.reads.clear()
+    noise = generator(training.device, "test")
+    means = training.stack.evaluate(split, config.batch_size, noise, training.betas.y, training.betas.z)
+    assert not Graph.reads, f"the host waits for the GPU in {Graph.reads}"
+    return training.history.cpu(), means.cpu()
+
+
+def rehearse(config: Config, gpu: torch.device, m: int) -> None:
+    """Two epochs on the GPU, the first captured, are those of the CPU; so is the second, there, from its checkpoint."""
+    ours, right = (begun(config, device, m) for device in (gpu, CPU))
+    close = {"rtol": 0.02, "atol": 0.1} if config.precision == "bf16" else {"rtol": 1e-4, "atol": 1e-3}
+    assert_close(epoch(ours), epoch(right), **close)
+    assert ours.fast != ours.update, "the step was not captured"
+    ours.epoch, ours.steps_done = 1, 0
+    state = ours.state(0)
+    assert all(t.device == CPU for of in (state, state["weights"]) for t in of.values() if isinstance(t, torch.Tensor))
+    again = [begun(config, device, m, state, compile="off") for device in (gpu, CPU)]
+    assert_close(*map(epoch, again), **close)
+
+
+@pytest.mark.parametrize("case", first(len(KINDS) - 1, *CASES), ids=str)
+def test_a_training_on_a_gpu_is_that_on_a_cpu(case, gpu):
+    kind, (optimizer, precision, m) = case
+    config = Config(optimizer=optimizer, precision=precision, **SMALL, **KINDS[kind])
+    rehearse(config, gpu, 1 if config.is_conditioned else m)
+
+
+def test_muon_launches_at_most_half_as_many_kernels_again_as_adam(gpu):
+    for kind, m in itertools.product(("HVAE", "LVAE", "multi-rate HVAE"), (1, 2)):
+        launches = {}
+        for optimizer in ("adam", "muon"):
+            config = Config(dataset="CIFAR10", batch_size=4, optimizer=optimizer, **KINDS[kind])
+            training = begun(config, gpu, 1 if config.is_conditioned else m, compile="off")
+            training._set_spread(1.0)
+            x = torch.rand(4, 3, 32, 32, device=gpu)
+            before = Graph.launches
+            training.step(x, 4)
+            launches[optimizer] = Graph.launches - before
+        assert 100 < launches["adam"] < launches["muon"] <= 1.5 * launches["adam"], (kind, m, launches)
+
+
+def plant(monkeypatch, fault) -> None:
+    """Has a forward pass make a fault of the images."""
+    real = HVAE.forward
+    monkeypatch.setattr(HVAE, "forward", lambda self, x, noise: (fault(x), real(self, x, noise))[1])
+
+
+FAULTS = {
+    "a number read": lambda x: x.sum().item(),
+    "a copy to the CPU": lambda x: x.cpu(),
+    "an array": lambda x: x.numpy(),
+    "a tensor of the CPU": lambda x: x + torch.ones(x.shape),
+    "a generator of the CPU": lambda x: torch.rand(2, generator=torch.Generator(), device=x.device),
+    "a size that the device knows": lambda x: x[x > 0.5],
+    "a tensor from the CPU": lambda x: torch.ones(2).to(x.device),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, gpu, monkeypatch):
+    plant(monkeypatch, FAULTS[fault])
+    with pytest.raises((AssertionError, Refused)):
+        rehearse(Config(**SMALL), gpu, 1)
+
+
+@pytest.mark.slow
+def test_all_that_is_done_on_a_gpu_ends_well(gpu, passes, capfd):
+    """Trainings of a grid and of a multi-rate model, the classifier, all steps of the evaluation, figures, `load`."""
+    on_gpu = [*TINY[:-1], "cuda"]
+    out = passes(train.main, *on_gpu, "--beta_y", "1", "2", "--optimizer", "muon")
+    assert "cells at once: " in out and "note: " not in out
+    passes(train.main, *on_gpu, "--multi_rate", "--force", "--run_batch_name", "m", *GRID)
+    passes(train_classifier.main, "--dataset", "Digits", "--num_epochs", "1", "--device", "cuda")
+    for batch, n in (("singles", 2), ("m", 6)):
+        out = passes(eval_beta_grid.main, "--run_batch_name", batch, "--all", "--device", "cuda", "--n_samples", "64")
+        assert f"{n} of {n} runs evaluated" in out
+        passes(plot_eval.main, "--run_batch_name", batch, "--device", "cuda")
+    paths = sorted(Path("runs/singles").glob("*/vae.pth"))
+    passes(plot_eval.main, "--traverse", paths[0].parent, "--device", "cuda")
+    passes(plot_eval.main, "--latents", paths[0].parent, "--device", "cuda")
+    passes(train.main, *on_gpu, "--init_from", paths[0].parent, "--num_epochs", "3")
+    run = load(paths[0].parent, device="cuda")
+    q = run.encode(run.images(8)[0])
+    assert run.decode(q.z, seed=1).device == run.sample(4).device == gpu
+    run.show(run.decode(run.interpolate(q.z[0], q.z[1])))
