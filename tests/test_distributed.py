@@ -1,6 +1,7 @@
 """Several processes give what one gives: cells shared by torchrun or a script, and one cell's batches shared."""
 
 import json
+import warnings
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -110,13 +111,32 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch):
     """That of its number there, as torchrun or else srun tells it; GPUs that are none."""
     for name, value in (("is_available", True), ("device_count", 4), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
-    monkeypatch.setattr(torch, "empty", Mock())
+    monkeypatch.setattr(torch, "zeros", Mock())
     of_srun, of_torchrun = {"SLURM_LOCALID": "3"}, {"LOCAL_RANK": "5", "SLURM_LOCALID": "0"}
     for variables, index in (({}, 0), (of_srun, 3), (of_torchrun, 1)):
         with monkeypatch.context() as context:
             for name, value in variables.items():
                 context.setenv(name, value)
             assert prepare(None, 1) == prepare("cuda", 1) == torch.device("cuda", index)
+
+
+def test_a_gpu_that_cannot_be_used_is_refused(monkeypatch):
+    """One for which torch has no kernels, which an empty tensor does not tell, and one whose driver is too old."""
+    failing = Mock(side_effect=RuntimeError("CUDA error: no kernel image is available\nand more"))
+    for name, value in (("is_available", True), ("device_count", 1)):
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
+    with monkeypatch.context() as context:
+        context.setattr(torch, "zeros", Mock(return_value=Mock(add_=failing)))
+        for name in (None, "cuda", "cuda:1"):
+            with pytest.raises(
+                UserError, match=r"^--device: cuda(:1)? is .* cpu \(CUDA error: no kernel image [^\n]*$"
+            ):
+                prepare(name, 1)
+    old = "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040)."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(warnings.warn(old, stacklevel=1)))
+    with pytest.raises(UserError, match=r"^--device: the GPU cannot be used \(CUDA .* \(found version 11040\)"):
+        prepare(None, 1)
+    assert prepare("cpu", 1) == torch.device("cpu")
 
 
 def test_the_tasks_of_an_array_share_by_their_variables(passes, refused, monkeypatch):

@@ -165,5 +165,9 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(128 + (e.args[0] if e.args else signal.SIGINT))
     except OSError as e:
         message = f"{e.filename or 'the system'}: {e.strerror or one_line(e)}"
+    except Exception as e:
+        if not is_out_of_memory(e):
+            raise
+        message = f"--device: {one_line(e)}"  # with what was needed, and what was free
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

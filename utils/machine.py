@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,19 +28,12 @@ def prepare(name: str | None, threads: int | None) -> "torch.device":
     import torch  # takes seconds; a signal ends the process, as an exception could leave torch half imported
 
     let_signals_raise()
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda can train")
-        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.empty(0, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # Triton launches where CUDA is set to, not where its tensors are
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
+    with warnings.catch_warnings(record=True) as told:  # of a GPU or a driver that is too old, several lines each
+        warnings.simplefilter("always")
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name == "cpu" and told:
+            raise UserError(f"--device: the GPU cannot be used ({one_line(told[0].message)}); cpu does without")
+        device = device_of(name)
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         from joblib import cpu_count  # heeds affinity and a container's quota, which torch does not know of
 
@@ -48,6 +42,25 @@ def prepare(name: str | None, threads: int | None) -> "torch.device":
         torch.set_num_threads(threads)
     call_mkl_once()
     keep_freed_memory()
+    return device
+
+
+def device_of(name: str) -> "torch.device":
+    """The device of that name, if it computes; raises UserError otherwise."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda can train")
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+            device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.zeros(1, device=device).add_(1).item()  # nothing less tells that torch has kernels for a GPU so old
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches where CUDA is set to, not where its tensors are
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device: {name} is not available on this machine; try cpu ({one_line(e)})") from e
     return device
 
 

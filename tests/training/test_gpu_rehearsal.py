@@ -45,12 +45,14 @@ KINDS |= {
 WAYS = [("muon", "bf16", 2), ("adam", "fp32", 2), ("muon", "fp32", 1), ("adam", "bf16", 1)]
 CASES = [(kind, WAYS[(i + shift) % 4]) for shift in range(4) for i, kind in enumerate(KINDS)]
 KINDS["large"] = {"dataset": "ImageNet"}
+CLASSIFIER = ["--dataset", "Digits", "--num_epochs", "1", "--device", "cuda"]
 CASES.append(("large", WAYS[2]))
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(capture, "WARM_UP", 1)
+    monkeypatch.setattr(capture, "failed", False)
     with pretended.one(monkeypatch) as device:
         yield device
 
@@ -140,6 +142,38 @@ def test_planted_faults_are_found(fault, gpu, monkeypatch):
         rehearse(Config(**SMALL), gpu, 1)
 
 
+def test_a_gpu_without_bf16_trains_none(gpu, monkeypatch, refused, passes):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    err = refused(train.main, *TINY[:-1], "cuda", "--precision", "bf16")
+    assert err == "error: --precision: this GPU has no bf16; try tf32 or fp32\n"
+    seen, real = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *how, enabled: seen.append(enabled) or real(*how, enabled=enabled))
+    passes(train_classifier.main, *CLASSIFIER)
+    assert set(seen) == {False}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    passes(train_classifier.main, *CLASSIFIER, "--overwrite")
+    assert set(seen) == {False, True}
+
+
+NO_ROOM = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of which 1.00 GiB is free"
+)
+
+
+def test_out_of_memory_is_one_line_wherever_it_comes(gpu, monkeypatch, refused):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError(NO_ROOM)
+
+    monkeypatch.setattr(train_classifier, "make", no_room)
+    assert refused(train_classifier.main, *CLASSIFIER) == f"error: --device: {NO_ROOM}\n"
+    monkeypatch.setattr(Training, "update", no_room)
+    err = refused(train.main, *TINY[:-1], "cuda", "--cells_at_once", "1")
+    assert err.startswith("error: --batch_size: out of GPU memory; try ") and NO_ROOM in err
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2**34))
+    err = refused(train.main, *TINY[:-1], "cuda")
+    assert err == "error: Digits: needs 1,423,224 bytes of memory, the GPU has free 1,000\n"
+
+
 @pytest.mark.slow
 def test_all_that_is_done_on_a_gpu_ends_well(gpu, passes, capfd):
     """Trainings of a grid and of a multi-rate model, the classifier, all steps of the evaluation, figures, `load`."""
@@ -147,7 +181,7 @@ def test_all_that_is_done_on_a_gpu_ends_well(gpu, passes, capfd):
     out = passes(train.main, *on_gpu, "--beta_y", "1", "2", "--optimizer", "muon")
     assert "cells at once: " in out and "note: " not in out
     passes(train.main, *on_gpu, "--multi_rate", "--force", "--run_batch_name", "m", *GRID)
-    passes(train_classifier.main, "--dataset", "Digits", "--num_epochs", "1", "--device", "cuda")
+    passes(train_classifier.main, *CLASSIFIER)
     for batch, n in (("singles", 2), ("m", 6)):
         out = passes(eval_beta_grid.main, "--run_batch_name", batch, "--all", "--device", "cuda", "--n_samples", "64")
         assert f"{n} of {n} runs evaluated" in out

@@ -31,6 +31,7 @@ def capturing(monkeypatch):
 
     def begin(record):
         monkeypatch.setattr(Setup, "capture", True)
+        monkeypatch.setattr(capture, "failed", False)
         monkeypatch.setattr(capture, "record", record)
 
     return begin
@@ -169,6 +170,15 @@ def test_a_step_that_is_captured_wrongly_is_not_used(record, capturing, monkeypa
     assert torch.equal(ten_steps()[0], expected)
     out, why = capsys.readouterr().out, "not permitted" if record is impossible else "its result differs"
     assert out.startswith(f"{NOTE}captured") and why in out and out.count("\n") == 1
+
+
+def test_after_a_failure_no_step_is_captured(capturing, capsys):
+    """Another would fail, too, and hold memory that no one frees."""
+    tried = []
+    capturing(lambda step, device: tried.append(step) or impossible(step, device))
+    for _ in range(2):
+        ten_steps()
+    assert len(tried) == 1 and capsys.readouterr().out.count(NOTE) == 1
 
 
 def test_a_step_that_is_compiled_wrongly_is_not_used(monkeypatch, capsys):

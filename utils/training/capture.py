@@ -11,15 +11,18 @@ from models.hvae import Noise
 from utils.errors import is_out_of_memory, one_line
 
 WARM_UP = 3  # updates before a capture, in which buffers are allocated and cuDNN and the compiler are tuned
+failed = False  # whether one failed, after which none is tried: another would too, and the memory it took may be lost
 Update = Callable[[Tensor, Noise, Tensor, Tensor], Tensor]  # of x, noise, beta_y, beta_z: sums (M, 4)
 
 
 def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
     """The update of a training, compiled and captured for inputs of these shapes, without making it.
 
-    With a note, the update as it is written where that fails or changes its sums, its gradients or the weights.
+    With a note, the update as it is written where that fails or changes its sums, its gradients or the weights; then
+    all are, from then on.
     """
-    if not (capture or compile):
+    global failed
+    if failed or not (capture or compile):
         return training.update
     update, parameters, low = training.update, [*training.stack.parameters.values()], training.stack.low
     state = [*parameters, *(t for of_one in training.optimizer.state.values() for t in of_one.values())]
@@ -51,6 +54,7 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
     except Exception as e:
         if is_out_of_memory(e):
             raise torch.OutOfMemoryError(str(e)) from e
+        failed |= capture
         what = "captured as a CUDA graph" if capture else "compiled"
         print(f"note: the step cannot be {what}, continuing without: {one_line(e)}", flush=True)
         return training.update

@@ -23,6 +23,7 @@ def trained(config: Config, data: Data, settings: dict, folder: Path, device: to
     """
     epochs, seed, rate = (settings[name] for name in ("num_epochs", "seed", "learning_rate"))
     recipe, cuda, path = config.recipe, device.type == "cuda", folder / "resume.pth"
+    low = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     layout = torch.channels_last if cuda else torch.contiguous_format
     torch.manual_seed(seed)
     model = build_classifier(config, data.n_classes).to(device, memory_format=layout)
@@ -41,7 +42,7 @@ def trained(config: Config, data: Data, settings: dict, folder: Path, device: to
         for x, label in data.train.batches(settings["batch_size"], (seed, epoch)):
             if recipe.crop or recipe.flip:
                 x = augmented(x, recipe.crop, recipe.flip, g)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 loss = F.cross_entropy(model(x.contiguous(memory_format=layout)), label)
             optimizer.zero_grad()
             loss.backward()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from models.checks import check_networks
 from utils.config import Config
 from utils.distributed import from_first, is_first, place
-from utils.errors import UserError, is_out_of_memory
+from utils.errors import UserError, is_out_of_memory, one_line
 from utils.files import load_tensors
 from utils.locks import Held, note_held
 from utils.runs import Run
@@ -73,12 +73,13 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
+            why = one_line(e)
         finally:
             torch.set_num_threads(usual)  # for the cells that follow
         training = None
         free(setup.device)  # out here, where the exception holds nothing any more
         if len(together) == 1 or setup.data_parallel:
-            raise UserError(NO_MEMORY)
+            raise UserError(f"{NO_MEMORY} ({why})")
         print(f"{len(together)} cells at once do not fit into the GPU's memory; halving", flush=True)
         most = math.ceil(len(together) / 2)
         for half in (runs[:most], runs[most:]):
@@ -145,6 +146,9 @@ def check_setup(setup: Setup, config: Config, n_runs: int) -> None:
     """Raises UserError for flags that are incompatible with the device or with the launcher, and for own networks."""
     if config.precision == "bf16" and setup.device.type == "cpu" and (setup.cells_at_once or 1) > 1:
         raise UserError(f"--cells_at_once: with bf16 a CPU trains one cell at a time, got {setup.cells_at_once}")
+    on_gpu = setup.device.type == "cuda"
+    if config.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--precision: this GPU has no bf16; try tf32 or fp32")
     if setup.data_parallel and not dist.is_torchelastic_launched():
         raise UserError(
             "--data_parallel: needs several processes; start them with torchrun --nproc_per_node N train.py"
