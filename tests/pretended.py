@@ -241,7 +241,18 @@ def one(patch):
     torch._C._ensureCUDADeviceGuardSet()
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") starts on the CPU
-    nothing, numbers = ("_lazy_init", "set_device", "synchronize", "empty_cache", "set_stream", "manual_seed_all"), {}
+    nothing, numbers = (
+        (
+            "_lazy_init",
+            "set_device",
+            "synchronize",
+            "empty_cache",
+            "set_stream",
+            "manual_seed_all",
+            "reset_peak_memory_stats",
+        ),
+        {},
+    )
     numbers |= {"is_available": True, "device_count": 1, "current_device": 0, "mem_get_info": (2**34, 2**34)}
     numbers |= {"get_device_name": "pretended GPU", "max_memory_allocated": 0, "is_bf16_supported": True}
     numbers |= {"get_device_capability": (9, 0), **dict.fromkeys(nothing), "stream": contextlib.nullcontext()}

@@ -1,9 +1,15 @@
 """The benchmarks run, and say what they measured."""
 
-import pytest
+import json
+from pathlib import Path
+from unittest.mock import Mock
 
+import pytest
+import torch
+
+from tests import pretended
 from utils.benchmark import __main__ as benchmark
-from utils.benchmark import plane
+from utils.benchmark import gpu, plane
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
 SMALL += ["--images", "40", "--test_images", "60", "--device", "cpu"]
@@ -48,6 +54,31 @@ def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
 @pytest.mark.slow
 def test_the_report_of_made_results_is_drawn():
     assert plane.seconds_of_report(4) > 0  # raises if plot_eval.py fails
+
+
+def test_a_report_needs_a_gpu(script):
+    status, out, err = script(benchmark.main, "gpu", *SMALL)
+    assert status == 2 and err == "error: gpu: this machine has no GPU that PyTorch can use\n"
+
+
+@pytest.mark.slow
+def test_a_report_of_a_gpu_goes_on_where_a_part_fails(script, monkeypatch):
+    def parts(*_):
+        yield "too large", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory\nand more"))
+        yield "the last", lambda: "done"
+
+    monkeypatch.setattr(gpu, "commands", parts)
+    with pretended.one(monkeypatch):
+        status, out, err = script(benchmark.main, "gpu", *SMALL[:-1], "cuda", "--cells", "1", "2")
+    rows = json.loads(Path("gpu_report.json").read_text())
+    assert status == 0 and list(rows.values())[-2:] == ["FAILED: OutOfMemoryError: CUDA out of memory", "done"], err
+    assert len(rows) == 1 + 6 + 12 + 2 + 2 and str(rows).count("FAILED") == 1, rows
+    assert out.splitlines()[-len(rows) - 1 :] == [
+        f"| | {rows.pop('machine')} |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    assert all(float(rows[f"{name}, as on the CPU"].split()[-1]) < 1e-4 for name in ("HVAE", "Muon", "multi-rate"))
 
 
 def test_what_makes_no_sense_is_refused(script):

@@ -1,1 +1,1 @@
-"""Benchmarks of training and evaluation: `python -m utils.benchmark plane|step|evaluate`."""
+"""Benchmarks of training and evaluation: `python -m utils.benchmark plane|step|evaluate|gpu`."""

@@ -3,6 +3,7 @@
     python -m utils.benchmark plane       what a map of the rate plane costs, from training to the report
     python -m utils.benchmark step        a training step beside one like the paper's: eager, captured, stacked
     python -m utils.benchmark evaluate    where the evaluation of a cell spends its time
+    python -m utils.benchmark gpu         whether a GPU does what it should, and how fast; at most eight minutes
 
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
@@ -29,11 +30,11 @@ def parse_args(argv=None):
     parser = Parser(__doc__, files=False)
     parser.prog = "python -m utils.benchmark"
     flag = parser.add_argument
-    flag("what", choices=("plane", "step", "evaluate"), help="what to measure")
+    flag("what", choices=("plane", "step", "evaluate", "gpu"), help="what to measure")
     flag("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
     for name, (default, text) in NUMBERS.items():
         flag(f"--{name}", type=whole, default=default, help=f"{text} (default: {default})")
-    flag("--cells", type=whole, nargs="+", default=[1, 8], help="step: stacked cells (default: 1 8)")
+    flag("--cells", type=whole, nargs="+", help="stacked cells (default: step 1 8, gpu 1 8 32)")
     flag("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)")
     flag("--compile", action="store_true", help="step: also time the compiled step")
     flag("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
@@ -46,7 +47,7 @@ def main(argv=None) -> int:
     device = prepare(args.device, args.threads)
     import torch
 
-    from utils.benchmark import evaluation, plane, step
+    from utils.benchmark import evaluation, gpu, plane, step
     from utils.training.schedule import use_precision
 
     names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
@@ -57,7 +58,9 @@ def main(argv=None) -> int:
     if args.what == "plane":
         plane.plane(config, args.images, args.test_images, args.n, device)
     elif args.what == "step":
-        step.step(config, args.images, args.cells, args.compile, args.n, device)
+        step.step(config, args.images, args.cells or [1, 8], args.compile, args.n, device)
+    elif args.what == "gpu":
+        gpu.gpu(config, args.cells or [1, 8, 32], args.n, device)
     else:
         evaluation.evaluate(config, args.test_images, args.n, device)
     return 0
