@@ -1,6 +1,7 @@
 """Several processes give what one gives: cells shared by torchrun or a script, and one cell's batches shared."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,7 +16,7 @@ import train
 import train_classifier
 from datasets.loading import Data
 from tests.conftest import ROOT, TINY, all_weights, python
-from tests.reliability.trials import ended
+from tests.reliability.trials import ended, wait_until
 from utils.distributed import share
 from utils.errors import UserError
 from utils.files import load_tensors
@@ -96,6 +97,42 @@ def test_two_processes_give_what_one_gives(passes, interrupted):
     assert ours.keys() == expected.keys() and all(ours[tag] == approx(expected[tag], rel=1e-5) for tag in ours)
     assert len(expected["train/loss"]) == 4
     assert all_weights("runs/stopped") == all_weights("runs/whole") and len(all_weights("runs/whole")) == 1
+
+
+FAULTS = {"an error": "raise RuntimeError('a fault')", "a kill": "os.kill(os.getpid(), signal.SIGKILL)"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("flags", [["--data_parallel"], ["--beta_y", "1", "2"]], ids=str)
+def test_a_process_that_fails_ends_the_others(fault, flags):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from utils.errors import run_script
+from utils.training.training import Training
+real, rank, steps = Training.update, os.environ["RANK"], []
+open(f"pid{{rank}}", "w").write(str(os.getpid()))
+
+def failing(self, *args):
+    steps.append(None)
+    if len(steps) == 20 and rank == "1":
+        open("failed", "w").close()
+        {FAULTS[fault]}
+    return real(self, *args)
+
+Training.update = failing
+run_script(lambda: train.main({[*LONGER, "--num_epochs", "100000", *flags]}))
+"""
+    Path("failing.py").write_text(code)
+    process = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "failing.py")
+    wait_until(lambda: Path("failed").exists() or process.poll() is not None)
+    start = time.monotonic()
+    process.communicate(timeout=60)
+    print(f"{time.monotonic() - start:.1f} seconds")
+    assert process.returncode and Path("failed").exists()
+    assert not [pid for pid in (Path(f"pid{i}").read_text() for i in range(2)) if Path("/proc", pid).exists()]
 
 
 def test_batches_need_several_processes_but_not_too_many(refused, monkeypatch):

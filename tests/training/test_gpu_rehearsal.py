@@ -12,6 +12,7 @@ import plot_eval
 import train
 import train_classifier
 from datasets.batches import Resident
+from datasets.loading import Data
 from models.hvae import HVAE
 from models.tables import LIKELIHOODS
 from tests import pretended
@@ -23,6 +24,7 @@ from utils.explore import load
 from utils.runs import Run
 from utils.seeds import generator
 from utils.training import capture
+from utils.training.classifier import trained
 from utils.training.schedule import use_precision
 from utils.training.training import Setup, Training
 
@@ -68,7 +70,7 @@ def begun(config: Config, device: torch.device, m: int = 1, state: dict | None =
 def images(config: Config, device: torch.device) -> Resident:
     """Two batches, and one of fewer images."""
     noise = torch.randint(256, (20, *config.image_shape), generator=torch.Generator().manual_seed(0))
-    return Resident(noise.byte(), torch.zeros(20), device)
+    return Resident(noise.byte(), torch.arange(20) % 10, device)
 
 
 def epoch(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,17 +144,18 @@ def test_planted_faults_are_found(fault, gpu, monkeypatch):
         rehearse(Config(**SMALL), gpu, 1)
 
 
-def test_a_gpu_without_bf16_trains_none(gpu, monkeypatch, refused, passes):
+def test_a_gpu_without_bf16_trains_none(gpu, monkeypatch, refused):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     err = refused(train.main, *TINY[:-1], "cuda", "--precision", "bf16")
     assert err == "error: --precision: this GPU has no bf16; try tf32 or fp32\n"
-    seen, real = [], torch.autocast
+    config, seen, real = Config(), [], torch.autocast
     monkeypatch.setattr(torch, "autocast", lambda *how, enabled: seen.append(enabled) or real(*how, enabled=enabled))
-    passes(train_classifier.main, *CLASSIFIER)
-    assert set(seen) == {False}
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    passes(train_classifier.main, *CLASSIFIER, "--overwrite")
-    assert set(seen) == {False, True}
+    data, settings = Data(images(config, gpu), images(config, gpu), 10), {"num_epochs": 1, "batch_size": 20, "seed": 2}
+    for has in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        trained(config, data, settings | {"learning_rate": 0.1}, Path(), gpu)
+        Path("resume.pth").unlink()
+    assert seen == [False, True]
 
 
 NO_ROOM = (

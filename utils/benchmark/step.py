@@ -99,6 +99,7 @@ def stepper(config: Config, m: int, split: Resident, compile: str = "auto") -> C
     setup = Setup(split.images.device, compile=compile)
     training = Training([Run(Path(), config)] * m, [None] * m, setup)
     training.begin_epoch(steps=100_000)
+    training._set_spread(float(config.is_conditioned))  # as in most of a training
     batches = forever(lambda: split.batches(config.batch_size, (0, 0)))
 
     def step():
