@@ -84,7 +84,7 @@ def main(argv=None) -> int:
     config, single = next(iter(plan)).config, len(cells) == 1
     setup = Setup(device, **{name: getattr(args, name) for name in Setup._fields[1:]})
     check_setup(setup, config, len(plan))
-    describe([run.config for run in plan], device)
+    describe([run.config for run in plan], device, sum(map(len, plan.values())))
     note_shorter(plan, starts)
     if args.dry_run:
         return show_status(share([*plan]), args.overwrite, starts)

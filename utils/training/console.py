@@ -26,14 +26,14 @@ FREE = {"num_epochs", "warmup_epochs", "lr_schedule", "learning_rate", "optimize
 HEADINGS = {"beta_y": 10, "beta_z": 10, "loss": 10, "ll": 10, "R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
 
 
-def describe(configs: list[Config], device: torch.device) -> None:
-    """Has the first process print the settings of all cells, the tensor shapes and the number of parameters."""
+def describe(configs: list[Config], device: torch.device, cells: int) -> None:
+    """Has the first process print the settings of all trainings, tensor shapes, and how many parameters and cells."""
     if not is_first():
         return
     model = build_model(configs[0])
     lines = {name: " ".join(map(str, dict.fromkeys(getattr(c, name) for c in configs))) for name in FLAGS}
     lines |= {"device": device, "shapes": f"x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}"}
-    lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": len(configs)}
+    lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": cells}
     for name, value in lines.items():
         print(wrapped(f"  {name:20s} {value}", indent=23), flush=True)
 
