@@ -131,7 +131,7 @@ def _guard_outputs() -> None:
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a script's `main` and exits with its status; a UserError becomes one line and status 2.
+    """Runs a script's `main` and exits with its status; a UserError, or a full GPU, becomes one line and status 2.
 
     A signal gives status 128 + its number (Ctrl-C 130, SIGTERM 143), and the command that continues; until `main` has
     called `let_signals_raise`, as `machine.prepare` does, it ends the process at once.

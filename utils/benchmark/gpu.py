@@ -1,5 +1,6 @@
 """What is to be known of a GPU on which this project runs for the first time; within eight minutes."""
 
+import contextlib
 import dataclasses
 import itertools
 import statistics
@@ -56,18 +57,19 @@ def gpu(config: Config, cells: list[int], n: int, device: torch.device) -> None:
                 rows[name] = call() if time.monotonic() < end else "left out: no time"
             except Exception as e:
                 rows[name] = f"FAILED: {type(e).__name__}: {one_line(e)}"
-            free(device)  # out here, where the exception holds nothing any more
+            with contextlib.suppress(RuntimeError):  # some errors leave a process without its GPU; not its commands
+                free(device)  # out here, where the exception holds nothing any more
             print(f"| {name} | {rows[name]} |", flush=True)
             write_json(REPORT, rows)
 
 
 def times(config: Config, cells: list[int], n: int, device: torch.device) -> Rows:
     """Of a step and its memory, by precision, cells at once and way; of one by Muon, and of a multi-rate model."""
-    split = patterns(config, 20 * config.batch_size, device)
 
     def timed(config: Config, m: int, how: str) -> str:
         torch.cuda.reset_peak_memory_stats(device)
         use_precision(config.precision)
+        split = patterns(config, 20 * config.batch_size, device)
         (seconds,) = measure({"step": stepper(config, m, split, how)}, n, device).values()
         memory = torch.cuda.max_memory_allocated(device) / 2**20
         failed = ", but the capture failed" if how == "auto" and capture.failed else ""
