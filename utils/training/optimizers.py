@@ -59,7 +59,7 @@ class Muon(torch.optim.Adam):
         """Counts the step, and adds gradients (K, out, rest) to the momenta; in their place, these one step ahead."""
         steps, momenta = ([self.state[p][key] for p in weights] for key in ("step", MOMENTS[0]))
         norm, usual = norms([*blocks, *momenta]).chunk(2)
-        share = torch.where(usual > 0, (CLIP * usual / norm).clamp_max(1), 1.0)  # all of the first gradient
+        share = (CLIP * usual / norm).clamp_max(1).masked_fill(usual == 0, 1)  # all of the first gradient
         for block, of_block in zip(blocks, share.split([*map(len, blocks)]), strict=True):
             block.mul_(of_block.view(-1, 1, 1))
         gradients = views(blocks, momenta)
@@ -91,8 +91,10 @@ def orthogonalised(blocks: list[Tensor], at_once: bool = False) -> list[Tensor]:
         together.setdefault(wide.shape[1] if at_once else i, []).append((i, wide))
     sizes = norms(blocks).clamp_min(1e-7).split([*map(len, blocks)])
     for group in together.values():
-        counts, longest = [len(wide) for _, wide in group], max(wide.shape[2] for _, wide in group)
-        x = blocks[0].new_zeros(sum(counts), group[0][1].shape[1], longest)
+        counts, lengths = [len(wide) for _, wide in group], {wide.shape[2] for _, wide in group}
+        x = blocks[0].new_empty(sum(counts), group[0][1].shape[1], max(lengths))
+        if len(lengths) > 1:
+            x.zero_()
         for (i, wide), part in zip(group, x.split(counts), strict=True):
             torch.div(wide, sizes[i].view(-1, 1, 1), out=part[..., : wide.shape[2]])
         for (i, wide), part in zip(group, iterated(x, at_once).split(counts), strict=True):
