@@ -284,3 +284,13 @@ def test_bf16_trains_to_the_rates_of_fp32():
         sums = [training.step(x, 32) for _ in range(60)]
         figures.append(sums[-1][0] / 32)
     assert_close(figures[1], figures[0], rtol=0.05, atol=0.05)
+
+
+def test_after_a_failed_capture_memory_is_not_given_back(monkeypatch):
+    """The allocator of an older torch believes that the capture goes on, and ends in an assertion."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("freed"))
+    for failed in (False, True):
+        monkeypatch.setattr(capture, "failed", failed)
+        schedule.free(torch.device("cuda"))
+    assert calls == ["freed"]
