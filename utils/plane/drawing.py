@@ -121,15 +121,16 @@ def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
         bar.ax.invert_yaxis()
 
 
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Adds one legend for all panels, below them."""
+def legend(figure: Figure, axes: Sequence[Axes], most: int = 4, **look) -> None:
+    """Adds one legend for all panels, below them, of at most so many columns."""
     pairs = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes]
     entries = {label: handle for of_panel in pairs for handle, label in of_panel}
     if entries:
         longest = max(len(line) for label in entries for line in label.splitlines())
-        columns = min(4, max(1, int(figure.get_figwidth() / (0.06 * longest + 0.45))))  # inches of a letter, of a mark
+        width = 0.06 * longest + 0.45  # inches of a letter, of a mark
+        columns = min(most, max(1, int(figure.get_figwidth() / width)))
         place = "outside lower center"
-        figure.legend(entries.values(), entries, loc=place, ncols=columns, frameon=False)
+        figure.legend(entries.values(), entries, loc=place, ncols=columns, frameon=False, **look)
 
 
 def show(ax: Axes, picture: np.ndarray, title: str, **look) -> None:

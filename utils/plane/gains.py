@@ -116,11 +116,11 @@ def errors(plane: Plane, name: str) -> np.ndarray:
         of_runs = np.array([row[name] for row in cell.repeats if name in row])
         one = cell.median.get(f"{name}_se", math.nan)
         result[i] = standard_error(of_runs) if len(of_runs) > 1 else one
-    for i in np.flatnonzero(np.isnan(result)):
-        (terms,) = terms_of(plane.where(np.arange(len(result)) == i), name)
-        if terms is not None:
-            slope = -DECIBEL / terms.mean() if name == "psnr" else 1
-            result[i] = slope * standard_error(terms[0])
+    terms = terms_of(plane, name) if np.isnan(result).any() else []
+    for i, of_cell in enumerate(terms):
+        if of_cell is not None and np.isnan(result[i]):
+            slope = -DECIBEL / of_cell.mean() if name == "psnr" else 1
+            result[i] = slope * standard_error(of_cell[0])
     return plane.scale(name) * result
 
 

@@ -23,7 +23,20 @@ from utils.errors import UserError
 from utils.explore import Loaded
 from utils.files import check_writable
 from utils.images import tiled
-from utils.plane.drawing import GREY, MARKERS, TEXT, Drawing, Output, bar_of, literal, say, show, styled, write_drawing
+from utils.plane.drawing import (
+    GREY,
+    MARKERS,
+    TEXT,
+    Drawing,
+    Output,
+    bar_of,
+    legend,
+    literal,
+    say,
+    show,
+    styled,
+    write_drawing,
+)
 from utils.plane.traversals import N_RATES, check_images, rates_of_units
 
 N_ELLIPSES = 60  # test images whose posteriors are drawn
@@ -79,12 +92,7 @@ def drawing_of(cells: Sequence[Loaded]) -> Drawing:
         row = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
         row |= {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
         table += [row | of_panel for of_panel in draw(axes, cell)]
-    entries = {
-        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    if entries:
-        place = "outside lower center"
-        figure.legend(entries.values(), entries, loc=place, ncols=10, frameon=False, markerscale=1.5)
+    legend(figure, figure.axes, most=10, markerscale=1.5)
     return Drawing(figure, table)
 
 

@@ -41,11 +41,12 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
                 row[name] = row[name].capitalize()
         if len(digests) == 1:  # runs of earlier versions have none
             row["data_digest"] = next(iter(digests))
-    stale = [row for row in rows if _is_stale(path.parent / (row.get("run") or "?"), row)]
+    metrics = {row.get("run"): _metrics(path.parent / (row.get("run") or "?")) for row in rows}
+    stale = [row for row in rows if _is_stale(path.parent / (row.get("run") or "?"), row, metrics[row.get("run")])]
     rows = [row for row in rows if row not in stale]
     shorter = _continued([row for row in rows if _has_rates(row)], path.parent)
     rows = [row for row in rows if row not in shorter]
-    conditions, notes = _conditions(rows, path.parent)
+    conditions, notes = _conditions(rows, [metrics[row.get("run")] for row in rows])
     for row, of_row in zip(rows, conditions, strict=True):
         if not _has_rates(row):
             without.append(row)
@@ -65,13 +66,17 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
     return plane
 
 
-def _is_stale(folder: Path, row: dict[str, str]) -> bool:
+def _metrics(run: Path) -> dict:
+    """A run's metrics.json; empty if it is not there or damaged, so that nothing is known of the run."""
+    try:
+        return read_metrics(run)
+    except UserError:
+        return {}
+
+
+def _is_stale(folder: Path, row: dict[str, str], metrics: dict) -> bool:
     """Whether a run was trained or evaluated again since its row was written; not known without its files."""
     weights = digest_of(folder / "vae.pth")
-    try:
-        metrics = read_metrics(folder)
-    except UserError:
-        return False
     pairs = [(number(row.get(name)), metrics[name]) for name in ("ll", "kl_y", "kl_z") if name in metrics]
     other = any(not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs if not math.isnan(a))
     return other or None not in (weights, metrics.get("weights")) and weights != metrics["weights"]
@@ -106,13 +111,14 @@ def _sessions(path: Path) -> list[dict]:
         return []
 
 
-def _conditions(rows: list[dict[str, str]], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """What each row's steps were computed with, by step, and notes.
+def _conditions(rows: list[dict[str, str]], metrics: list[dict]) -> tuple[list[dict[str, str]], list[str]]:
+    """What each row's steps were computed with, by step, and notes; `metrics` are those of their runs.
 
     Of a data set's rows, those computed otherwise than most lose the step's values.
     """
     conditions, notes, of_data = [{} for _ in rows], [], [tuple(map(row.get, OF_DATA)) for row in rows]
-    classifiers = [_classifiers(folder / (row.get("run") or "?")) for row in rows]
+    # the beginning of the digest of the first classifier behind each step
+    classifiers = [{step: text[:8] for step, text in of_run.get("classifiers", {}).items()} for of_run in metrics]
     for step in dict.fromkeys(STEP_OF.values()):
         columns, digests = columns_of(step), {of_run.get(step) for of_run in classifiers} - {None}
         there = [i for i, row in enumerate(rows) if any(map(row.get, columns))]
@@ -129,14 +135,6 @@ def _conditions(rows: list[dict[str, str]], folder: Path) -> tuple[list[dict[str
             for i in left_out:
                 rows[i] |= dict.fromkeys(columns, "")
     return conditions, notes
-
-
-def _classifiers(run: Path) -> dict[str, str]:
-    """The beginning of the digest of the first classifier behind each step of a run that tells it."""
-    try:
-        return {step: digest[:8] for step, digest in read_metrics(run).get("classifiers", {}).items()}
-    except UserError:
-        return {}
 
 
 def _names(rows: list[dict[str, str]]) -> str:
