@@ -7,9 +7,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from datasets.loading import load_data
 from tests import pretended
 from utils.benchmark import __main__ as benchmark
 from utils.benchmark import gpu, plane
+from utils.config import Config
 from utils.training import capture
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
@@ -81,6 +83,19 @@ def test_a_report_of_a_gpu_goes_on_where_a_part_fails(script, monkeypatch):
         *(f"| {name} | {value} |" for name, value in rows.items()),
     ]
     assert all(float(rows[f"{name}, as on the CPU"].split()[3]) < 1e-4 for name in ("HVAE", "Muon", "multi-rate"))
+
+
+def test_a_tenth_of_the_training_images_of_each_label_is_for_validation(script):
+    status, out, err = script(benchmark.main, "validation", "--dataset", "Digits", "--device", "cpu")
+    assert status == 0 and "Digits_validation.npz: 1,294 images" in out, err
+    config = Config(dataset="Digits_validation.npz")
+    whole, parts = (load_data(c, "", torch.device("cpu")) for c in (Config(), config))
+    counts = parts.test.labels.bincount()
+    assert len(parts.test) == 143 and (counts - whole.train.labels.bincount() / 10).abs().max() < 1
+    rows = [torch.cat([s.images.flatten(1), s.labels[:, None]], 1).tolist() for s in (parts.train, parts.test)]
+    assert sorted(rows[0] + rows[1]) == sorted(
+        torch.cat([whole.train.images.flatten(1), whole.train.labels[:, None]], 1).tolist()
+    )
 
 
 def test_what_makes_no_sense_is_refused(script):

@@ -4,6 +4,7 @@
     python -m utils.benchmark step        a training step beside one like the paper's: eager, captured, stacked
     python -m utils.benchmark evaluate    where the evaluation of a cell spends its time
     python -m utils.benchmark gpu         whether a GPU does what it should, and how fast; at most eight minutes
+    python -m utils.benchmark validation  a file of training images, one in ten as test images, to choose settings by
 
 Times are medians over n repetitions, with quartiles. Compare only times of the same run.
 """
@@ -11,7 +12,7 @@ Times are medians over n repetitions, with quartiles. Compare only times of the 
 from functools import partial
 
 from datasets.table import DATASETS
-from utils.cli import Parser, whole
+from utils.cli import Parser, default_data_dir, whole
 from utils.config import Config
 from utils.errors import run_script
 from utils.machine import prepare
@@ -30,11 +31,12 @@ def parse_args(argv=None):
     parser = Parser(__doc__, files=False)
     parser.prog = "python -m utils.benchmark"
     flag = parser.add_argument
-    flag("what", choices=("plane", "step", "evaluate", "gpu"), help="what to measure")
+    flag("what", choices=("plane", "step", "evaluate", "gpu", "validation"), help="what to measure or write")
     flag("--dataset", default="CIFAR10", choices=DATASETS, help="shape of the images (default: CIFAR10)")
     for name, (default, text) in NUMBERS.items():
         flag(f"--{name}", type=whole, default=default, help=f"{text} (default: {default})")
     flag("--cells", type=whole, nargs="+", help="stacked cells (default: step 1 8, gpu 1 8 32)")
+    flag("--data_dir", default=default_data_dir(), help="validation: folder of the data sets")
     flag("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="as for train.py (default: fp32)")
     flag("--compile", action="store_true", help="step: also time the compiled step")
     flag("--n", type=partial(whole, least=2), default=20, help="repetitions (default: 20)")
@@ -47,13 +49,16 @@ def main(argv=None) -> int:
     device = prepare(args.device, args.threads)
     import torch
 
-    from utils.benchmark import evaluation, gpu, plane, step
+    from utils.benchmark import evaluation, gpu, plane, step, validation
     from utils.training.schedule import use_precision
 
     names = "dataset", "conv_channels", "z_dims", "batch_size", "precision"
     config = Config(**{name: getattr(args, name) for name in names})
     torch.backends.cudnn.benchmark = True
     use_precision(args.precision)
+    if args.what == "validation":
+        validation.validation(config, args.data_dir)
+        return 0
     print(step.machine(device))
     if args.what == "plane":
         plane.plane(config, args.images, args.test_images, args.n, device)
