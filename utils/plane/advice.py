@@ -1,20 +1,21 @@
 """The advice: for each task the best cell, the best ordinary beta-VAE, and whether it is worse."""
 
-import dataclasses
-import functools
 import math
+import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from datasets.table import DATASETS
 from models.own import from_copy
-from utils.config import FLAGS, Config, fields_of, kind_of
+from utils.cli import wrapped, wrapped_command
+from utils.config import FLAGS, Config, fields_of
 from utils.errors import UserError
-from utils.plane.cells import BETAS, TARGETS, Cell, Plane
+from utils.plane.cells import BETAS, Cell, Plane
 from utils.plane.gains import SPLITS, UNTESTED, errors, gain, reach, terms_of
 from utils.plane.metrics import ACCURACIES, mean_term, metric, score_of, value_of
+from utils.plane.tables import text_of
 from utils.runs import Run
 
 ADVICE = {  # columns and headings
@@ -31,17 +32,15 @@ EXPLAINED = (
     f"other, over {SPLITS} random halves; untested, the difference. Its interval begins with what ordinary "
     "ones between the nearest can reach at most, so it is wide where these are far apart."
 )
-TASKS = {
-    "reconstruction": ("psnr",),
-    "representation, from z": ACCURACIES["qz_mu"],
-    "representation, from y": ACCURACIES["qy_mu"],
-    "generation": ("is_mean", "fid", "fid_classifier"),
-    "information on the label, in z": ("mi_z_low",),
-    "information on the label, in y": ("mi_y_low",),
-    "likelihood": ("nelbo",),
+TASK_OF = {
+    "psnr": "reconstruction",
+    **dict.fromkeys(ACCURACIES["qz_mu"], "representation, from z"),
+    **dict.fromkeys(ACCURACIES["qy_mu"], "representation, from y"),
+    **dict.fromkeys(("is_mean", "fid", "fid_classifier"), "generation"),
+    "mi_z_low": "information on the label, in z",
+    "mi_y_low": "information on the label, in y",
+    "nelbo": "likelihood",
 }
-TASK_OF = {name: task for task, names in TASKS.items() for name in names}
-LIMITS = {"rate": "R(z) + R(y|z)", "kl_z": "R(z)", "kl_y": "R(y|z)"}
 
 
 def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
@@ -59,22 +58,19 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
     names = [name for name in TASK_OF if name in plane.names]
     of_names = {name: (terms_of(plane, name), errors(plane, name)) for name in names}
     for limits in [{}, budget] if budget else [{}]:
-        within, few = np.ones(len(plane.cells), bool), plane.diagonal
-        for rate, most in limits.items():
-            mask = plane.values(rate) <= most
-            within = within & mask
-            if rate != "rate":  # ordinary cells of too large a total, mixed, may be within
-                few = few & mask
-        text = ", ".join(f"{LIMITS[n]} <= {most:g} {plane.unit}" for n, most in limits.items())
+        masks = {rate: plane.values(rate) <= most for rate, most in limits.items()}
+        within = np.all([np.isfinite(plane.values("rate")), *masks.values()], axis=0)
+        masks.pop("rate", None)  # ordinary cells of too large a total, mixed, may be within
+        few = np.all([plane.diagonal, *masks.values()], axis=0)
+        text = ", ".join(f"{metric(n).label} <= {most:g} {plane.unit}" for n, most in limits.items())
         for name, part in ((n, part) for n in names for part in plane.comparable(n).values()):
             best = plane.best(name, within & part)
             if best is None:
                 continue
-            cell = plane.cells[best]
+            cell, (terms, se) = plane.cells[best], of_names[name]
             row = {"task": TASK_OF[name], "budget": text, "metric": name, "unit": plane.unit_of(name)}
-            for column, of in (("value", name), *((n, n) for n in (*BETAS, "kl_y", "kl_z", "rate"))):
-                row[column] = float(plane.values(of)[best])
-            terms, se = of_names[name]
+            row |= {n: float(plane.values(n)[best]) for n in (*BETAS, "kl_y", "kl_z", "rate")}
+            row["value"] = float(plane.values(name)[best])
             row |= {"se": float(se[best])} if math.isfinite(se[best]) else {}
             row |= {n: cell.settings.get(n) for n in plane.differing}
             row["command"] = training(cell, plane.folder) if plane.unfolded[best] else ""
@@ -88,6 +84,10 @@ def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> 
     among, few = (mask & np.isfinite(values) for mask in masks)
     if not few.any():
         return {}
+
+    def ends(of_cells: np.ndarray) -> str:  # to three digits
+        return " to ".join(dict.fromkeys(f"{float(f'{v:.3g}'):g}" for v in (of_cells.min(), of_cells.max())))
+
     means = mean_term(name, values)
     (weights,), _ = reach(name, rates, np.where(few, score_of(name, means), math.nan), rates[[best]])
     row = {"diagonal_rate": float(weights @ rates), "told": UNTESTED}
@@ -95,11 +95,11 @@ def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> 
     row["gain"] = round(better * (float(values[best]) - row["diagonal_value"]), 9) + 0.0  # never -0
     ordinary = np.sort(rates[few])
     after = np.searchsorted(ordinary, rates[best])
-    row["neighbours"] = _ends(ordinary[max(after - 1, 0) : after + 1])
+    row["neighbours"] = ends(ordinary[max(after - 1, 0) : after + 1])
     tested = gain(name, terms, [cell.seeds for cell in plane.cells], among, few, rates)
     if tested:
         row |= tested | {n: plane.scale(name) * tested[n] for n in ("gain", "low", "high") if n in tested}
-        row["chosen_kl_z"] = _ends(plane.values("kl_z")[row["chosen"]])
+        row["chosen_kl_z"] = ends(plane.values("kl_z")[row["chosen"]])
         if row["told"].startswith("no, worse") and ordinary[0] > rates[best]:
             row["told"] = "unclear: ordinary ones have more rate"
         elif ordinary[-1] < rates[best]:
@@ -107,50 +107,30 @@ def _compared(plane: Plane, name: str, terms: list, masks: tuple, best: int) -> 
     return row
 
 
-def _ends(values: np.ndarray) -> str:
-    """The least and the largest value to three digits; one if they are the same."""
-    return " to ".join(dict.fromkeys(f"{float(f'{v:.3g}'):g}" for v in (values.min(), values.max())))
+def training(cell: Cell, folder: Path | None) -> str:
+    """The command that trains a cell of the batch in `folder` separately, with all its seeds.
 
-
-def training(cell: Cell, folder: Path | None = None) -> str:
-    """The command that trains a cell separately: of a grid as it was trained, with all its seeds.
-
-    The runs in `folder` tell where own images are. Empty if its settings are not those of a training any more,
-    or it began with other weights.
+    Empty if its run is not there any more, or began with other weights.
     """
-    unfolded = cell.settings.get("multi_rate") == "True"
-    # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
-    unused = {"multi_rate", "no_warmup", *(["warmup_epochs"] if unfolded else [])}
-    names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
-    settings = dict(cell.settings)
-    if settings.get("dataset", Config.dataset) not in DATASETS:
-        try:
-            settings["dataset"] = Run.open((folder or Path()) / cell.runs[0]).config.dataset
-        except UserError:
-            return ""
-    flags = _flags(tuple((n, settings[n]) for n in names if settings.get(n)))
-    if flags is None or (cell.settings.get("init_from") and not unfolded):
+    path = (folder or Path()) / cell.runs[0]
+    try:
+        config = Run.open(path).config
+    except UserError:
         return ""
-    words = from_copy(flags, settings.get("networks"), (folder or Path()) / cell.runs[0])
-    searched = any(cell.settings.get(rate) for rate in TARGETS.values())
+    if config.init_from and not config.multi_rate:
+        return ""
+    # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
+    unused = {"multi_rate", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
+    names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
+    flags = Config(**{n: getattr(config, n) for n in names}).flags(without=(*BETAS, "seed"))
+    words = from_copy(flags, config.networks, path)
     for name in BETAS:  # those that were searched have more digits than they are known to
         beta = cell.median[name]
-        beta = float(f"{beta:.6g}") if unfolded or searched else beta
+        beta = float(f"{beta:.6g}") if config.multi_rate or config.has_target else beta
         words += [f"--{name}", f"{beta}"] if beta != getattr(Config, name) else []
     seeds = [seed for seed in dict.fromkeys(cell.seeds) if seed.isdecimal()]
     words += ["--seed", *seeds] if seeds not in ([], [str(Config.seed)]) else []
     return shlex.join(["python", "train.py", *words])
-
-
-@functools.lru_cache(maxsize=64)  # the same for all cells of a grid
-def _flags(texts: tuple[tuple[str, str], ...]) -> list[str] | None:
-    """The flags of a training with these settings that are not the default; None if none can be."""
-    kinds = {field.name: kind_of(field) for field in dataclasses.fields(Config)}
-    try:
-        config = Config(**{k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in texts})
-        return config.flags(without=(*BETAS, "seed"))
-    except (UserError, ValueError):  # of data that is not there any more
-        return None
 
 
 def commands(rows: list[dict]) -> list[dict[str, str]]:
@@ -165,3 +145,27 @@ def headings_of(plane: Plane) -> dict[str, str]:
     """Columns and headings of the advice, with the settings in which the plane's cells differ."""
     rates = {n: f"{ADVICE[n]} ({plane.unit})" for n in IN_NATS}
     return ADVICE | rates | {name: name for name in plane.differing}
+
+
+def print_advice(rows: list[dict], plane: Plane) -> None:
+    """Prints rows of the advice in 100 columns, below task, unit, budget and settings, and the commands."""
+    unit = f"rates in {plane.unit}"
+    lines = [["", unit, "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %", "better?"]]
+    for row in rows:
+        settings = (f"{n} {row[n]}" for n in plane.differing if row.get(n))
+        head = ", ".join(filter(None, (row["task"], row["unit"], row["budget"], *settings)))
+        text = partial(text_of, row)
+        best = " +- ".join(filter(None, (text("value"), text("se"))))
+        gain = text("gain") + (f", {text('low')} to {text('high')}" if text("low") else "")
+        pairs = [f"{text(a)}, {text(b)}" for a, b in (BETAS, ("kl_z", "kl_y"))]
+        told = re.split(": | that | \\(", text("told"))[0]
+        lines.append([head, f"  {text('metric')}", best, *pairs, gain, told])
+    widths, of_heads = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)][1:], {}
+    for head, *texts in lines:
+        of_heads.setdefault(head, []).append("".join(map(str.ljust, texts, widths)).rstrip())
+    for head, of_head in of_heads.items():
+        print("\n".join(filter(None, (wrapped(head), *of_head))))
+    print(wrapped(EXPLAINED))
+    for row in commands(rows):
+        print("\n" + wrapped(f"To train the best for {row['metrics']} separately:"))
+        print(wrapped_command(row["command"]))

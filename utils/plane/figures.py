@@ -20,11 +20,12 @@ from utils.evaluation.probes import label_entropy
 from utils.plane import drawing
 from utils.plane.cells import BETAS, OF_LIKELIHOOD, UNITS, Plane, number
 from utils.plane.drawing import COLOURS, GREY, RED, Drawing, Grid, bar_of, panels, rate_axes, rate_axis
+from utils.plane.excess import by_trainings
 from utils.plane.gains import errors, hull
 from utils.plane.metrics import ACCURACIES, BRACKETS, metric
 from utils.plane.neighbours import predictions
-from utils.plane.slopes import FAR_OFF, Slope, slope_rows
-from utils.plane.tables import by_trainings, cells_of
+from utils.plane.slopes import FAR_OFF
+from utils.plane.tables import cells_of
 
 CORNERS = [[[0.00, 0.16, 0.55], [0.33, 0.22, 0.00]], [[0.60, 0.80, 1.00], [1.00, 0.86, 0.20]]]
 PREDICTED = "not evaluated: predicted by other cells"
@@ -334,15 +335,15 @@ def heat_maps(plane: Plane, names: Sequence[str]) -> Drawing:
     return Drawing(maps(plane, layers), cells_of(plane, names))
 
 
-def slope_maps(plane: Plane, slopes: Sequence[Slope]) -> Drawing:
+def slope_maps(plane: Plane, rows: list[dict]) -> Drawing:
     """The slopes of D relative to the betas, over their grid: 1 where cells are at an optimum."""
-    grid = Grid(*([s.cell.median[name] for s in slopes] for name in BETAS))
+    grid = Grid(*([row[name] for row in rows] for name in BETAS))
     norm, layers = LogNorm(1 / FAR_OFF**2, FAR_OFF**2), []
     for layer, rate in (("z", "R(z)"), ("y", "R(y|z)")):
-        ratios = np.array([getattr(s, f"ratio_{layer}") for s in slopes])
-        values = np.where(ratios > 0, ratios, math.nan)
-        layers.append(Map(rf"$-$dD/d{rate} over $\beta_{layer}$", grid, values, "PuOr", norm))
-    return Drawing(maps(plane, layers), slope_rows(slopes))
+        slopes, betas = ([row.get(f"{what}_{layer}", math.nan) for row in rows] for what in ("slope", "beta"))
+        ratios = [slope / beta if slope > 0 else math.nan for slope, beta in zip(slopes, betas, strict=True)]
+        layers.append(Map(rf"$-$dD/d{rate} over $\beta_{layer}$", grid, ratios, "PuOr", norm))
+    return Drawing(maps(plane, layers), rows)
 
 
 def excess_maps(plane: Plane, rows: list[dict]) -> Drawing:

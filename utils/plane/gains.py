@@ -21,8 +21,7 @@ UNTESTED, FAR_APART = "untested", "unclear: rates too far apart"
 def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndarray:
     """Indices of the points (N,) that none of no larger rate beats, by rate; of NaN scores none.
 
-    If points can be mixed, mixtures do not beat them either: they are corners of the convex hull,
-    from the least rate to the best score, and mixtures of two neighbours are on the line between.
+    If points can be mixed, mixtures do not beat them either: they are corners of the convex hull.
     """
     corners = []
     for i in np.lexsort((-score, rate)).tolist():
@@ -39,12 +38,11 @@ def frontier(rate: np.ndarray, score: np.ndarray, mixes: bool = True) -> np.ndar
 
 
 def reach(name: str, rate: np.ndarray, score: np.ndarray, at: Sequence[float]) -> np.ndarray:
-    """Weights (2, rates, N) of points by which these, and others of their kind, reach a score within rates `at`.
+    """Weights (2, rates, N) by which points of a `score_of` (N,), NaN if left out, reach the best within rates `at`.
 
-    First those of the best mixture, or of the point of least rate where all have more. Then those of what others may
-    reach: the best score is concave in the rate and does not fall, so between two corners of the frontier it is not
-    above the next, nor the lines through the two before and the two after; NaN beyond all. `score` (N,) is that of
-    `score_of`, NaN for points left out.
+    First those of the best mixture, or of the point of least rate where all have more. Then those of a bound on what
+    others of their kind reach: as the best score is concave in the rate and does not fall, it is not above the next
+    corner of the frontier, nor the lines through the two before and the two after; NaN beyond all.
     """
     corners, weights = frontier(rate, score, metric(name).mixes), np.zeros((2, len(at), len(rate)))
     most = rate[np.isfinite(score)].max()
@@ -87,26 +85,17 @@ def hull(plane: Plane, name: str, among: np.ndarray | bool = True) -> list[dict[
 
 
 def terms_of(plane: Plane, name: str) -> list[np.ndarray | None]:
-    """Each cell's terms (seeds, images), whose mean a metric is (of PSNR: squared errors).
-
-    None for cells whose runs lack them, or have them of other images.
-    """
+    """Each cell's terms (seeds, images), whose mean a metric is (of PSNR: squared errors); None if runs lack them."""
     terms = []
     for cell, runs in zip(plane.cells, plane.per_image, strict=True):
-        weights = {"nelbo": (1.0, 1.0), "loss": [cell.median[beta] for beta in BETAS]}.get(name)
-        if weights:
-            rows = [_loss(run, *weights) for run in runs]
-        else:
-            rows = [run.get("mse" if name == "psnr" else name) for run in runs]
-        shapes = {None if row is None else row.shape for row in rows}
-        alike = len(shapes) == 1 and None not in shapes
+        losses = {"nelbo": (1.0, 1.0), "loss": [cell.median[beta] for beta in BETAS]}
+        parts = {"mse" if name == "psnr" else name: 1.0}
+        if name in losses:
+            parts = dict(zip(("kl_y", "kl_z", "ll"), (*losses[name], -1.0), strict=True))
+        rows = [sum(weight * run[n] for n, weight in parts.items()) for run in runs if parts.keys() <= run.keys()]
+        alike = len(rows) == len(runs) and len({row.shape for row in rows}) == 1
         terms.append(np.stack(rows).astype(np.float64) if alike else None)
     return terms
-
-
-def _loss(run: dict[str, np.ndarray], beta_y: float, beta_z: float) -> np.ndarray | None:
-    known = {"ll", "kl_y", "kl_z"} <= run.keys()
-    return beta_y * run["kl_y"] + beta_z * run["kl_z"] - run["ll"] if known else None
 
 
 def errors(plane: Plane, name: str) -> np.ndarray:
@@ -124,22 +113,17 @@ def errors(plane: Plane, name: str) -> np.ndarray:
     return plane.scale(name) * result
 
 
-def tested_images(terms: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """The images that all cells were tested on; None if they differ, or are too few."""
-    if any(t is None for t in terms) or len({t.shape[1] for t in terms}) != 1:
-        return None
-    images = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in terms], axis=0))
-    return images if len(images) >= LEAST_IMAGES else None
-
-
 def on_others(name: str, terms: Sequence, seeds: Sequence[tuple], choose: Callable) -> np.ndarray | None:
     """Values (SPLITS, seeds, K, rates) of mixtures that are chosen on other images and seeds; None if untestable.
 
-    Mixtures are weights (K, rates, N) that `choose` gives for scores (N,) of one half of the test images. They are
-    reported on the other, for random halves; if all cells share several seeds, also chosen on all but one and reported
-    on that one, in turn. `terms` (see `terms_of`) and `seeds` are of each cell.
+    Mixtures are weights (K, rates, N) that `choose` gives for scores (N,) of one half of the test images, reported on
+    the other, for random halves; if all cells share several seeds, also chosen on all but one and reported on that one.
+    `terms` (see `terms_of`) and `seeds` are of each cell.
     """
-    if (images := tested_images(terms)) is None:
+    if any(t is None for t in terms) or len({t.shape[1] for t in terms}) > 1:
+        return None
+    images = np.flatnonzero(np.all([np.isfinite(t).all(0) for t in terms], axis=0))  # that all were tested on
+    if len(images) < LEAST_IMAGES:
         return None
     shared = [s for s in dict.fromkeys(seeds[0]) if all(s in of_cell for of_cell in seeds)]
     folds = [(slice(None), slice(None))]
@@ -188,9 +172,8 @@ def interval(least: np.ndarray, most: np.ndarray, words: tuple[str, str]) -> dic
 def gain(name: str, terms: Sequence, seeds: Sequence[tuple], among, few, rates) -> dict:
     """By how much the best of the cells in the mask `among` (N,) is better than the `few` at its rate.
 
-    The `interval` of choosing on some images and reporting on others (see `on_others`), and the cells that were
-    `chosen`; empty if untestable. At most it is the gain over mixtures of the few, at least that over what others
-    between these can reach.
+    The `interval` of what is reported `on_others`, from the gain over what others can reach to that over mixtures of
+    the few, and the cells that were `chosen`; empty if untestable.
     """
     cells = np.flatnonzero(among | few)
     if not among.any() or not few.any():

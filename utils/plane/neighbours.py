@@ -2,21 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 
-from utils.plane.cells import BETAS, Cell, Plane
-from utils.plane.tables import by_trainings
+from utils.plane.cells import BETAS, Plane
 
 LEAST_CELLS = 8  # to learn a function of two betas from
 
 
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A metric's values (N,) where cells of a multi-rate model lack it, and their standard errors; else NaN.
-
-    Those of one model are smooth in the betas: they are predicted from those of its other cells.
-    """
+    """What a multi-rate model's other cells predict where cells lack a metric, and standard errors, (N,); else NaN."""
     values, errors = np.full((2, len(plane.cells)), math.nan)
     betas = np.stack([plane.values(beta) for beta in BETAS], 1)
     for mask in plane.kinds.values():
@@ -26,31 +21,6 @@ def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
             points = np.log10(betas[known]), plane.values(name)[known], np.log10(betas[wanted])
             values[wanted], errors[wanted] = interpolated(*points)
     return values, errors
-
-
-def left(cells: Sequence[Cell], excess: Sequence[dict]) -> np.ndarray:
-    """By how many nats separate trainings are better than each multi-rate cell, and its standard error, (2, N), or NaN.
-
-    `excess` (see `excess_rows`) tells it of some cells, which may be unfolded ones that were trained further for a
-    while; of the others it is interpolated. Of several kinds of trainings, it is those that are best on average.
-    """
-    result, groups = np.full((2, len(cells)), math.nan), []
-    for rows in by_trainings(excess).values():
-        rows = [row for row in rows if math.isfinite(row["excess"]) and min(row[name] for name in BETAS) > 0]
-        groups += [rows] if len(rows) >= LEAST_CELLS else []
-    if not groups:
-        return result
-    rows = max(groups, key=lambda rows: np.mean([row["excess"] for row in rows]))
-    at, of_cells = (np.array([[of[name] for name in BETAS] for of in s]) for s in (rows, [c.median for c in cells]))
-    settings = [(c.settings.get("num_epochs") or "", c.settings.get("optimizer") or "adam") for c in cells]
-    unfolded = np.array([c.settings.get("multi_rate") == "True" for c in cells]) & (of_cells > 0).all(1)
-    unfolded &= np.array([made == (rows[0]["num_epochs"], rows[0]["optimizer"]) for made in settings])
-    if unfolded.any():
-        values = np.array([row["excess"] for row in rows])
-        result[:, unfolded] = interpolated(np.log10(at), values, np.log10(of_cells[unfolded]))
-    for row, betas in zip(rows, at, strict=True):
-        result[:, unfolded & np.isclose(of_cells, betas, rtol=1e-6).all(1)] = [[row["excess"]], [row["se"]]]
-    return result
 
 
 def interpolated(at: np.ndarray, values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,19 +9,20 @@ from typing import NamedTuple
 import jinja2
 import torch
 
-from utils.cli import wrapped, wrapped_command
+from utils.cli import wrapped
 from utils.distributed import progress
 from utils.evaluation.metrics import plain
 from utils.files import to_csv, write_text
 from utils.plane import figures
-from utils.plane.advice import EXPLAINED, TASK_OF, advice, commands, headings_of
+from utils.plane.advice import EXPLAINED, TASK_OF, advice, commands, headings_of, print_advice
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.drawing import Drawing, Output, styled, write_drawing
+from utils.plane.excess import EXCESS, excess_rows, left, print_excess
 from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
 from utils.plane.sheets import OVERVIEW, Pictures, images_to_reconstruct, overview, pictures_of, sheets, to_uri
-from utils.plane.slopes import SLOPES, Slope, print_far_off, slope_rows, slopes
-from utils.plane.tables import DRIVERS, EXCESS, Table, cells_of, drivers, excess_rows, print_excess, short_advice
+from utils.plane.slopes import SLOPES, print_far_off, slopes
+from utils.plane.tables import DRIVERS, Table, cells_of, drivers
 
 OF_LABEL = ("recons_acc", "mi_q_mc", "mi_q", "mi_lr_lb", "mi_z_low", "mi_y_low", *ACCURACIES["qz_mu"])
 TO_TRAIN = {"metrics": "best for", "command": "command"}
@@ -48,26 +49,24 @@ def write_report(out: Output, plane: Plane, options: Options, device: torch.devi
         plane.notes.append("no evaluated cell is within the budget")
     x = images_to_reconstruct(plane, load_data, max(options.images, 2 * OVERVIEW))
     pictures = pictures_of(plane, device, options.images, x)
-    estimates, excess = slopes(plane), excess_rows(plane)
-    drawings = draw(plane, names, options.metrics, estimates, excess)
+    of_slopes, excess = slopes(plane), excess_rows(plane)
+    drawings = draw(plane, names, options.metrics, of_slopes, excess)
     if options.overview and (glance := overview(plane, first_of(plane.names, FOUR[:3]), device, x)):
         drawings["overview"] = glance
     images = write_figures(out, plane, drawings | sheets(plane, pictures))
-    rows = slope_rows(estimates, excess)
-    tables = write_tables(out, plane, names, advised, rows, excess)
+    to_gain = left(plane, excess)
+    of_slopes = [row | to_gain.get(row["run"], {}) for row in of_slopes]
+    tables = write_tables(out, plane, names, advised, of_slopes, excess)
     write_text(out.folder / "report.html", page(plane, names, tables, images, pictures))
     for note in plane.notes:
         print(wrapped(f"note: {note}"))
-    print(short_advice(advised, plane) + wrapped(EXPLAINED))
-    for row in commands(advised):
-        print("\n" + wrapped(f"To train the best for {row['metrics']} separately:"))
-        print(wrapped_command(row["command"]))
-    print_far_off(rows)
+    print_advice(advised, plane)
+    print_far_off(of_slopes)
     print_excess(excess)
     print(f"\nOpen {out.folder / 'report.html'}")
 
 
-def draw(plane: Plane, names: list[str], requested, estimates: list[Slope], excess: list) -> dict:
+def draw(plane: Plane, names: list[str], requested, slopes: list[dict], excess: list[dict]) -> dict:
     """The Drawings of metrics by name; of information on the label those `requested`, if any."""
     drawings = {}
     if names:
@@ -80,10 +79,10 @@ def draw(plane: Plane, names: list[str], requested, estimates: list[Slope], exce
         drawings["rate_z"] = figures.against_rate_z(plane, information)
     drawings["tasks"] = figures.tasks(plane, first_of(plane.names, FOUR[:3]))
     for kind, grid in plane.grids.items():
-        ending = f"_{kind}" if kind else ""
+        ending, runs = f"_{kind}" if kind else "", {cell.runs[0] for cell in grid.cells}
         drawings[f"heat_maps{ending}"] = figures.heat_maps(grid, names)
-        of_grid = [s for s in estimates if s.cell in grid.cells]
-        if any(math.isfinite(ratio) for s in of_grid for ratio in (s.ratio_y, s.ratio_z)):
+        of_grid = [row for row in slopes if row["run"] in runs]
+        if any({"slope_y", "slope_z"} & row.keys() for row in of_grid):
             drawings[f"slopes{ending}"] = figures.slope_maps(grid, of_grid)
     if excess:
         drawings["excess"] = figures.excess_maps(plane, excess)

@@ -1,15 +1,12 @@
 """The slopes of the distortion: whether cells can be at the optimum for their betas."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
 from utils.cli import wrapped
-from utils.plane.cells import BETAS, Cell, Plane
-from utils.plane.neighbours import left
+from utils.plane.cells import BETAS, Plane
 from utils.plane.tables import Table
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
@@ -23,53 +20,26 @@ SLOPES = {  # columns and headings of slopes.csv
 }  # fmt: skip
 
 
-class Slope(NamedTuple):
-    """Whether a cell can be at its optimum, at which -dD/dR of each layer equals its beta.
+def slopes(plane: Plane) -> list[dict]:
+    """Estimates of -dD/dR(y|z) and -dD/dR(z) of every cell from its neighbours: its betas, if it is at an optimum.
 
     That is necessary, not sufficient: cells that are all equally far from their optima have these slopes as well.
-    """
-
-    cell: Cell
-    ratio_y: float  # -dD/dR(y|z) / beta_y; 1 at the optimum, NaN if it cannot be estimated
-    ratio_z: float
-    se_y: float  # standard errors of the ratios, from the residuals of the fit
-    se_z: float
-    freedom: int  # degrees of freedom of these errors
-    excess: float  # nats by which the best cell's loss is lower at this cell's betas
-    under_trained: bool  # whether the excess is large compared with neighbours' D, and noise
-
-    @property
-    def far_off(self) -> bool:
-        """Whether it is under-trained, or a slope is off by FAR_OFF, and more than by noise.
-
-        A layer without a rate has none to give up, however low its slope.
-        """
-        ratios, errors = np.array([self[1:3], self[3:5]])
-        unused = np.array([self.cell.median[rate] < LEAST_RATE for rate in ("kl_y", "kl_z")])
-        noisy = abs(ratios - 1) <= student.ppf(1 - ALARM / 2, self.freedom) * errors
-        off = (ratios < 1 / FAR_OFF) & ~unused | (ratios > FAR_OFF)
-        return bool(self.under_trained or (off & ~noisy).any())
-
-
-def slopes(plane: Plane) -> list[Slope]:
-    """Estimates -dD/dR(y|z) / beta_y and -dD/dR(z) / beta_z of every cell from its neighbours.
-
-    Least squares on their differences, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j -
-    R_y,i), where m is the logarithmic mean of the two betas: exact at an optimum (s = 1) if D
-    falls exponentially with the rates, as for Gaussians. Differences are taken within a seed, so
-    the scatter of seeds is in the standard errors. Under-trained neighbours are left out. Metrics
-    of the training images are used where all cells have them.
+    Least squares on the differences of neighbours, -(D_j - D_i) = s_z m_z (R_z,j - R_z,i) + s_y m_y (R_y,j - R_y,i),
+    where m is the logarithmic mean of the two betas: exact at an optimum (s = 1) if D falls exponentially with the
+    rates, as for Gaussians. Differences are taken within a seed, so the scatter of seeds is in the standard errors.
+    `excess` is by how many nats the best cell's loss is lower at a cell's betas; under-trained neighbours, whose excess
+    is large, are left out. Metrics of the training images are used where all cells have them.
     """
     names = [f"train_{name}" for name in ("ll", "kl_y", "kl_z")]
     if not all(name in cell.median for cell in plane.cells for name in names):
         names = ["ll", "kl_y", "kl_z"]
-    return [s for grid in plane.grids.values() for s in _slopes_of(grid, names)]
+    return [row for grid in plane.grids.values() for row in _slopes_of(grid, names)]
 
 
-def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:
+def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
     # (seeds, cells) each
     ll, *rates = (np.array([plane.of_seed(name, s) for s in plane.seeds]) for name in names)
-    betas, d = [plane.values(name) for name in BETAS], -ll
+    betas, d = np.array([plane.values(name) for name in BETAS]), -ll
     near = np.isfinite(d).any(0)
     for b in betas:
         at = np.unique(b, return_inverse=True)[1]
@@ -79,9 +49,8 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:
     losses = d[:, None] + of_y + of_z  # (seeds, i, j): of cell j at the betas of i
     worse = _mean(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # over shared seeds
     excess = np.fmax.reduce(worse, axis=1)
-    between = abs(_mean(d[:, :, None] - d[:, None]))
-    pairs = zip(between, near, strict=True)
-    typical = np.array([np.nanmedian(row[js]) if js.any() else math.inf for row, js in pairs])
+    between = zip(abs(_mean(d[:, :, None] - d[:, None])), near, strict=True)
+    typical = np.array([np.nanmedian(row[js]) if js.any() else math.inf for row, js in between])
     candidates = excess > FAR_EXCESS * typical
 
     def fit(i: int, outliers: np.ndarray) -> tuple:
@@ -97,12 +66,19 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[Slope]:
     noise = _noise([fit(i, candidates) for i in np.flatnonzero(~candidates)])
     counts = np.array([len(cell.runs) for cell in plane.cells])
     under_trained = candidates & (excess > noise * math.sqrt(2) / np.sqrt(counts))
-    result = []
+    rows = []
     for i, cell in enumerate(plane.cells):
         ratios, errors, _, freedom = fit(i, under_trained)
-        last = freedom, excess[i].item(), under_trained[i]
-        result.append(Slope(cell, *ratios.tolist(), *errors.tolist(), *last))
-    return result
+        numbers = [*betas[:, i], *ratios * betas[:, i], excess[i], cell.median.get("above_bound", math.nan)]
+        columns = (*BETAS, "slope_y", "slope_z", "excess", "above_bound", "se_y", "se_z")
+        numbers = zip(columns, map(float, [*numbers, *errors * betas[:, i]]), strict=True)
+        rows.append({"run": cell.runs[0], **{name: value for name, value in numbers if math.isfinite(value)}})
+        # a layer without a rate has none to give up, however low its slope
+        used = np.array([cell.median[rate] >= LEAST_RATE for rate in ("kl_y", "kl_z")])
+        off = (ratios < 1 / FAR_OFF) & used | (ratios > FAR_OFF)
+        off &= ~(abs(ratios - 1) <= student.ppf(1 - ALARM / 2, freedom) * errors)  # by more than noise
+        rows[-1]["far_off"] = "yes" if under_trained[i] or off.any() else ""
+    return rows
 
 
 def log_mean(a: float, b: float) -> float:
@@ -113,17 +89,14 @@ def log_mean(a: float, b: float) -> float:
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """The mean over the first axis of the values that are not NaN; NaN where there are none."""
-    finite = np.isfinite(values)
-    means = np.where(finite, values, 0).sum(0) / np.maximum(finite.sum(0), 1)
-    return np.where(finite.any(0), means, math.nan)
+    return np.ma.masked_invalid(values).mean(0).filled(math.nan)
 
 
 def _noise(fits: list[tuple]) -> float:
     """The difference that noise makes between two runs' losses at most, over sqrt(2), nats.
 
-    From the residuals of all fits, which overlap: Student's quantile is that of one plane through
-    all cells, and the chance of an alarm is shared among the differences of which the excess is
-    the largest.
+    From the residuals of all fits, which overlap: Student's quantile is that of one plane through all cells, and the
+    chance of an alarm is shared among the differences of which the excess is the largest.
     """
     squares, freedom = (sum(fit[k] for fit in fits if fit[3]) for k in (2, 3))
     if not freedom:
@@ -133,12 +106,11 @@ def _noise(fits: list[tuple]) -> float:
 
 
 def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray) -> tuple:
-    """Fits `terms` (k, seeds, cells), where `identified` (k,), to `target` (seeds, cells).
+    """Fits `terms` (k, seeds, cells), where `identified` (k,), to `target` (seeds, cells), within each seed.
 
-    Each seed has an intercept of its own, so only differences within a seed count. Returns
-    coefficients and standard errors, (k,), the sum of squared residuals and its degrees of
-    freedom. Coefficients are NaN where not identified, and all, with a freedom of 0, if the terms
-    are nearly collinear or no degree of freedom is left.
+    Returns coefficients and standard errors, (k,), the sum of squared residuals and its degrees of freedom.
+    Coefficients are NaN where not identified, and all, with a freedom of 0, if the terms are nearly collinear or no
+    degree of freedom is left.
     """
     result = np.full((2, len(terms)), math.nan)
     target = target - terms[~identified].sum(0)  # the small effect of the others, at a ratio of 1
@@ -157,20 +129,6 @@ def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray
     errors = np.sqrt(squares / freedom * np.linalg.inv(a.T @ a).diagonal())
     result[:, identified] = coefficients, errors
     return *result, squares, freedom
-
-
-def slope_rows(slopes: list[Slope], excess: Sequence[dict] = ()) -> list[dict]:
-    """The rows of slopes.csv: slopes, which equal the betas at an optimum, excess loss, and what is `left`."""
-    rows, found = [], left([s.cell for s in slopes], excess)
-    for s, (nats, nats_se) in zip(slopes, np.transpose(found), strict=True):
-        b_y, b_z = (s.cell.median[name] for name in BETAS)
-        row = {"beta_y": b_y, "beta_z": b_z, "slope_y": s.ratio_y * b_y, "slope_z": s.ratio_z * b_z}
-        row |= {"left": float(nats), "left_se": float(nats_se), "excess": s.excess}
-        row |= {"above_bound": s.cell.median.get("above_bound", math.nan)}
-        row |= {"se_y": s.se_y * b_y, "se_z": s.se_z * b_z}
-        row = {name: value for name, value in row.items() if math.isfinite(value)}
-        rows.append({"run": s.cell.runs[0], **row, "far_off": "yes" if s.far_off else ""})
-    return rows
 
 
 def print_far_off(rows: list[dict]) -> None:
