@@ -75,6 +75,7 @@ class Plane:
         # (N, 2): R(y|z) and R(z) in nats for which betas were searched, or NaN
         targets = [[number(of_cell.get(n)) for n in TARGETS.values()] for of_cell in settings]
         self.targets = np.array(targets)
+        self.is_given = np.isnan(self.targets).all(1)  # whether no betas were searched, (N,)
 
     def values(self, name: str) -> np.ndarray:
         """A metric's medians of all cells, (N,), in the plane's unit; NaN where it is missing."""
@@ -173,9 +174,10 @@ class Plane:
         return {kind: self.where(mask) for kind, mask in masks.items() if mask.any()}
 
     @property
-    def is_given(self) -> np.ndarray:
-        """A mask (N,) of the cells whose betas were not searched."""
-        return np.isnan(self.targets).all(1)
+    def asked(self) -> np.ndarray:
+        """The rates (N, 2), R(y|z) and R(z), that were asked for, in the plane's unit; the cell's where none was."""
+        rates = np.stack([self.values(rate) for rate in ("kl_y", "kl_z")], 1)
+        return np.where(np.isnan(self.targets), rates, self.targets * UNITS[self.unit])
 
     @property
     def names(self) -> list[str]:

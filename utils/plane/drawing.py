@@ -108,7 +108,7 @@ def crowded(plane: Plane, name: str) -> bool:
     return bool(np.median(rates) < rates.max() / 5 and rates.max() > 10 * UNITS[plane.unit])
 
 
-def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
+def bar_of(figure: Figure, axes, cmap, norm, **look) -> None:
     """A colour bar, with the better end on top."""
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, pad=0.02, **look)
     if isinstance(norm, LogNorm) and "ticks" not in look:
@@ -117,7 +117,7 @@ def bar_of(figure: Figure, axes, cmap, norm, better: int = 0, **look) -> None:
     elif abs(norm.vmax - norm.vmin) < 1e-6 * abs(norm.vmax):  # the same up to rounding
         bar.set_ticks([norm.vmin], labels=[f"{norm.vmin:.4g}"])
     bar.minorticks_off()  # whose labels would be of another format
-    if better < 0:
+    if cmap == COLOURS[-1]:
         bar.ax.invert_yaxis()
 
 

@@ -84,38 +84,6 @@ def draw_errors(ax: Axes, plane: Plane, x: str, low: str, high: str) -> None:
         ax.vlines(at, low, high, colors=GREY, lw=0.6, zorder=1, label=f"standard error over {of}")
 
 
-def draw_values(ax: Axes, plane: Plane, x: str, name: str, colours: np.ndarray, **look) -> None:
-    """Draws a metric against a rate: dots, or bars between the ends of what is known."""
-    low, high = plane.values(name), plane.values(BRACKETS.get(name, name))
-    is_known = name not in BRACKETS or not np.isfinite(high).any()
-    draw_errors(ax, plane, x, name, name if is_known else BRACKETS[name])
-    title = plane.title(name) if is_known else plane.title(name).replace(", at least", "")
-    ax.set_ylabel(textwrap.fill(title, 30))
-    if is_known:
-        draw_seeds(ax, plane, x, name)
-        colours = np.where(np.isfinite(low), colours, math.nan)
-        dots(ax, plane, x, name, colours, lw=0, s=12, **look)
-        return
-    known = np.isfinite(low) & np.isfinite(high)
-    columns = plane.values(x), low, np.maximum(high, low), colours
-    at, low, high, colours = (v[known] for v in columns)
-    label = "at least to at most"
-    ax.vlines(at, low, high, lw=1.8, zorder=2, label=label, **look).set_array(colours)
-    for end in (low, high):
-        ax.scatter(at, end, c=colours, marker="_", s=14, lw=1, zorder=2, **look)
-
-
-def draw_targets(ax: Axes, plane: Plane) -> None:
-    """Draws crosses where rates were asked for, with lines to the cells that have them."""
-    rates = plane.values("kl_y"), plane.values("kl_z")
-    wanted = plane.targets * UNITS[plane.unit]
-    wanted = np.where(np.isnan(wanted), np.transpose(rates), wanted)
-    for y, x, (target_y, target_z) in zip(*rates, wanted, strict=True):
-        if (target_y, target_z) != (y, x):
-            ax.plot([target_z, x], [target_y, y], "-", c=RED, lw=0.7, zorder=3)
-            ax.plot(target_z, target_y, "x", c=RED, ms=4, mew=0.9, ls="none", zorder=3, label="asked for")
-
-
 def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
     """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
     r_z, r_y = plane.values("kl_z"), plane.values("kl_y")
@@ -136,7 +104,10 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
             rows[-1] |= {name: predicted[i], f"{name}_se": errors[i]}
             colour = matplotlib.colormaps[look["cmap"]](norm(predicted[i]))
             ax.plot(r_z[i], r_y[i], "o", ms=3.5, mew=0.9, mec=colour, mfc="none", ls="none", label=PREDICTED)
-        draw_targets(ax, plane)
+        for z, y, (target_y, target_z) in zip(r_z, r_y, plane.asked, strict=True):
+            if (target_y, target_z) != (y, z):
+                ax.plot([target_z, z], [target_y, y], "-", c=RED, lw=0.7, zorder=3)
+                ax.plot(target_z, target_y, "x", c=RED, ms=4, mew=0.9, ls="none", zorder=3, label="asked for")
         mark(ax, plane, "kl_z", "kl_y", name)
         for *at, cell in zip(r_z, r_y, plane.cells, strict=True):
             count, of = cell.collapsed("kl_z", "kl_y"), len(cell.runs)
@@ -144,19 +115,32 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
                 ax.annotate(f"{count}/{of}", at, (4, 3), textcoords="offset points", fontsize=7)
                 ax.plot([], [], "k", marker="$1/4$", ms=9, mew=0, ls="none", label="seeds that collapsed")
         ax.set_title(plane.title(name))
-        bar_of(ax.figure, ax, **look, better=metric(name).better)
+        bar_of(ax.figure, ax, **look)
         rate_axes(ax, plane)
 
     return Drawing(panels(plane.about, names, draw), rows)
 
 
 def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: Callable) -> Figure:
-    """Each metric against a rate, in the colours of another; `lines(ax, name)` draws the rest."""
-    colours = plane.values(colour)
+    """Each metric against a rate: dots, or bars of what is known between two ends; `lines(ax, name)` draws the rest."""
+    rates, colours = plane.values(rate), plane.values(colour)
     look = {"norm": rate_norm(plane, colour), "cmap": "viridis"}  # for all panels
 
     def draw(ax: Axes, name: str) -> None:
-        draw_values(ax, plane, rate, name, colours, **look)
+        low, high = plane.values(name), plane.values(BRACKETS.get(name, name))
+        is_known = name not in BRACKETS or not np.isfinite(high).any()
+        draw_errors(ax, plane, rate, name, name if is_known else BRACKETS[name])
+        title = plane.title(name) if is_known else plane.title(name).replace(", at least", "")
+        ax.set_ylabel(textwrap.fill(title, 30))
+        if is_known:
+            draw_seeds(ax, plane, rate, name)
+            dots(ax, plane, rate, name, np.where(np.isfinite(low), colours, math.nan), lw=0, s=12, **look)
+        else:
+            known = np.isfinite(low) & np.isfinite(high)
+            at, low, high, shown = (v[known] for v in (rates, low, np.maximum(high, low), colours))
+            ax.vlines(at, low, high, lw=1.8, zorder=2, label="at least to at most", **look).set_array(shown)
+            for end in (low, high):
+                ax.scatter(at, end, c=shown, marker="_", s=14, lw=1, zorder=2, **look)
         lines(ax, name)
         mark(ax, plane, rate, name, name)
         rate_axis(ax, "x", plane, rate)
@@ -180,36 +164,34 @@ def with_ends(names: Sequence[str]) -> list[str]:
 
 def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
     """Each metric against the total rate, with what mixtures of all and of ordinary cells reach."""
-    rows, hulls = [], [("all cells", "all cells", True, {"c": RED, "lw": 2, "alpha": 0.6})]
-    look = {"c": "k", "lw": 0.9, "ls": "--"}
-    hulls += [(drawing.DIAGONAL, "beta_y = beta_z", plane.diagonal, look)]
-    best = best_possible(plane)
+    rows, best = [], best_possible(plane)
+
+    def line(ax: Axes, name: str, points: list[dict], label: str, **look) -> None:
+        if points:
+            ax.plot(*([row[n] for row in points] for n in ("rate", name)), zorder=1, label=label, **look)
+            what = label.replace(drawing.DIAGONAL, "beta_y = beta_z")
+            rows.extend({"what": what, "rate": row["rate"], name: row[name]} for row in points)
 
     def lines(ax: Axes, name: str) -> None:
-        for label, text, cells, look in hulls:
-            if corners := hull(plane, name, cells):
-                x, y = zip(*(row.values() for row in corners), strict=True)
-                ax.plot(x, y, zorder=1, label=f"hull of {label}", **look)
-                rows.extend({"what": f"hull of {text}"} | row for row in corners)
-        if name in best:
-            ax.plot(best["rate"], best[name], ":", c="k", lw=1.2, zorder=1, label="best possible")
-            points = zip(best["rate"], best[name], strict=True)
-            rows.extend({"what": "best possible", "rate": rate, name: value} for rate, value in points)
+        line(ax, name, hull(plane, name), "hull of all cells", c=RED, lw=2, alpha=0.6)
+        of_ordinary = hull(plane, name, plane.diagonal)
+        line(ax, name, of_ordinary, f"hull of {drawing.DIAGONAL}", c="k", lw=0.9, ls="--")
+        line(ax, name, [row for row in best if name in row], "best possible", c="k", lw=1.2, ls=":")
 
     figure = against(plane, names, "rate", "kl_z", lines)
     return Drawing(figure, cells_of(plane, with_ends(names)) + rows)
 
 
-def best_possible(plane: Plane) -> dict[str, np.ndarray]:
-    """Metrics of the best of all models over the range of the cells' betas, (100,); empty where it is not known."""
+def best_possible(plane: Plane) -> list[dict[str, float]]:
+    """Metrics of the best of all models at 100 betas over the range of the cells'; empty where they are not known."""
     kinds = {tuple(cell.settings.get(n) for n in ("dataset", *OF_LIKELIHOOD)) for cell in plane.cells}
     (dataset, likelihood, sigma), *others = kinds
     row, betas = DATASETS.get(dataset), np.array([plane.values(name) for name in BETAS])
     if others or row is None or row.optimum is None or likelihood != row.likelihood or not (betas > 0).any():
-        return {}
+        return []
     betas = np.geomspace(betas[betas > 0].min(), betas.max(), 100)
     metrics = [best.metrics for beta in betas if (best := row.optimum(beta, number(sigma)))]
-    return {name: plane.scale(name) * np.array([of[name] for of in metrics]) for name in metrics[0]} if metrics else {}
+    return [{name: plane.scale(name) * value for name, value in of.items()} for of in metrics]
 
 
 def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:
@@ -289,7 +271,6 @@ class Map(NamedTuple):
     values: Sequence[float]
     cmap: str
     norm: Normalize
-    better: int = 0
     best: Sequence[int] = ()
 
 
@@ -298,7 +279,7 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
     room = 5 if len(layers) > 4 else 7
 
     def draw(ax: Axes, layer: Map) -> None:
-        title, grid, values, cmap, norm, better, best = layer
+        title, grid, values, cmap, norm, best = layer
         image = grid.image(values)
         ax.set_facecolor("0.9")
         if np.isnan(image).any():
@@ -307,7 +288,7 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
         look = {"origin": "lower", "aspect": "auto", "interpolation": "nearest"}
         colours = ax.imshow(image, cmap=cmap, norm=norm, **look)
         ratios = {"ticks": [0.25, 0.5, 1, 2, 4], "format": "%g"} if cmap == "PuOr" else {}
-        bar_of(ax.figure, ax, cmap, colours.norm, better, **ratios)
+        bar_of(ax.figure, ax, cmap, colours.norm, **ratios)
         largest = np.nanmax(abs(image), initial=0)
         decimals = 0 if largest >= 100 or not largest else min(3, 2 - math.floor(math.log10(largest)))
         grid.label(ax, room)
@@ -326,12 +307,11 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
 
 def heat_maps(plane: Plane, names: Sequence[str]) -> Drawing:
     """Rates and metrics over the grid of betas; the cells have one setting but for these."""
-    layers, names = [], list(dict.fromkeys(("kl_z", "kl_y", *names)))
-    grid = Grid(*map(plane.values, BETAS))
-    for name in names:
-        values, better = plane.values(name), metric(name).better
+    grid, layers = Grid(*map(plane.values, BETAS)), []
+    for name in dict.fromkeys(("kl_z", "kl_y", *names)):
         norm = rate_norm(plane, name) if name in ("kl_z", "kl_y") else Normalize()
-        layers.append(Map(plane.title(name), grid, values, COLOURS[better], norm, better, plane.ties(name)))
+        cmap = COLOURS[metric(name).better]
+        layers.append(Map(plane.title(name), grid, plane.values(name), cmap, norm, plane.ties(name)))
     return Drawing(maps(plane, layers), cells_of(plane, names))
 
 
