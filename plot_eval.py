@@ -69,6 +69,7 @@ def draw_runs(args, device) -> int:
     name = "traversals" if args.traverse else "latents"
     folder = args.out or paths[0].resolve().parent / "figures" / name
     out = Output(folder, args.format, not args.no_header)
+    check_writable(out.folder, "--out")
     if args.traverse:
         traverse(cells, out, args.images)
     else:

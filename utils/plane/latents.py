@@ -21,23 +21,8 @@ from datasets.loading import Data
 from models.latents import Gaussian
 from utils.errors import UserError
 from utils.explore import Loaded
-from utils.files import check_writable
-from utils.images import tiled
-from utils.plane.drawing import (
-    GREY,
-    MARKERS,
-    TEXT,
-    Drawing,
-    Output,
-    bar_of,
-    legend,
-    literal,
-    say,
-    show,
-    styled,
-    write_drawing,
-)
-from utils.plane.traversals import N_RATES, check_images, rates_of_units
+from utils.plane.drawing import GREY, MARKERS, TEXT, Drawing, Output, bar_of, legend, literal, say, styled
+from utils.plane.traversals import N_RATES, check_images, rates_of, rates_of_units, show_tiled, write_drawings
 
 N_ELLIPSES = 60  # test images whose posteriors are drawn
 ALONG = 15  # decoded points along each of two dimensions
@@ -57,10 +42,7 @@ class View(NamedTuple):
 
 @styled
 def draw_latents(cells: Sequence[Loaded], out: Output) -> None:
-    """Draws z of the test images of cells, and prints the files.
-
-    Raises UserError for runs whose z has less than two dimensions, of different data, or too many for a picture.
-    """
+    """Draws z of the test images of cells. Raises UserError for cells of which that cannot be drawn."""
     if len(cells) > MOST_CELLS:
         raise UserError(f"--latents: draws at most {MOST_CELLS} runs at once, got {len(cells)}")
     for cell in cells:
@@ -69,10 +51,7 @@ def draw_latents(cells: Sequence[Loaded], out: Output) -> None:
             what = "needs two dimensions of z and two test images, has {} and {}".format(*has)
             raise UserError(f"--latents: {cell.run.path}: {what}")
     check_images("--latents", cells)
-    check_writable(out.folder, "--out")
-    write_drawing(out, "latents", drawing_of(cells))
-    files = (f"  {out.folder / 'latents'}.{form}" for form in (*out.of_figures, "csv"))
-    print("written:", *files, sep="\n", flush=True)
+    write_drawings(out, {"latents": drawing_of(cells)})
 
 
 def drawing_of(cells: Sequence[Loaded]) -> Drawing:
@@ -85,12 +64,9 @@ def drawing_of(cells: Sequence[Loaded]) -> Drawing:
         about += "dashed: p(z), likewise."
     say(figure, about)
     for part, cell in zip(figure.subfigures(len(cells), 1, squeeze=False).ravel(), cells, strict=True):
-        rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
-        name = textwrap.fill(literal(cell.run.path.name), 100)
-        part.suptitle(f"{name}\nR(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}", fontsize=8)
+        rates, row = rates_of(cell)
+        part.suptitle(f"{textwrap.fill(literal(cell.run.path.name), 100)}\n{rates}", fontsize=8)
         axes, draw = part.subplots(1, 2), draw_views if cell.model.family is Gaussian else draw_categories
-        row = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
-        row |= {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
         table += [row | of_panel for of_panel in draw(axes, cell)]
     legend(figure, figure.axes, most=10, markerscale=1.5)
     return Drawing(figure, table)
@@ -117,10 +93,7 @@ def names_of(data: Data) -> Sequence[str]:
 
 
 def views(cell: Loaded) -> list[View]:
-    """The planes of the two dimensions of the largest rates, and, of more than two, of the first two of a PCA.
-
-    The latter has its origin at 0, too, the mean of the prior.
-    """
+    """The planes of the two dimensions of the largest rates, and, of more than two, of a PCA, with its origin at 0."""
     q, rates = cell.model.q_z(cell.images(N_RATES)[0]), rates_of_units(cell)[0]
     mean, std = (t.flatten(1).cpu().double().numpy() for t in q)
     shape, rates = rates.shape, rates.flatten().cpu().double().numpy()
@@ -139,10 +112,7 @@ def views(cell: Loaded) -> list[View]:
 
 
 def pca(mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two principal components (2, D) of means (N, D), and their shares of the variance, 0 if there is none.
-
-    The largest entry of each component is positive.
-    """
+    """Two principal components (2, D) of means (N, D), and their shares of variance; largest entries are positive."""
     _, stds, components = np.linalg.svd(mean - mean.mean(0), full_matrices=False)
     total, components = (stds**2).sum(), components[:2]
     signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1))
@@ -188,12 +158,8 @@ def manifold(cell: Loaded) -> tuple[list[float], torch.Tensor]:
 def draw_manifold(ax: Axes, cell: Loaded) -> None:
     """Draws what points of a z of two dimensions decode to, where they lie among the means."""
     values, images = manifold(cell)
-    picture = tiled(images, ALONG, 1.0).permute(1, 2, 0).cpu().numpy()
-    show(ax, picture, "decoded: quantiles of p(z), mean of p(y|z)")
-    for axis, size, shown in ((ax.xaxis, picture.shape[1], values), (ax.yaxis, picture.shape[0], values[::-1])):
-        step = (size - 2) / ALONG
-        places = range(1, ALONG, 2)
-        axis.set_ticks([1 + step * (k + 0.5) for k in places], [f"{shown[k]:.1f}" for k in places])
+    texts = [f"{value:.1f}" if k % 2 else "" for k, value in enumerate(values)]
+    show_tiled(ax, images, "decoded: quantiles of p(z), mean of p(y|z)", texts, texts[::-1])
     ax.set_xlabel("z 1")
     ax.set_ylabel("z 2")
 
@@ -209,11 +175,9 @@ def draw_categories(axes: Sequence[Axes], cell: Loaded) -> list[dict]:
         axes[0].set_yticks(range(len(classes)), [literal(names_of(cell.data)[label]) for label in classes])
     axes[0].set_xlabel("category of z, from 0")
     axes[0].set_ylabel("class" if cell.data.labelled else "all images")
-    columns = math.ceil(math.sqrt(shares.shape[1]))
     images = cell.decode(torch.eye(shares.shape[1], device=cell.device))
-    show(axes[1], tiled(images, columns, 1.0).permute(1, 2, 0).cpu().numpy(), "decoded: each category, mean of p(y|z)")
-    axes[1].set_xticks([])
-    axes[1].set_yticks([])
+    columns = [""] * math.ceil(math.sqrt(shares.shape[1]))
+    show_tiled(axes[1], images, "decoded: each category, mean of p(y|z)", columns, [""])
     return [
         {"class": label if cell.data.labelled else "", "category": i, "share": share}
         for label, of_class in zip(classes, shares.tolist(), strict=True)

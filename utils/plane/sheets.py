@@ -17,22 +17,10 @@ from datasets.batches import chosen
 from utils.distributed import progress
 from utils.errors import UserError
 from utils.images import tiled, to_pil
+from utils.plane import drawing
 from utils.plane.advice import TASK_OF
-from utils.plane.cells import BETAS, UNITS, Plane
-from utils.plane.drawing import (
-    BETA_Y,
-    BETA_Z,
-    COLUMN,
-    DIAGONAL,
-    MARKERS,
-    TEXT,
-    Drawing,
-    Grid,
-    legend,
-    rate_axes,
-    say,
-    show,
-)
+from utils.plane.cells import BETAS, Plane
+from utils.plane.drawing import BETA_Y, BETA_Z, TEXT, Drawing, Grid, legend, rate_axes, say, show
 from utils.plane.metrics import metric
 from utils.plane.tables import cells_of
 from utils.runs import Run, load_model
@@ -57,10 +45,7 @@ class Pictures(NamedTuple):
 
 
 def images_to_reconstruct(plane: Plane, load_data: Callable, n: int) -> torch.Tensor | None:
-    """n test images (B, C, H, W) of the first run; None, with a note, without them.
-
-    `load_data` gives the data set of a Config.
-    """
+    """n test images (B, C, H, W) of the first run, by its Config's `load_data`; None, with a note, without them."""
     paths = [plane.folder / cell.runs[0] for cell in plane.cells]
     path = next((path for path in paths if (path / "config.json").is_file()), paths[0])
     try:
@@ -87,9 +72,7 @@ def images_of(path: Path, device: torch.device, n: int, x: torch.Tensor | None) 
 
 def pictures_of(plane: Plane, device: torch.device, n: int, x: torch.Tensor | None) -> Pictures:
     """Pictures n images of each kind by each cell's first run; notes those that fail."""
-    in_sheet = np.zeros(len(plane.cells), bool)
-    for mask, at, _ in sheets_of(plane).values():
-        in_sheet[mask] = np.all([np.isin(values, thinned(values)) for values in at.T], axis=0)
+    in_sheets = {i for _, places, _ in sheets_of(plane).values() for i in places}
     columns, failures = math.ceil(n**0.5), []
     pictures = Pictures(*({"samples": {}, "reconstructions": {}} for _ in range(2)))
     for i, cell in enumerate(progress(plane.cells, unit="cell", desc="pictures")):
@@ -101,7 +84,7 @@ def pictures_of(plane: Plane, device: torch.device, n: int, x: torch.Tensor | No
         for kind, of_kind in images.items():
             picture = together(of_kind, columns)
             pictures.of_page[kind][i] = to_uri(picture)
-            if in_sheet[i]:
+            if i in in_sheets:
                 pictures.of_sheets[kind][i] = picture
     if failures:
         more = ", ..." if len(failures) > 1 else ""
@@ -109,28 +92,29 @@ def pictures_of(plane: Plane, device: torch.device, n: int, x: torch.Tensor | No
     return pictures if x is None else pictures._replace(originals=together(x[:n], columns))
 
 
-def sheets_of(plane: Plane) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
-    """By name the cells (N,) of each image sheet, with their places (n, 2) along its axes, and what these are.
+def sheets_of(plane: Plane) -> dict[str, tuple[np.ndarray, dict[int, tuple], list[str]]]:
+    """By name the cells (N,) of each image sheet, the places of those that it shows, and the names of its axes, y, x.
 
-    Those of other settings are apart, and so are those for which rates were asked for: their betas are no grid.
+    Those of other settings are apart, and so are those for which rates were asked for: their betas are no grid. Of many
+    places along an axis, at most MOST_CELLS are shown, evenly spaced and with the middle one.
     """
     titles = [(BETA_Y, f"{plane.title('kl_y')} asked for"), (BETA_Z, f"{plane.title('kl_z')} asked for")]
     asked, parts = ~np.isnan(plane.targets), {}
-    at = np.where(asked, plane.targets * UNITS[plane.unit], np.stack([plane.values(name) for name in BETAS], 1))
+    at = np.where(asked, plane.asked, np.stack([plane.values(name) for name in BETAS], 1))
     for (kind, of_kind), pattern in product(plane.kinds.items(), product((False, True), repeat=2)):
         mask = of_kind & (asked == pattern).all(1)
-        if mask.any():
-            names = [title[is_asked] for title, is_asked in zip(titles, pattern, strict=True)]
-            rates = "_".join(["asked", *compress("yz", pattern)]) if any(pattern) else ""
-            parts["-".join(filter(None, (kind, rates)))] = mask, at[mask], names
+        if not mask.any():
+            continue
+        is_shown = mask.copy()
+        for values in at.T:
+            distinct = np.unique(values[mask])
+            step = math.ceil(len(distinct) / MOST_CELLS)
+            is_shown &= np.isin(values, distinct[(len(distinct) // 2) % step :: step])
+        places = {i: tuple(at[i].tolist()) for i in np.flatnonzero(is_shown).tolist()}
+        names = [title[is_asked] for title, is_asked in zip(titles, pattern, strict=True)]
+        rates = "_".join(["asked", *compress("yz", pattern)]) if any(pattern) else ""
+        parts["-".join(filter(None, (kind, rates)))] = mask, places, names
     return parts
-
-
-def thinned(values: np.ndarray) -> np.ndarray:
-    """At most MOST_CELLS of the distinct values, evenly spaced and with the middle one."""
-    distinct = np.unique(values)
-    step = math.ceil(len(distinct) / MOST_CELLS)
-    return distinct[(len(distinct) // 2) % step :: step]
 
 
 def together(images: torch.Tensor, columns: int) -> np.ndarray:
@@ -154,15 +138,13 @@ def sheets(plane: Plane, pictures: Pictures) -> dict[str, Drawing]:
     drawings = {}
     for kind, of_kind in pictures.of_sheets.items():
         originals = pictures.originals if kind == "reconstructions" else None
-        for settings, (mask, at, axes) in sheets_of(plane).items():
-            places = zip(np.flatnonzero(mask).tolist(), map(tuple, at.tolist()), strict=True)
-            places = {i: place for i, place in places if i in of_kind}
-            cells = [plane.cells[i] for i in places]
-            rows = [{n: c.median[n] for n in BETAS} | {"run": c.runs[0]} for c in cells]
-            if rows:
-                first = {place: of_kind[i] for i, place in reversed(places.items())}  # of several
+        for settings, (mask, places, axes) in sheets_of(plane).items():
+            cells = [(i, plane.cells[i]) for i in places if i in of_kind]
+            if cells:
+                first = {places[i]: of_kind[i] for i, _ in reversed(cells)}  # of several
                 figure = sheet(first, kind, originals, axes)
                 say(figure, plane.where(mask).about)
+                rows = [{n: cell.median[n] for n in BETAS} | {"run": cell.runs[0]} for _, cell in cells]
                 drawings[f"{kind}_{settings}" if settings else kind] = Drawing(figure, rows)
     return drawings
 
@@ -176,7 +158,7 @@ def sheet(pictures: dict, title: str, originals: np.ndarray | None = None, axes=
     for picture, row, column in zip(pictures.values(), grid.row, grid.column, strict=True):
         top, left = (rows - 1 - row) * (h + gap), column * (w + gap)
         canvas[top : top + h, left : left + w] = picture
-    full = COLUMN if columns < 4 else TEXT
+    full = drawing.COLUMN if columns < 4 else TEXT
     widths = [full - 0.4] if originals is None else [full - 1.4, 1]
     height = max(widths[0] * canvas.shape[0] / canvas.shape[1], len(widths) - 1)
     figure = Figure((full, height + 0.7), layout="constrained")
@@ -192,10 +174,9 @@ def sheet(pictures: dict, title: str, originals: np.ndarray | None = None, axes=
 
 
 def overview(plane: Plane, names: Sequence[str], device: torch.device, x: torch.Tensor | None) -> Drawing | None:
-    """The plane at a glance: where each of the tasks is done best, and what these models make.
+    """The plane at a glance: where each metric is best, and samples and reconstructions of x (B, C, H, W) by these.
 
-    `names` are metrics, x images to reconstruct (B, C, H, W). None, with a note, where a model
-    cannot be read.
+    None, with a note, where a model cannot be read.
     """
     best = {name: plane.best(name) for name in names}
     try:
@@ -209,10 +190,10 @@ def overview(plane: Plane, names: Sequence[str], device: torch.device, x: torch.
     ax, on, r_z, r_y = places["plane"], plane.diagonal, plane.values("kl_z"), plane.values("kl_y")
     ax.plot(r_z, r_y, "o", c="0.75", ms=3, mew=0, ls="none", label="all cells")
     line = np.flatnonzero(on)[np.argsort(r_y[on])]
-    label, look = f"ordinary beta-VAEs, {DIAGONAL}", {"ms": 4, "mfc": "w", "lw": 0.8}
+    label, look = f"ordinary beta-VAEs, {drawing.DIAGONAL}", {"ms": 4, "mfc": "w", "lw": 0.8}
     ax.plot(r_z[line], r_y[line], "o--", c="k", label=label, **look)
     stars = Counter()
-    for (name, i), (_, colour) in zip(best.items(), MARKERS, strict=False):
+    for (name, i), (_, colour) in zip(best.items(), drawing.MARKERS, strict=False):
         look = {"ms": 15 / (1 + stars[i]), "mec": "w", "mew": 0.5, "ls": "none", "zorder": 3}
         ax.plot(r_z[i], r_y[i], "*", c=colour, **look)
         stars[i] += 1  # smaller, so that those of one cell are all seen

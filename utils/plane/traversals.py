@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -17,7 +18,6 @@ from models.latents import Gaussian
 from utils.config import what_differs
 from utils.errors import UserError
 from utils.explore import Loaded
-from utils.files import check_writable
 from utils.images import tiled
 from utils.plane.drawing import COLUMN, TEXT, Drawing, Output, literal, say, show, styled, write_drawing
 
@@ -33,22 +33,14 @@ SWEEP = [f"{v:g}" for v in torch.linspace(-3, 3, ALONG).tolist()]
 
 @styled
 def traverse(cells: Sequence[Loaded], out: Output, n: int) -> None:
-    """Draws traversals of n images by cells side by side, and prints the files.
-
-    Raises UserError for runs whose z has no continuous dimensions, or that are of different data.
-    """
+    """Draws traversals of n images by cells side by side. Raises UserError for cells that have none."""
     for cell in cells:
         if cell.model.family is not Gaussian or not cell.model.z_shape[0]:
             why = "a category" if cell.model.z_shape[0] else "not there"
             raise UserError(f"--traverse: {cell.run.path}: its z is {why}, so that there is nothing to sweep")
     check_images("--traverse", cells)
-    check_writable(out.folder, "--out")
-    print("written:")
-    for rows_of, columns in ((between, WALK), (dimensions, SWEEP), (redrawn, AGAIN)):
-        name = rows_of.__name__
-        write_drawing(out, name, side_by_side(cells, rows_of, n, columns))
-        for form in (*out.of_figures, "csv"):
-            print(f"  {out.folder / name}.{form}", flush=True)
+    kinds = (between, WALK), (dimensions, SWEEP), (redrawn, AGAIN)
+    write_drawings(out, {rows.__name__: side_by_side(cells, rows, n, columns) for rows, columns in kinds})
 
 
 def check_images(flag: str, cells: Sequence[Loaded]) -> None:
@@ -60,41 +52,49 @@ def check_images(flag: str, cells: Sequence[Loaded]) -> None:
             raise UserError(f"{flag}: {cell.run.path} is of {names}; cells side by side need the same images")
 
 
+def write_drawings(out: Output, drawings: dict[str, Drawing]) -> None:
+    """Writes Drawings by name, and prints their files."""
+    print("written:")
+    for name, drawing in drawings.items():
+        write_drawing(out, name, drawing)
+        for form in (*out.of_figures, "csv"):
+            print(f"  {out.folder / name}.{form}", flush=True)
+
+
 def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Sequence[str]) -> Drawing:
     """A panel for each cell, of the same rows, under what tells cells apart and their rates."""
-    rows = [rows_of(cell, n) for cell in cells]
-    labels = [[label for label, _ in of_cell] for of_cell in rows]
-    pictures = [
-        tiled(torch.cat([images for _, images in of_cell]), len(of_cell[0][1]), 1.0).permute(1, 2, 0)
-        for of_cell in rows
-    ]
+    parts = [rows_of(cell, n) for cell in cells]
+    labels = [[label for label, _ in rows] for rows in parts]
+    images = [torch.cat([images for _, images in rows]) for rows in parts]
     across = min(len(cells), SIDE_BY_SIDE)
     down, width = math.ceil(len(cells) / across), COLUMN if len(cells) == 1 else TEXT
-    height = (width / across - 0.8) * max(p.shape[0] / p.shape[1] for p in pictures)
+    sides = [tiled(of_cell, len(columns), 1.0).shape[1:] for of_cell in images]
+    height = (width / across - 0.8) * max(h / w for h, w in sides)
     figure = Figure((width, down * (height + 0.6) + 0.4), layout="constrained")
     axes, table = figure.subplots(down, across, squeeze=False).ravel(), []
     for extra in axes[len(cells) :]:
         extra.remove()
     names = what_differs([cell.config for cell in cells])
-    for i, (ax, cell, picture) in enumerate(zip(axes, cells, pictures, strict=False)):
-        rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
+    for i, (ax, cell) in enumerate(zip(axes, cells, strict=False)):
+        rates, row = rates_of(cell)
         title = textwrap.wrap(literal(names[i]), int(14 * width / across))
-        title = "\n".join([*title, f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}"])
-        show(ax, picture.cpu().numpy(), title)
         once = i % across == 0 or labels[i] != labels[i - 1]  # for alike neighbours
-        for axis, size, texts, shown in (
-            (ax.yaxis, picture.shape[0], labels[i], labels[i] if once else []),
-            (ax.xaxis, picture.shape[1], columns, columns),
-        ):
-            step = (size - 2) / len(texts)
-            axis.set_ticks([1 + step * (k + 0.5) for k in range(len(shown))], shown)
-        row = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
-        row |= {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
+        texts = labels[i] if once else [""] * len(labels[i])
+        show_tiled(ax, images[i], "\n".join([*title, rates]), columns, texts)
         table += [row | {"row": label} for label in labels[i]]
     epochs = ", ".join(sorted({str(cell.config.num_epochs) for cell in cells}))
     about = f"{cells[0].config.data_name}, {epochs} epochs; test images; rates in nats, means over "
     say(figure, f"{about}{len(cells[0].images(N_RATES)[0]):,} of them")
     return Drawing(figure, table)
+
+
+def show_tiled(ax: Axes, images: Tensor, title: str, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Shows images (n, C, H, W) in one picture, with texts below its columns and beside its rows."""
+    picture = tiled(images, len(columns), 1.0).permute(1, 2, 0).cpu().numpy()
+    show(ax, picture, title)
+    for axis, size, texts in ((ax.xaxis, picture.shape[1], columns), (ax.yaxis, picture.shape[0], rows)):
+        step = (size - 2) / len(texts)
+        axis.set_ticks([1 + step * (k + 0.5) for k in range(len(texts))], texts)
 
 
 @functools.cache  # every figure says them
@@ -105,13 +105,20 @@ def rates_of_units(cell: Loaded) -> tuple[Tensor, Tensor]:
     return cell.model.q_z(x).rate_of_units().mean(0), cell.model.q_y(z, x).kl_of_units(cell.model.p_y(z)).mean(0)
 
 
+def rates_of(cell: Loaded) -> tuple[str, dict]:
+    """A cell's rates, as figures say them, and as the beginning of a row of their data."""
+    rate_z, rate_y = (rates.sum().item() for rates in rates_of_units(cell))
+    row = {"run": cell.run.path.name, "beta_y": cell.config.beta_y, "beta_z": cell.config.beta_z}
+    return f"R(z) {rate_z:.3g}, R(y|z) {rate_y:.3g}", row | {"R(z) (nats)": rate_z, "R(y|z) (nats)": rate_y}
+
+
 def between(cell: Loaded, n: int) -> Rows:
     """Walks in z from each of n images to the next: with y of p(y|z), of one noise, or own kept."""
     x, _ = cell.images(n + 1)
     q, rows = cell.encode(x), []
     for i in range(len(x) - 1):
         z = cell.interpolate(q.z[i], q.z[i + 1], ALONG)
-        noise = noise_of_y(cell, 1, i)
+        noise = cell.model.noise(1, torch.Generator(cell.device).manual_seed(i)).y
         owns = {"y drawn": noise[0], "y of the left": q.own[i], "y of the right": q.own[i + 1]}
         for label, own in owns.items():
             walk = cell.decode(z, own.expand(ALONG, *own.shape))
@@ -140,13 +147,9 @@ def redrawn(cell: Loaded, n: int) -> Rows:
     x, _ = cell.images(n)
     z, rows = cell.encode(x).z, []
     for one, z_of_one in zip(x.split(1), z.split(1), strict=True):
-        zs, noise = z_of_one.repeat_interleave(ALONG, 0), noise_of_y(cell, ALONG, len(rows) // 2)
+        zs, generator = z_of_one.repeat_interleave(ALONG, 0), torch.Generator(cell.device)
+        noise = cell.model.noise(ALONG, generator.manual_seed(len(rows) // 2)).y
         q_y = cell.model.q_y(zs, one.expand(ALONG, *one.shape[1:]))
         for label, of_y in (("y from q(y|z,x)", q_y), ("y from p(y|z)", cell.model.p_y(zs))):
             rows.append((label, torch.cat([one, cell.model.mean_x(of_y.sample(noise))])))
     return rows
-
-
-def noise_of_y(cell: Loaded, n: int, seed: int) -> Tensor:
-    """Standard noise of y, (n, *y_shape)."""
-    return cell.model.noise(n, torch.Generator(cell.device).manual_seed(seed)).y
