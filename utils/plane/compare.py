@@ -3,8 +3,7 @@
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations, cycle
-from typing import NamedTuple
+from itertools import chain, combinations, cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,42 +22,30 @@ COMPARED = {  # columns and headings of the table
 }  # fmt: skip
 
 
-class Group(NamedTuple):
-    """A metric, of what data, likelihood and conditions, and by batch the cells that can be compared."""
-
-    name: str
-    of: str
-    planes: dict[str, Plane]
-
-
 def names_of(planes: Sequence[Plane]) -> list[str]:
     """What tells batches apart: the settings in which they differ, or, where these do not, their folders."""
     differing = [name for name in OF_GRID if len({tuple(plane.settings(name)) for plane in planes}) > 1]
     names = [", ".join(f"{n} {' and '.join(plane.settings(n))}" for n in differing) for plane in planes]
-    same = [names.count(name) > 1 or not name or len(name) > 60 for name in names]
-    folders = [plane.folder.name for plane in planes]
-    names = [folder if alike else name for name, folder, alike in zip(names, folders, same, strict=True)]
+    told = [0 < len(name) <= 60 and names.count(name) == 1 for name in names]
+    names = [name if is_told else p.folder.name for name, is_told, p in zip(names, told, planes, strict=True)]
     return names if len({*names}) == len(names) else [str(plane.folder) for plane in planes]
 
 
-def groups(planes: dict[str, Plane], names: Sequence[str]) -> list[Group]:
-    """For each metric the cells that are `comparable`."""
+def groups(planes: dict[str, Plane], names: Sequence[str]) -> dict[tuple[str, str], dict[str, Plane]]:
+    """By metric, and what of, data, likelihood and conditions: the cells of each batch that are `comparable`."""
     parts = {}
     for name in names:
         for batch, plane in planes.items():
             for key, mask in plane.comparable(name).items():
                 if (mask := mask & np.isfinite(plane.values(name))).any():
                     parts.setdefault((name, key), {})[batch] = plane.where(mask)
-    return [Group(n, ", ".join(filter(None, key)), part) for (n, key), part in parts.items()]
+    return {(name, ", ".join(filter(None, key))): part for (name, key), part in parts.items()}
 
 
-def comparisons(parts: Sequence[Group]) -> list[dict]:
-    """Of each group, every two batches: over the rates that both have, and at three.
-
-    Positive gains mean that the other batch is better.
-    """
+def comparisons(parts: dict[tuple[str, str], dict[str, Plane]]) -> list[dict]:
+    """Of each of `groups`, every two batches, over the rates that both have, and at three: gains of the other one."""
     rows = []
-    for name, _, planes in parts:
+    for (name, _), planes in parts.items():
         pairs = combinations(planes.items(), 2) if metric(name).mixes and metric(name).better else ()
         for (first, a), (second, b) in pairs:
             pair = {"metric": name, "first": first, "second": second, "unit": a.unit_of(name)}
@@ -101,15 +88,13 @@ def _compared(name: str, pair: tuple[Plane, Plane]) -> list[dict]:
     return rows
 
 
-def batches(parts: Sequence[Group], about: str) -> Drawing:
+def batches(parts: dict[tuple[str, str], dict[str, Plane]], about: str) -> Drawing:
     """Each metric against the total rate, with marker, colour and hull of each batch."""
-    groups_of = Counter(group.name for group in parts)
-    some, rows = next(iter(parts[0].planes.values())), []
-    names = dict.fromkeys(batch for group in parts for batch in group.planes)
-    looks = dict(zip(names, cycle(MARKERS), strict=False))
+    groups_of, rows = Counter(name for name, _ in parts), []
+    looks = dict(zip(dict.fromkeys(chain(*parts.values())), cycle(MARKERS), strict=False))
 
-    def draw(ax: Axes, group: Group) -> None:
-        name, of, planes = group
+    def draw(ax: Axes, group: tuple[str, str]) -> None:
+        (name, of), planes = group, parts[group]
         for batch, plane in planes.items():
             marker, colour = looks[batch]
             draw_seeds(ax, plane, "rate", name)
@@ -122,11 +107,12 @@ def batches(parts: Sequence[Group], about: str) -> Drawing:
             both = {"batch": batch, "of": of}
             rows.extend(both | row for row in cells_of(plane, [name]))
             rows.extend(both | {"what": "hull"} | row for row in corners)
-        title = f"{some.title(name)}, {literal(of)}" if groups_of[name] > 1 else some.title(name)
+        widest = max(planes.values(), key=lambda p: p.values("rate").max())
+        title = f"{widest.title(name)}, {literal(of)}" if groups_of[name] > 1 else widest.title(name)
         ax.set_title(textwrap.fill(title, 40))
-        rate_axis(ax, "x", max(planes.values(), key=lambda p: p.values("rate").max()), "rate")
+        rate_axis(ax, "x", widest, "rate")
 
-    return Drawing(panels(about, parts, draw), rows)
+    return Drawing(panels(about, list(parts), draw), rows)
 
 
 @styled
@@ -139,10 +125,8 @@ def write_comparison(out: Output, planes: Sequence[Plane], names: Sequence[str])
     about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
     write_drawing(out, name, batches(parts, about), next(iter(planes.values())).heading)
     table.write(out)
-    notes = [
-        f"not in every batch, so not compared with all: {metric(g.name).label} of {g.of or 'other settings'}"
-        for g in parts if len(g.planes) < len(planes)
-    ]  # fmt: skip
+    apart = [(metric(n).label, of or "other settings") for (n, of), part in parts.items() if len(part) < len(planes)]
+    notes = [f"not in every batch, so not compared with all: {label} of {of}" for label, of in apart]
     notes += [f"{batch}: {note}" for batch, plane in planes.items() for note in plane.notes]
     short = {n: text for n, text in COMPARED.items() if n not in ("unit", "first", "told")}
     table = Table(table.rows, short | {"value": next(iter(planes)), "gain": "gain"})  # which a terminal has room for

@@ -17,12 +17,7 @@ acc_bound lr_acc_mean svm_rbf_acc svm_linear_acc kNN_acc lr_ece lr_nll
 """
 METRICS = {name: DECLARED[name] for name in [*FIRST.split(), *DECLARED]}  # in figures' order
 ACCURACIES = {key: tuple(column + tail for column in PROBES.values()) for key, tail in TAILS.items()}
-BRACKETS = {
-    "mi_z_low": "mi_z_high",
-    "mi_y_low": "mi_y_high",
-    "mi_zx_low": "mi_zx_high",
-    "mi_yx_low": "mi_yx_high",
-}  # ends of what is known between
+BRACKETS = {f"mi_{of}_low": f"mi_{of}_high" for of in ("z", "y", "zx", "yx")}  # ends of what is known between
 FOUR = [  # for reconstruction, generation, representation by z and by y the first that is there
     ("psnr", "recons_acc", "nelbo"),
     ("is_mean", "fid", "fid_classifier"),
