@@ -5,7 +5,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,56 +20,56 @@ from utils.runs import Run
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """A CSV's rows, also with the semicolons and decimal commas of spreadsheets. Raises UserError if unreadable."""
+    """A CSV's rows, also if a spreadsheet saved it. Raises UserError if unreadable."""
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
         separator = max(",;\t", key=text.partition("\n")[0].count)
         if separator != ",":
             text = re.sub(r"(?<=\d),(?=\d)", ".", text)
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=separator))
     except (OSError, csv.Error) as e:
         raise UserError(f"{path}: cannot be read ({e}); eval_beta_grid.py writes it") from e
+    digests = {row.get("data_digest") for row in rows} - {None, ""}
+    for row in rows:
+        row |= {n: row[n].capitalize() for n in SETTINGS if row.get(n) in ("TRUE", "FALSE")}
+        row["run"] = row.get("run") or "?"
+        if len(digests) == 1:  # runs of earlier versions have none
+            row["data_digest"] = next(iter(digests))
+    return rows
 
 
 def read_plane(path: Path, unit: str = "nats") -> Plane:
     """Reads a batch's eval_results.csv. Raises UserError if it is unreadable or without rates."""
-    cells, without, rows = {}, [], read_rows(path)
-    digests = {row.get("data_digest") for row in rows} - {None, ""}
-    for row in rows:
-        for name in SETTINGS:  # of which spreadsheets make TRUE
-            if row.get(name) in ("TRUE", "FALSE"):
-                row[name] = row[name].capitalize()
-        if len(digests) == 1:  # runs of earlier versions have none
-            row["data_digest"] = next(iter(digests))
-    metrics = {row.get("run"): _metrics(path.parent / (row.get("run") or "?")) for row in rows}
-    stale = [row for row in rows if _is_stale(path.parent / (row.get("run") or "?"), row, metrics[row.get("run")])]
-    rows = [row for row in rows if row not in stale]
-    shorter = _continued([row for row in rows if _has_rates(row)], path.parent)
+    folder, rows, cells = path.parent, read_rows(path), {}
+    metrics = {row["run"]: _read(read_metrics, folder / row["run"]) for row in rows}
+    stale = [row for row in rows if _is_stale(folder / row["run"], row, metrics[row["run"]])]
+    rated = [row for row in rows if not any(math.isnan(number(row.get(n))) for n in (*BETAS, "kl_y", "kl_z"))]
+    without = [row for row in rows if row not in rated and row not in stale]
+    rows = [row for row in rated if row not in stale]
+    of_stale = f"{_names(stale)} left out: not as they were evaluated; repeat eval_beta_grid.py"
+    if not rows:
+        raise UserError(
+            f"{path}: {of_stale if stale else 'no run has rates yet; run eval_beta_grid.py (step 1) first'}"
+        )
+    shorter = _continued(rows, folder)
     rows = [row for row in rows if row not in shorter]
-    conditions, notes = _conditions(rows, [metrics[row.get("run")] for row in rows])
+    conditions, notes = _conditions(rows, metrics)
     for row, of_row in zip(rows, conditions, strict=True):
-        if not _has_rates(row):
-            without.append(row)
-        else:  # of searched betas each seed has others
-            key = row | {beta: None for beta, rate in TARGETS.items() if row.get(rate)}
-            cells.setdefault(tuple(key.get(name) for name in OF_CELL), []).append((row, of_row))
-    if not cells and not stale:
-        raise UserError(f"{path}: no run has rates yet; run eval_beta_grid.py (step 1) first")
+        # of searched betas each seed has others
+        key = row | {beta: None for beta, rate in TARGETS.items() if row.get(rate)}
+        cells.setdefault(tuple(key.get(name) for name in OF_CELL), []).append((row, of_row))
     if shorter:
         notes.append(f"{_names(shorter)} left out: the longest of each cell is shown, which continues them")
-    if stale:
-        notes.append(f"{_names(stale)} left out: not as they were evaluated; repeat eval_beta_grid.py")
-    if not cells:
-        raise UserError(f"{path}: {notes[-1]}")
-    plane = Plane([_cell(*zip(*of_cell, strict=True)) for of_cell in cells.values()], folder=path.parent, unit=unit)
+    notes += [of_stale] if stale else []
+    plane = Plane([_cell(*zip(*of_cell, strict=True)) for of_cell in cells.values()], folder=folder, unit=unit)
     plane.notes += [*notes, *_notes(plane, without)]
     return plane
 
 
-def _metrics(run: Path) -> dict:
-    """A run's metrics.json; empty if it is not there or damaged, so that nothing is known of the run."""
+def _read(read: Callable[[Path], dict], run: Path) -> dict:
+    """What a file of a run tells; empty if it is not there or damaged, so that nothing is known of the run."""
     try:
-        return read_metrics(run)
+        return read(run)
     except UserError:
         return {}
 
@@ -82,10 +82,6 @@ def _is_stale(folder: Path, row: dict[str, str], metrics: dict) -> bool:
     return other or None not in (weights, metrics.get("weights")) and weights != metrics["weights"]
 
 
-def _has_rates(row: dict[str, str]) -> bool:
-    return not any(math.isnan(number(row.get(name))) for name in (*BETAS, "kl_y", "kl_z"))
-
-
 def _continued(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]:
     """The rows of runs that longer ones continue; of epochs that were trained anew, for comparison, all stay.
 
@@ -96,35 +92,29 @@ def _continued(rows: list[dict[str, str]], folder: Path) -> list[dict[str, str]]
         settings = (row.get(name) for name in (*OF_CELL, "seed") if name != "num_epochs")
         alike.setdefault(tuple(settings), []).append(row)
     for group in (group for group in alike.values() if len(group) > 1):
-        made = [_sessions(folder / (row.get("run") or "?")) for row in group]
+        results = [_read(lambda path: Run.open(path).result, folder / row["run"]) for row in group]
+        made = [result.get("sessions", []) for result in results]
         for row, sessions in zip(group, made, strict=True):
             longer = [other for other in made if len(other) > len(sessions) > 0]
             shorter += [row] if any(other[: len(sessions)] == sessions for other in longer) else []
     return shorter
 
 
-def _sessions(path: Path) -> list[dict]:
-    """What made a run, if its folder tells."""
-    try:
-        return Run.open(path).result.get("sessions", [])
-    except UserError:
-        return []
-
-
-def _conditions(rows: list[dict[str, str]], metrics: list[dict]) -> tuple[list[dict[str, str]], list[str]]:
-    """What each row's steps were computed with, by step, and notes; `metrics` are those of their runs.
+def _conditions(rows: list[dict[str, str]], metrics: dict[str, dict]) -> tuple[list[dict[str, str]], list[str]]:
+    """What each row's steps were computed with, by step, and notes; `metrics` are those of runs by name.
 
     Of a data set's rows, those computed otherwise than most lose the step's values.
     """
     conditions, notes, of_data = [{} for _ in rows], [], [tuple(map(row.get, OF_DATA)) for row in rows]
     # the beginning of the digest of the first classifier behind each step
-    classifiers = [{step: text[:8] for step, text in of_run.get("classifiers", {}).items()} for of_run in metrics]
+    classifiers = [metrics[row["run"]].get("classifiers", {}) for row in rows]
     for step in dict.fromkeys(STEP_OF.values()):
-        columns, digests = columns_of(step), {of_run.get(step) for of_run in classifiers} - {None}
+        columns, digests = columns_of(step), {of_run[step][:8] for of_run in classifiers if step in of_run}
         there = [i for i, row in enumerate(rows) if any(map(row.get, columns))]
         for i in there:
             words = [f"{name} {rows[i][name]}" for name in conditions_of(step) if rows[i].get(name)]
-            digest = next(iter(digests)) if len(digests) == 1 else classifiers[i].get(step)  # old runs have none
+            # old runs have none
+            digest = next(iter(digests)) if len(digests) == 1 else classifiers[i].get(step, "")[:8]
             conditions[i][step] = ", ".join(words + [f"classifier {digest}"] * bool(digest))
         counts = Counter((of_data[i], conditions[i][step]) for i in there).most_common()
         usual = {data: text for (data, text), _ in reversed(counts)}
@@ -139,7 +129,7 @@ def _conditions(rows: list[dict[str, str]], metrics: list[dict]) -> tuple[list[d
 
 def _names(rows: list[dict[str, str]]) -> str:
     """How many runs these are, and the names of the first."""
-    names = [row.get("run") or "?" for row in rows]
+    names = [row["run"] for row in rows]
     return f"{len(rows)} run(s) ({', '.join(names if len(rows) <= 3 else [*names[:3], '...'])})"
 
 
