@@ -5,13 +5,16 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pytest
 from pytest import approx
 
 from tests.plane.planes import AXIS, exponential, grid, plane_of, rows_of, write_csv, write_terms
+from utils.config import Config
 from utils.plane.advice import ADVICE, advice, headings_of, training
 from utils.plane.cells import Cell, Plane
 from utils.plane.reading import read_plane
 from utils.plane.tables import Table
+from utils.runs import Run
 
 
 def within(plane, **budget):
@@ -89,17 +92,23 @@ def test_the_advice_of_a_batch_with_terms_of_single_images():
     assert "per_image.npz" in note and "1 of 25" in note
 
 
-def test_the_command_of_a_cell():
-    for settings, seeds, betas, flags in (
-        ({"num_epochs": "7"}, ("2",), (1, 1), " --num_epochs 7"),
-        ({}, ("2", "5", "2"), (10**-0.5, 3), f" --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
-        ({"target_rate_z": "8.0"}, ("4",), (0.123456789, 1), " --beta_y 0.123457 --seed 4"),
-        ({"multi_rate": "True", "source": "x"}, ("?",), (1, 1 / 3), " --beta_z 0.333333"),
-        ({"vae_type": "LVAE", "use_conv_z": "True", "run_name": "a b"}, (), (1, 1),
-         " --vae_type LVAE --use_conv_z --run_name 'a b'"),
-        ({"init_from": "0f"}, ("2",), (1, 1), None),
-        ({"z_dims": "many"}, ("2",), (1, 1), None),
-        ({"dataset": "no/such/folder"}, ("2",), (1, 1), None),
-    ):  # fmt: skip
-        row = dict(zip(("beta_y", "beta_z"), map(float, betas), strict=True))
-        assert training(Cell(settings, ("r",), (row,), seeds)) == ("" if flags is None else f"python train.py{flags}")
+TWO = {"vae_type": "LVAE", "run_name": "a b"}
+UNFOLDED = {"multi_rate": True, "source": "x", "init_from": "0f"}
+COMMANDS = [
+    ({"num_epochs": 7}, "2", (1, 1), " --num_epochs 7"),
+    ({}, "252", (10**-0.5, 3), f" --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
+    ({"target_rate_z": 8.0}, "4", (0.123456789, 1), " --beta_y 0.123457 --seed 4"),
+    (UNFOLDED, "?", (1, 1 / 3), " --optimizer muon --lr_schedule tail --beta_z 0.333333"),
+    (TWO, "", (1, 1), " --vae_type LVAE --run_name 'a b'"),
+]
+
+
+@pytest.mark.parametrize("settings, seeds, betas, flags", COMMANDS)
+def test_the_command_of_a_cell(settings, seeds, betas, flags):
+    run = Run.of(Config(**settings), "runs")
+    run.create()
+    row = dict(zip(("beta_y", "beta_z"), map(float, betas), strict=True))
+    cell = Cell({}, (run.path.name,), (row,), tuple(seeds))
+    assert training(cell, run.path.parent) == f"python train.py{flags}"
+    run.with_settings(multi_rate=False, init_from="0f").write_config()  # it began with other weights
+    assert training(cell, run.path.parent) == training(cell, Path("elsewhere")) == ""

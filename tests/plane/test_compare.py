@@ -82,18 +82,17 @@ def test_equal_batches_of_other_sizes_are_told_to_be_equal(times, sizes):
 
 
 def test_ranges_that_overlap_where_one_batch_has_no_cell_are_compared_at_the_others_cells():
-    batch("a"), batch("b", draw=1)  # rates of 15, 30, 45
-    for name, rates in (("a", (1.0, 20.0, 45.0)), ("b", (5.0, 10.0, 19.0))):
-        rows = read_csv(f"runs/{name}/eval_results.csv")
-        write_csv([row | {"kl_y": r} for row, r in zip(rows, rates, strict=True)], name, header=SETTINGS)
-    rows = compared(*(read_plane(Path(f"runs/{name}/eval_results.csv")) for name in "ab"))
-    assert [row["rate"] for row in rows] == [f"{rate} nats" for rate in ("10 to 24", 10, 15, 24)]
+    a, b = (
+        plane_of([{"beta_y": r, "beta_z": r, "kl_y": r, "kl_z": 5.0, "psnr": r} for r in rates])
+        for rates in ((1.0, 20.0, 45.0), (5.0, 10.0, 19.0))
+    )
+    assert [row["rate"] for row in compared(a, b)] == [f"{rate} nats" for rate in ("10 to 24", 10, 15, 24)]
 
 
 def test_what_cannot_be_compared_is_apart():
     a, b, c = batch("a"), batch("b", dataset="MNIST"), batch("c", px_y_family_ll="GaussianFixedSigma")
-    assert [list(g.planes) for g in groups({"a": a, "b": b}, ["psnr"])] == [["a"], ["b"]] and not compared(a, b)
-    assert [list(g.planes) for g in groups({"a": a, "c": c}, ["psnr", "nelbo"])] == [["a", "c"], ["a"], ["c"]]
+    assert [list(part) for part in groups({"a": a, "b": b}, ["psnr"]).values()] == [["a"], ["b"]] and not compared(a, b)
+    assert [list(part) for part in groups({"a": a, "c": c}, ["psnr", "nelbo"]).values()] == [["a", "c"], ["a"], ["c"]]
     assert len(groups({"a": a, "d": batch("d", sigma=0.7)}, ["nelbo"])) == 1  # of Bernoulli, which has none
     assert not compared(a, batch("e"), "is_mean")  # does not mix
 
@@ -109,25 +108,19 @@ def test_the_advice_compares_densities_with_densities():
     assert [row["px_y_family_ll"] for row in advised if row["metric"] == "psnr"] == ["GaussianLearnedSigma"]
 
 
-def test_names_are_drawn_as_they_are(passes):
-    """Dollars, a first `_`, and a matplotlibrc that asks for LaTeX."""
-    matplotlib.rcParams["text.usetex"] = True
-    try:
-        batch("_$a_and_$b", dataset="$x_$y"), batch("c", dataset="$x_$y", gain=0.5)
-        passes(plot_eval.main, "--run_batch_name", "_$a_and_$b", "c", "--format", "png")
-    finally:
-        matplotlib.rcParams["text.usetex"] = False
-    assert literal("_$a") == r" _\$a" and literal("a_b") == "a_b"
-
-
 def test_two_batches_are_drawn_and_told(passes, refused):
-    batch("a"), batch("b", gain=0.5, draw=1), batch("c", dataset="MNIST")
-    out = passes(plot_eval.main, "--run_batch_name", "a", "b", "c", "--format", "png")
+    """Names are drawn as they are: dollars, a first `_`, also with a matplotlibrc that asks for LaTeX."""
+    batch("_$a_and_$b"), batch("b", gain=0.5, draw=1), batch("c", dataset="$x_$y")
+    with matplotlib.rc_context({"text.usetex": True}):
+        out = passes(plot_eval.main, "--run_batch_name", "_$a_and_$b", "b", "c", "--format", "png")
+    assert literal("_$a") == r" _\$a" and literal("a_b") == "a_b"
     assert "note: not in every batch" in out
     (line,) = [line for line in out.splitlines() if "15 to 45 nats" in line and "psnr" in line]
     assert " | b     |" in line and " | 0.51 |" in line and max(map(len, out.splitlines())) <= 100
-    names = {path.name for path in Path("runs/a/figures").iterdir()}
-    assert names == {f"compare_b_c{end}" for end in (".png", ".csv", "_table.csv", "_table.md")}
-    drawn = {(row["batch"], row["of"]) for row in read_csv("runs/a/figures/compare_b_c.csv")}
-    assert drawn == {("a", "Digits"), ("b", "Digits"), ("dataset MNIST", "MNIST")}
-    assert "runs/nope/eval_results.csv" in refused(plot_eval.main, "--run_batch_name", "a", "nope")
+    folder = Path("runs/_$a_and_$b/figures")
+    assert {p.name for p in folder.iterdir()} == {
+        f"compare_b_c{e}" for e in (".png", ".csv", "_table.csv", "_table.md")
+    }
+    drawn = {(row["batch"], row["of"]) for row in read_csv(folder / "compare_b_c.csv")}
+    assert drawn == {("_$a_and_$b", "Digits"), ("b", "Digits"), ("dataset $x_$y", "$x_$y")}
+    assert "runs/nope/eval_results.csv" in refused(plot_eval.main, "--run_batch_name", "b", "nope")

@@ -17,11 +17,12 @@ from tests.plane.planes import rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
+from utils.plane.excess import by_trainings, excess_rows
 from utils.plane.explorer import lines_of
 from utils.plane.reading import read_plane
-from utils.plane.tables import by_trainings, excess_rows
 from utils.runs import Run
 
+BATCH = Path("runs/b")
 SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z", "num_epochs", "optimizer", "loss"]
 
 
@@ -56,14 +57,14 @@ def test_a_real_batch_of_both_kinds(passes):
     assert sorted("multi_rate" in p.stem for p in Path("runs/b/figures").glob("heat_maps*.png")) == [False, True]
     unfolded = [c for c in read_plane(Path("runs/b/eval_results.csv")).cells if c.settings["multi_rate"] == "True"]
     for cell in unfolded:
-        (config,) = grid_configs(train.parse_args(shlex.split(training(cell))[2:]))
+        (config,) = grid_configs(train.parse_args(shlex.split(training(cell, BATCH))[2:]))
         (run,) = [Run.open(Path("runs/b", name)) for name in cell.runs]
         assert config.warmup_epochs == config.default_warmup == 0
         assert config.differs_in(run.config) == ["warmup_epochs", "multi_rate", "data_digest", "source"]
-    assert "--learning_rate 0.0005" in training(unfolded[0]) and "--vae_type" not in training(unfolded[0])
+    assert "--learning_rate 0.0005" in training(unfolded[0], BATCH) and "--vae_type" not in training(unfolded[0], BATCH)
     assert max(map(len, out.splitlines())) <= 100
     advised = [line for line in out.replace(" \\\n    ", " ").splitlines() if line.startswith("python train.py")]
-    assert set(advised) <= {training(cell) for cell in unfolded}
+    assert set(advised) <= {training(cell, BATCH) for cell in unfolded}
     assert all(line in Path("runs/b/figures/report.html").read_text() for line in advised)
     plane = read_plane(Path("runs/b/eval_results.csv"))
     like = [passes(train.main, "--like", f"runs/b/{cell.runs[0]}").strip() for cell in plane.cells]

@@ -1,7 +1,5 @@
 """What evaluated cells say of those that were not."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from pytest import approx
@@ -9,7 +7,8 @@ from pytest import approx
 from tests.plane.planes import plane_of
 from utils.plane import figures
 from utils.plane.advice import advice
-from utils.plane.neighbours import interpolated, left, predictions
+from utils.plane.excess import left
+from utils.plane.neighbours import interpolated, predictions
 
 AXIS = np.linspace(-1, 1, 7)
 AT = np.stack(np.meshgrid(AXIS, AXIS, indexing="ij"), -1).reshape(-1, 2)  # log10 beta_y, beta_z
@@ -62,12 +61,14 @@ def test_nothing_is_predicted_of_separate_trainings_or_from_few_cells(multi_rate
 
 def test_what_separate_trainings_of_some_cells_find_left_is_told_of_all():
     """The excess is smooth in the betas; what is interpolated is within its errors, what is known stays."""
-    cells = [replace(c, settings={"multi_rate": "True", "num_epochs": "4"}) for c in batch(True, []).cells]
-    cells += [replace(cells[0], settings={"num_epochs": "4"})]
+    cells = batch(True, []).cells
+    settings = [{"multi_rate": "True", "num_epochs": "4"}] * 49
+    plane = plane_of([c.median for c in cells] + [cells[0].median | {"beta_y": 9.0}], *settings, {"num_epochs": "4"})
     true, known = 3 + 2 * np.tanh(AT[:, 0] - AT[:, 1]), np.random.default_rng(0).permutation(49)[:16]
     row = {"num_epochs": "4", "own_epochs": "4", "optimizer": "adam", "own_optimizer": "muon", "se": 0.1}
     excess = [row | cells[i].median | {"excess": true[i]} for i in known]
-    values, errors = left(cells, excess)
-    assert np.isnan(values[49]) and values[known] == approx(true[known]) and errors[known] == approx(0.1)
-    assert (np.abs(values[:49] - true) < np.maximum(3 * errors[:49], 1e-9)).all() and np.nanmedian(errors) < 0.3
-    assert np.isnan(left(cells, excess[:7])).all() and np.isnan(left(cells, [])).all()
+    *found, own = (left(plane, excess).get(cell.runs[0]) for cell in plane.cells)
+    values, errors = np.array([list(of_run.values()) for of_run in found]).T
+    assert own == {} and values[known] == approx(true[known]) and errors[known] == approx(0.1)
+    assert (np.abs(values - true) < np.maximum(3 * errors, 1e-9)).all() and np.median(errors) < 0.3
+    assert left(plane, excess[:7]) == left(plane, []) == {}

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.testing import assert_array_equal
 from pytest import approx
 
@@ -62,18 +63,16 @@ def test_saturated_estimates_are_left_out():
     assert [("mi_q_mc_y" in note, "2 of 4" in note) for note in plane.notes] == [(False, False), (True, True)]
 
 
-def test_a_table_that_a_spreadsheet_saved_is_read():
-    path = write_csv(rows_of([0.1, 1]))
-    expected, rows = read_plane(path), read_csv(path)
-    for separator, point in ((",", "."), (";", ","), (";", "."), ("\t", ",")):
-        lines = [HEADER, *([value.replace(".", point) for value in row.values()] for row in rows)]
-        path.write_bytes("\r\n".join(map(separator.join, lines)).encode("utf-8-sig"))
-        assert [cell.median for cell in read_plane(path).cells] == [cell.median for cell in expected.cells]
-
-
-def test_a_spreadsheets_truth_is_a_settings():
-    path = write_csv([row | {"multi_rate": "TRUE", "use_conv_z": "FALSE"} for row in rows_of([1])], header=MORE)
-    assert read_plane(path).unfolded.all() and read_plane(path).cells[0].settings["use_conv_z"] == "False"
+@pytest.mark.parametrize("separator, point", [(",", "."), (";", ","), (";", "."), ("\t", ",")])
+def test_a_table_that_a_spreadsheet_saved_is_read(separator, point):
+    rows = [row | {"multi_rate": "TRUE", "use_conv_z": "FALSE"} for row in rows_of([0.1, 1])]
+    path = write_csv(rows, header=MORE)
+    expected = [cell.median for cell in read_plane(path).cells]
+    lines = [[*HEADER, *MORE], *([value.replace(".", point) for value in row.values()] for row in read_csv(path))]
+    path.write_bytes("\r\n".join(map(separator.join, lines)).encode("utf-8-sig"))
+    plane = read_plane(path)
+    assert [cell.median for cell in plane.cells] == expected and plane.unfolded.all()
+    assert plane.cells[0].settings["use_conv_z"] == "False"
 
 
 def test_runs_of_earlier_versions_are_of_the_kind_of_those_that_know_their_images():
