@@ -1,1 +1,1 @@
-"""The rate plane: start with cells.py, which reads the results; advice, slopes, compare analyse, report shows."""
+"""The rate plane: start with cells.py; advice, slopes, compare analyse, report shows."""

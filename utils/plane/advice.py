@@ -44,7 +44,7 @@ TASK_OF = {
 
 
 def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
-    """A row for each task, metric and `comparable` cells: the best one, what ordinary ones reach at its rate, the gain.
+    """A row for each task, metric and `comparable` cells: the best, what ordinary ones reach, the gain.
 
     `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all.
     Values are those of all test images. Where runs have terms of single images, the gain is tested, with an interval.
@@ -148,7 +148,7 @@ def headings_of(plane: Plane) -> dict[str, str]:
 
 
 def print_advice(rows: list[dict], plane: Plane) -> None:
-    """Prints rows of the advice in 100 columns, below task, unit, budget and settings, and the commands."""
+    """Prints rows of the advice, below task, unit, budget and settings, and the commands."""
     unit = f"rates in {plane.unit}"
     lines = [["", unit, "best", "beta_y, beta_z", "R(z), R(y|z)", "gain over ordinary, 95 %", "better?"]]
     for row in rows:

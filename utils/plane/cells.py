@@ -50,7 +50,7 @@ class Cell:
         return {n: float(np.median(of_runs)) for n, of_runs in values.items()}
 
     def collapsed(self, *rates: str) -> int:
-        """The number of runs in which one of some rates, of layers that there are, is below COLLAPSED."""
+        """In how many runs one of some rates, of layers that there are, is below COLLAPSED."""
         rates = [r for r in rates if (r, self.settings.get("vae_type")) != ("kl_z", "BVAE")]
         return sum(any(row[rate] < COLLAPSED for rate in rates) for row in self.repeats)
 
@@ -66,11 +66,12 @@ class Plane:
 
     def __post_init__(self):
         settings = [cell.settings for cell in self.cells]
+        self.betas = np.stack([self.values(name) for name in BETAS])  # (2, N)
         self.seeds = list(dict.fromkeys(seed for cell in self.cells for seed in cell.seeds))
         # settings, other than the betas, in which the cells differ
         self.differing = [n for n in OF_GRID if len({of_cell.get(n) for of_cell in settings}) > 1]
         # masks (N,) of the ordinary beta-VAEs, and of the cells of a multi-rate model
-        self.diagonal = np.isclose(self.values("beta_y"), self.values("beta_z"), rtol=1e-6)
+        self.diagonal = np.isclose(*self.betas, rtol=1e-6)
         self.unfolded = np.array([of_cell.get("multi_rate") == "True" for of_cell in settings])
         # (N, 2): R(y|z) and R(z) in nats for which betas were searched, or NaN
         targets = [[number(of_cell.get(n)) for n in TARGETS.values()] for of_cell in settings]
@@ -96,14 +97,10 @@ class Plane:
         return self.unit if unit == "nats" else unit
 
     def title(self, name: str) -> str:
-        """A metric's label with its unit, for an axis or a heading."""
-        unit = self.unit_of(name)
-        return f"{metric(name).label} ({unit})" if unit else metric(name).label
-
-    def heading(self, name: str) -> str:
-        """The title of a column of figures' data; of one that is no metric, its name."""
-        known = metric(name).label != name.replace("_", " ")
-        return self.title(name) if known else name
+        """A metric's label with its unit; of a column that is no metric, its name."""
+        label, unit = metric(name).label, self.unit_of(name)
+        label = name if label == name.replace("_", " ") else label
+        return f"{label} ({unit})" if unit else label
 
     @cached_property
     def per_image(self) -> list[list[dict[str, np.ndarray]]]:
@@ -158,7 +155,7 @@ class Plane:
         return kinds
 
     def comparable(self, name: str) -> dict[tuple[str, ...], np.ndarray]:
-        """Masks (N,) of cells of one data set, one way to compute a metric and, where it matters, one likelihood."""
+        """Masks (N,) of cells whose values of a metric can be compared: of one data set, likelihood, step."""
         settings = OF_DATA + (OF_LIKELIHOOD if name.removeprefix("train_") in LIKELY else [])
         keys = [tuple(cell.settings.get(n) or "" for n in settings) for cell in self.cells]
         n = len(OF_DATA) + 1  # sigma only matters where it is fixed
@@ -175,7 +172,7 @@ class Plane:
 
     @property
     def asked(self) -> np.ndarray:
-        """The rates (N, 2), R(y|z) and R(z), that were asked for, in the plane's unit; the cell's where none was."""
+        """The rates (N, 2), R(y|z) and R(z), that were asked for; the cell's where none was."""
         rates = np.stack([self.values(rate) for rate in ("kl_y", "kl_z")], 1)
         return np.where(np.isnan(self.targets), rates, self.targets * UNITS[self.unit])
 
@@ -192,7 +189,7 @@ class Plane:
         return max(cells, key=lambda i: (values[i], -rate[i]), default=None)
 
     def ties(self, name: str) -> np.ndarray:
-        """The indices of the best cell and of those that score the same; none if it has no better way."""
+        """The indices of the best cell and of those that score the same."""
         best = self.best(name) if metric(name).better else None
         values = self.values(name)
         return np.flatnonzero(np.isclose(values, np.nan if best is None else values[best], rtol=1e-9, atol=0))

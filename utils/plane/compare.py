@@ -23,7 +23,7 @@ COMPARED = {  # columns and headings of the table
 
 
 def names_of(planes: Sequence[Plane]) -> list[str]:
-    """What tells batches apart: the settings in which they differ, or, where these do not, their folders."""
+    """What tells batches apart: the settings in which they differ, or their folders."""
     differing = [name for name in OF_GRID if len({tuple(plane.settings(name)) for plane in planes}) > 1]
     names = [", ".join(f"{n} {' and '.join(plane.settings(n))}" for n in differing) for plane in planes]
     told = [0 < len(name) <= 60 and names.count(name) == 1 for name in names]
@@ -32,7 +32,7 @@ def names_of(planes: Sequence[Plane]) -> list[str]:
 
 
 def groups(planes: dict[str, Plane], names: Sequence[str]) -> dict[tuple[str, str], dict[str, Plane]]:
-    """By metric, and what of, data, likelihood and conditions: the cells of each batch that are `comparable`."""
+    """By metric and its data, likelihood and step: the cells of each batch that are `comparable`."""
     parts = {}
     for name in names:
         for batch, plane in planes.items():
@@ -43,7 +43,7 @@ def groups(planes: dict[str, Plane], names: Sequence[str]) -> dict[tuple[str, st
 
 
 def comparisons(parts: dict[tuple[str, str], dict[str, Plane]]) -> list[dict]:
-    """Of each of `groups`, every two batches, over the rates that both have, and at three: gains of the other one."""
+    """The gain of every two batches of each of `groups`, over the rates that both have, and at three."""
     rows = []
     for (name, _), planes in parts.items():
         pairs = combinations(planes.items(), 2) if metric(name).mixes and metric(name).better else ()
@@ -123,7 +123,7 @@ def write_comparison(out: Output, planes: Sequence[Plane], names: Sequence[str])
     parts = groups(planes, names)
     table = Table(comparisons(parts), COMPARED, f"{name}_table")
     about = "\n".join(f"{batch}: {plane.about}" for batch, plane in planes.items())
-    write_drawing(out, name, batches(parts, about), next(iter(planes.values())).heading)
+    write_drawing(out, name, batches(parts, about), next(iter(planes.values())).title)
     table.write(out)
     apart = [(metric(n).label, of or "other settings") for (n, of), part in parts.items() if len(part) < len(planes)]
     notes = [f"not in every batch, so not compared with all: {label} of {of}" for label, of in apart]

@@ -74,7 +74,7 @@ def panels(about: str, keys: Sequence, draw: Callable, height: float = 0.8, colu
 
 
 def literal(name: str) -> str:
-    """A name as matplotlib draws it: dollars are not TeX, and a first `_` does not keep it from the legend."""
+    """A name as it is, for matplotlib: dollars are no TeX, a first `_` does not hide it."""
     return (" " * name.startswith("_") + name).replace("$", r"\$")
 
 

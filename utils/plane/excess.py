@@ -1,4 +1,4 @@
-"""Multi-rate cells against separately trained ones: by how much their losses are larger, and what is left to gain."""
+"""Multi-rate cells against separately trained ones: their excess loss, and what is left to gain."""
 
 import math
 from itertools import product
@@ -73,7 +73,7 @@ def print_excess(rows: list[dict]) -> None:
 
 
 def left(plane: Plane, excess: list[dict]) -> dict[str, dict[str, float]]:
-    """By how many nats separate trainings are better than multi-rate cells, and its standard error, by their runs.
+    """By how many nats separate trainings are better than multi-rate cells, by their runs.
 
     `excess` (see `excess_rows`) tells it of some cells, of the others it is interpolated. Of several kinds of
     trainings, it is those that are best on average.
@@ -84,7 +84,7 @@ def left(plane: Plane, excess: list[dict]) -> dict[str, dict[str, float]]:
         return {}
     rows = max(groups, key=lambda rows: np.mean([row["excess"] for row in rows]))
     made = rows[0]["num_epochs"], rows[0]["optimizer"]
-    betas = np.stack([plane.values(name) for name in BETAS], 1)
+    betas = plane.betas.T
     alike = plane.unfolded & [made_with(cell) == made for cell in plane.cells] & (betas > 0).all(1)
     at, values = (np.array([[row[n] for n in names] for row in rows]) for names in (BETAS, ["excess"]))
     result = np.full((2, len(alike)), math.nan)

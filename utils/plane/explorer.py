@@ -35,7 +35,7 @@ PALETTES = [Cividis256, Viridis256, Viridis256[::-1]]  # at 0, 1 and -1: the bet
 
 
 def explorer(plane: Plane, names: Sequence[str], pictures: Pictures) -> dict[str, str]:
-    """What page.html needs of Bokeh: itself, the plot and its script; coloured first by a name."""
+    """What page.html needs of Bokeh: itself, the plot and its script."""
     lines, plot, document = lines_of(plane), rate_plane(plane, pictures), Document()
     choices = [*names, *first_of(plane.names, FOUR), "rate"]
     first = next(n for n in choices if "values" in lines.get(n, ()))
@@ -112,7 +112,7 @@ def rate_plane(plane: Plane, pictures: Pictures):
     plot.toolbar_location, plot.toolbar.logo = "below", None
     plot.toolbar.active_drag = plot.toolbar.active_scroll = None
     plot.background_fill_color = plot.border_fill_color = plot.outline_line_color = None
-    rates, unit, targets = ("kl_z", "kl_y"), plane.scale("kl_z"), plane.targets[:, ::-1].T
+    rates, unit = ("kl_z", "kl_y"), plane.scale("kl_z")
     scales = [axis(*both) for both in zip((plot.xaxis, plot.yaxis), [plane] * 2, rates, strict=True)]
 
     def places(values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -123,7 +123,7 @@ def rate_plane(plane: Plane, pictures: Pictures):
     seeds = [row for cell in plane.cells if len(cell.repeats) > 1 for row in cell.repeats]
     of_seeds = [unit * np.array([row[name] for row in seeds]) for name in rates]
     plot.scatter(*places(of_seeds), size=3, **small)
-    crosses = places(np.where(np.isnan(targets), medians, unit * targets))
+    crosses = places(plane.asked[:, ::-1].T)
     plot.scatter(*(v[~plane.is_given] for v in crosses), marker="x", size=9, **small)
     x, y = places(medians)
     data = {"x": x, "y": y, "value": np.full(len(x), np.nan), "shown": [""] * len(x)}

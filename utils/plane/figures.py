@@ -75,7 +75,7 @@ def dots(ax: Axes, plane: Plane, x: str, y: str, colours: np.ndarray, **look) ->
 
 
 def draw_errors(ax: Axes, plane: Plane, x: str, low: str, high: str) -> None:
-    """Draws bars from a metric less its standard error to one, which may be the same, with its own added."""
+    """Draws bars from a metric less its standard error to another with its own added."""
     ends = plane.values(low) - errors(plane, low), plane.values(high) + errors(plane, high)
     several = {len(cell.runs) > 1 for cell in plane.cells}
     of = {(True,): "seeds", (False,): "one seed's images"}.get(tuple(several), "seeds, or one seed's images")
@@ -122,7 +122,7 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
 
 
 def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: Callable) -> Figure:
-    """Each metric against a rate: dots, or bars of what is known between two ends; `lines(ax, name)` draws the rest."""
+    """Each metric against a rate, dots or bars between two ends; `lines(ax, name)` adds to it."""
     rates, colours = plane.values(rate), plane.values(colour)
     look = {"norm": rate_norm(plane, colour), "cmap": "viridis"}  # for all panels
 
@@ -151,7 +151,7 @@ def against(plane: Plane, names: Sequence[str], rate: str, colour: str, lines: C
 
 
 def rate_norm(plane: Plane, name: str) -> LogNorm:
-    """Colours of a rate on a logarithmic scale, from a tenth of a nat, of which less is next to nothing."""
+    """Colours of a rate on a logarithmic scale, from a tenth of a nat."""
     rates, least = plane.values(name), 0.1 * UNITS[plane.unit]
     low = max(rates.min(), least)
     return LogNorm(low, max(rates.max(), 10 * low), clip=True)
@@ -183,10 +183,10 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
 
 
 def best_possible(plane: Plane) -> list[dict[str, float]]:
-    """Metrics of the best of all models at 100 betas over the range of the cells'; empty where they are not known."""
+    """Metrics of the best of all models at 100 betas of the cells' range, where they are known."""
     kinds = {tuple(cell.settings.get(n) for n in ("dataset", *OF_LIKELIHOOD)) for cell in plane.cells}
     (dataset, likelihood, sigma), *others = kinds
-    row, betas = DATASETS.get(dataset), np.array([plane.values(name) for name in BETAS])
+    row, betas = DATASETS.get(dataset), plane.betas
     if others or row is None or row.optimum is None or likelihood != row.likelihood or not (betas > 0).any():
         return []
     betas = np.geomspace(betas[betas > 0].min(), betas.max(), 100)
@@ -195,10 +195,7 @@ def best_possible(plane: Plane) -> list[dict[str, float]]:
 
 
 def against_rate_z(plane: Plane, names: Sequence[str]) -> Drawing:
-    """Accuracies and information against R(z), with the bounds that it, H(label), and the number of images imply.
-
-    The bounds hold for samples of z; none are drawn if the labels are not known.
-    """
+    """Accuracies and information against R(z), with what R(z), H(label) and the number of images imply."""
     most, unit = max(plane.values("kl_z").max(), 1e-3), UNITS[plane.unit]
     rates = np.unique([*np.linspace(0, most, 200), *np.geomspace(1e-3, 10 * unit, 60)])
     rates = rates[rates <= most]
@@ -238,15 +235,14 @@ def beta_colours(beta_y: np.ndarray, beta_z: np.ndarray) -> np.ndarray:
 
 
 def tasks(plane: Plane, names: Sequence[str]) -> Drawing:
-    """The colours of the betas, the rate plane in these, and tasks' metrics against each other."""
+    """The colours of the betas, and in these the rate plane and tasks' metrics."""
     views = [("beta_z", "beta_y"), ("kl_z", "kl_y"), *combinations(names, 2)]
-    betas = [plane.values(name) for name in BETAS]
-    colours, scale = beta_colours(*betas), "log" if np.min(betas) > 0 else "symlog"
+    colours, scale = beta_colours(*plane.betas), "log" if np.min(plane.betas) > 0 else "symlog"
 
     def draw(ax: Axes, view: tuple[str, str]) -> None:
         look, (x, y) = {"lw": 0.3, "ec": "0.3"}, view
         if view == views[0]:
-            ax.scatter(*betas[::-1], c=colours, s=20, **look)
+            ax.scatter(*plane.betas[::-1], c=colours, s=20, **look)
             ax.set(xscale=scale, yscale=scale, xlabel=drawing.BETA_Z, ylabel=drawing.BETA_Y, title="colours")
         else:
             dots(ax, plane, x, y, colours, s=14, **look)
@@ -264,7 +260,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawing:
 
 
 class Map(NamedTuple):
-    """A heat map over the grid of betas: values of cells, their colours, and the best of them, ties included."""
+    """A heat map over the grid of betas: cells' values, their colours, and the best."""
 
     title: str
     grid: Grid
@@ -307,7 +303,7 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
 
 def heat_maps(plane: Plane, names: Sequence[str]) -> Drawing:
     """Rates and metrics over the grid of betas; the cells have one setting but for these."""
-    grid, layers = Grid(*map(plane.values, BETAS)), []
+    grid, layers = Grid(*plane.betas), []
     for name in dict.fromkeys(("kl_z", "kl_y", *names)):
         norm = rate_norm(plane, name) if name in ("kl_z", "kl_y") else Normalize()
         cmap = COLOURS[metric(name).better]

@@ -85,7 +85,7 @@ def hull(plane: Plane, name: str, among: np.ndarray | bool = True) -> list[dict[
 
 
 def terms_of(plane: Plane, name: str) -> list[np.ndarray | None]:
-    """Each cell's terms (seeds, images), whose mean a metric is (of PSNR: squared errors); None if runs lack them."""
+    """Each cell's terms (seeds, images), whose mean a metric is (of PSNR: squared errors), or None."""
     terms = []
     for cell, runs in zip(plane.cells, plane.per_image, strict=True):
         losses = {"nelbo": (1.0, 1.0), "loss": [cell.median[beta] for beta in BETAS]}
@@ -99,7 +99,7 @@ def terms_of(plane: Plane, name: str) -> list[np.ndarray | None]:
 
 
 def errors(plane: Plane, name: str) -> np.ndarray:
-    """Standard errors (N,) of a metric's `values`: over a cell's seeds, of a single one over its test images."""
+    """Standard errors (N,) of a metric: over a cell's seeds, of one over its test images."""
     result = np.full(len(plane.cells), math.nan)
     for i, cell in enumerate(plane.cells):
         of_runs = np.array([row[name] for row in cell.repeats if name in row])

@@ -1,7 +1,4 @@
-"""Where test images lie in z: means by class, ellipses of single posteriors, and what points of z decode to.
-
-The dimensions of a convolutional z are its channels x rows x columns.
-"""
+"""Where test images lie in z: means by class, single posteriors, and what points of z decode to."""
 
 import math
 import textwrap
@@ -33,7 +30,7 @@ COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 
 
 class View(NamedTuple):
-    """Posteriors of z seen in a plane: the names of its axes, means (N, 2), covariances (N, 2, 2)."""
+    """Posteriors of z in a plane: its axes, means (N, 2), covariances (N, 2, 2)."""
 
     axes: tuple[str, str]
     means: np.ndarray
@@ -42,7 +39,7 @@ class View(NamedTuple):
 
 @styled
 def draw_latents(cells: Sequence[Loaded], out: Output) -> None:
-    """Draws z of the test images of cells. Raises UserError for cells of which that cannot be drawn."""
+    """Draws z of the test images of cells. Raises UserError where it cannot be drawn."""
     if len(cells) > MOST_CELLS:
         raise UserError(f"--latents: draws at most {MOST_CELLS} runs at once, got {len(cells)}")
     for cell in cells:
@@ -55,7 +52,7 @@ def draw_latents(cells: Sequence[Loaded], out: Output) -> None:
 
 
 def drawing_of(cells: Sequence[Loaded]) -> Drawing:
-    """Two panels for each cell: two of its dimensions and what they decode to, or PCA; or its categories."""
+    """Two panels for each cell: dimensions of z, PCA, what they decode to; or categories."""
     figure, table = Figure((TEXT, 0.6 + 3.7 * len(cells)), layout="constrained"), []
     n = len(cells[0].images(N_RATES)[0])
     about = f"{cells[0].config.data_name}; {n:,} test images; rates in nats."
@@ -73,7 +70,7 @@ def drawing_of(cells: Sequence[Loaded]) -> Drawing:
 
 
 def draw_views(axes: Sequence[Axes], cell: Loaded) -> list[dict]:
-    """Draws the means and single posteriors of z in its planes, and, where there is but one, the manifold."""
+    """Draws means and single posteriors in planes of z; where there is but one, the manifold."""
     seen, (_, labels) = views(cell), cell.images(N_RATES)
     for ax, view in zip(axes, seen, strict=False):
         draw_posteriors(ax, view, labels.cpu().numpy(), cell.data.n_classes, names_of(cell.data))
@@ -93,7 +90,7 @@ def names_of(data: Data) -> Sequence[str]:
 
 
 def views(cell: Loaded) -> list[View]:
-    """The planes of the two dimensions of the largest rates, and, of more than two, of a PCA, with its origin at 0."""
+    """The plane of the two dimensions of the largest rates, and, of more, that of a PCA."""
     q, rates = cell.model.q_z(cell.images(N_RATES)[0]), rates_of_units(cell)[0]
     mean, std = (t.flatten(1).cpu().double().numpy() for t in q)
     shape, rates = rates.shape, rates.flatten().cpu().double().numpy()
@@ -112,7 +109,7 @@ def views(cell: Loaded) -> list[View]:
 
 
 def pca(mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two principal components (2, D) of means (N, D), and their shares of variance; largest entries are positive."""
+    """Two principal components (2, D) of means (N, D), and their shares of the variance."""
     _, stds, components = np.linalg.svd(mean - mean.mean(0), full_matrices=False)
     total, components = (stds**2).sum(), components[:2]
     signs = np.sign(np.take_along_axis(components, np.abs(components).argmax(1)[:, None], 1))
@@ -149,7 +146,7 @@ def ellipse(mean: np.ndarray, covariance: np.ndarray, **look) -> Ellipse:
 
 
 def manifold(cell: Loaded) -> tuple[list[float], torch.Tensor]:
-    """Quantiles of the prior, and the images that pairs of them decode to, from the largest z 2 down and along z 1."""
+    """Quantiles of the prior, and what pairs decode to, from the largest z 2 down, along z 1."""
     values = Normal(0.0, 1.0).icdf((torch.arange(ALONG) + 0.5) / ALONG)
     z = torch.cartesian_prod(values.flip(0), values).flip(1).to(cell.device)
     return values.tolist(), cell.decode(z.view(-1, *cell.model.z_shape))

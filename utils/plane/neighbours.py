@@ -1,19 +1,19 @@
-"""What evaluated cells say of a metric of their neighbours that were not: a smooth function of the betas."""
+"""What evaluated cells say of their neighbours: metrics are smooth functions of the betas."""
 
 import math
 import warnings
 
 import numpy as np
 
-from utils.plane.cells import BETAS, Plane
+from utils.plane.cells import Plane
 
 LEAST_CELLS = 8  # to learn a function of two betas from
 
 
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a multi-rate model's other cells predict where cells lack a metric, and standard errors, (N,); else NaN."""
+    """What a multi-rate model's other cells predict where a metric is missing, and errors, (N,)."""
     values, errors = np.full((2, len(plane.cells)), math.nan)
-    betas = np.stack([plane.values(beta) for beta in BETAS], 1)
+    betas = plane.betas.T
     for mask in plane.kinds.values():
         known = mask & np.isfinite(plane.values(name)) & (betas > 0).all(1)
         wanted = mask & ~known & (betas > 0).all(1)
@@ -24,7 +24,7 @@ def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interpolated(at: np.ndarray, values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What values (N,) at points (N, 2) predict at others (M, 2), and standard errors, of the values' noise as well.
+    """What values (N,) at points (N, 2) predict at others (M, 2), and standard errors.
 
     A Gaussian process whose lengths and noise have the largest likelihood. Its errors are scaled so that 1.96 of them
     hold 95 % of the values that are left out, one at a time (Rasmussen & Williams 2006, eq. 5.12).

@@ -1,4 +1,4 @@
-"""A batch's eval_results.csv, read into a Plane: with notes on what it lacks, and on what is left out and why."""
+"""A batch's eval_results.csv as a Plane, with notes on what is missing or left out."""
 
 import csv
 import io
@@ -67,7 +67,7 @@ def read_plane(path: Path, unit: str = "nats") -> Plane:
 
 
 def _read(read: Callable[[Path], dict], run: Path) -> dict:
-    """What a file of a run tells; empty if it is not there or damaged, so that nothing is known of the run."""
+    """What a file of a run tells; empty if it is not there, or damaged."""
     try:
         return read(run)
     except UserError:
@@ -75,7 +75,7 @@ def _read(read: Callable[[Path], dict], run: Path) -> dict:
 
 
 def _is_stale(folder: Path, row: dict[str, str], metrics: dict) -> bool:
-    """Whether a run was trained or evaluated again since its row was written; not known without its files."""
+    """Whether a run was trained or evaluated again since its row was written."""
     weights = digest_of(folder / "vae.pth")
     pairs = [(number(row.get(name)), metrics[name]) for name in ("ll", "kl_y", "kl_z") if name in metrics]
     other = any(not math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in pairs if not math.isnan(a))
@@ -150,7 +150,7 @@ def _cell(rows: tuple[dict[str, str], ...], conditions: tuple[dict[str, str], ..
 
 
 def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
-    """What the table lacks, and what figures cannot show; `without` are the rows without rates."""
+    """What is missing, and what figures cannot show; `without` are the rows without rates."""
     cells = len(plane.cells)
     for status in sorted({row.get("status") or "" for row in without}):
         runs = [row for row in without if (row.get("status") or "") == status]

@@ -41,8 +41,7 @@ class Options(NamedTuple):
 def write_report(out: Output, plane: Plane, options: Options, device: torch.device, load_data: Callable) -> None:
     """Writes figures, tables and the page of a batch, and prints the advice.
 
-    Models compute on `device`; `load_data` gives the data set of a Config, whose images they
-    reconstruct.
+    Models compute on `device`; `load_data` gives the data set of a Config.
     """
     names, advised = wanted(plane.names, options.metrics), advice(plane, options.budget)
     if options.budget and not any(row["budget"] for row in advised):
@@ -95,7 +94,7 @@ def write_figures(out: Output, plane: Plane, drawings: Mapping[str, Drawing]) ->
     """Writes figures with their data, and removes those of an earlier call; returns the PNGs."""
     images = {}
     for name, drawing in progress(drawings.items(), unit="figure"):
-        images[name] = write_drawing(out, name, drawing, plane.heading)
+        images[name] = write_drawing(out, name, drawing, plane.title)
     record = out.folder / "figures.txt"
     files = [f"{name}.{form}" for name in images for form in (*out.of_figures, "csv")]
     for name in record.read_text().splitlines() if record.is_file() else ():
@@ -106,7 +105,7 @@ def write_figures(out: Output, plane: Plane, drawings: Mapping[str, Drawing]) ->
 
 
 def write_tables(out: Output, plane: Plane, names: list[str], advised: list, slopes: list, excess: list) -> dict:
-    """Writes advice, slopes, excess loss and correlations; returns the page's Tables by heading."""
+    """Writes the tables; returns those of the page by heading."""
     of_tasks = [*TASK_OF, *ACCURACIES["z"], *ACCURACIES["y"]]
     of_tasks = [name for name in of_tasks if name in plane.names]
     cells = [row for row in cells_of(plane, [*of_tasks, *names]) if row["what"] != "seed"]
@@ -116,7 +115,7 @@ def write_tables(out: Output, plane: Plane, names: list[str], advised: list, slo
         "Advice": Table(advised, headings_of(plane), "advice"),
         "Commands that train these cells separately": to_train,
         "Rank correlations with the rates": Table(drivers(plane, of_tasks), of_drivers, "drivers"),
-        "Cells": Table(cells, {n: plane.heading(n) for row in cells for n in row}),
+        "Cells": Table(cells, {n: plane.title(n) for row in cells for n in row}),
         "Slopes": Table(slopes, SLOPES, "slopes"),
         "Multi-rate cells and separately trained ones": Table(excess, EXCESS, "excess" if excess else ""),
     }

@@ -32,7 +32,7 @@ MOST_PIXELS = 256  # along each side of a cell's picture in the page
 
 
 class Pictures(NamedTuple):
-    """What cells make, by kind and index: pictures (H, W, 3) for sheets, data: URIs for the page."""
+    """What cells make, by kind and index: (H, W, 3) for sheets, data: URIs for the page."""
 
     of_sheets: dict[str, dict[int, np.ndarray]]
     of_page: dict[str, dict[int, str]]
@@ -45,7 +45,7 @@ class Pictures(NamedTuple):
 
 
 def images_to_reconstruct(plane: Plane, load_data: Callable, n: int) -> torch.Tensor | None:
-    """n test images (B, C, H, W) of the first run, by its Config's `load_data`; None, with a note, without them."""
+    """n test images (B, C, H, W) of the first run, by `load_data`; None, with a note, without."""
     paths = [plane.folder / cell.runs[0] for cell in plane.cells]
     path = next((path for path in paths if (path / "config.json").is_file()), paths[0])
     try:
@@ -100,7 +100,7 @@ def sheets_of(plane: Plane) -> dict[str, tuple[np.ndarray, dict[int, tuple], lis
     """
     titles = [(BETA_Y, f"{plane.title('kl_y')} asked for"), (BETA_Z, f"{plane.title('kl_z')} asked for")]
     asked, parts = ~np.isnan(plane.targets), {}
-    at = np.where(asked, plane.asked, np.stack([plane.values(name) for name in BETAS], 1))
+    at = np.where(asked, plane.asked, plane.betas.T)
     for (kind, of_kind), pattern in product(plane.kinds.items(), product((False, True), repeat=2)):
         mask = of_kind & (asked == pattern).all(1)
         if not mask.any():
@@ -150,7 +150,7 @@ def sheets(plane: Plane, pictures: Pictures) -> dict[str, Drawing]:
 
 
 def sheet(pictures: dict, title: str, originals: np.ndarray | None = None, axes=(BETA_Y, BETA_Z)) -> Figure:
-    """Pictures (H, W, 3) of one size by their places along two axes, y and x, with `originals` beside them."""
+    """Pictures (H, W, 3) by their places along two axes, y and x, beside the `originals`."""
     grid = Grid(*zip(*pictures, strict=True))
     (h, w, _), gap = next(iter(pictures.values())).shape, 4
     rows, columns = grid.shape
@@ -174,7 +174,7 @@ def sheet(pictures: dict, title: str, originals: np.ndarray | None = None, axes=
 
 
 def overview(plane: Plane, names: Sequence[str], device: torch.device, x: torch.Tensor | None) -> Drawing | None:
-    """The plane at a glance: where each metric is best, and samples and reconstructions of x (B, C, H, W) by these.
+    """The plane at a glance: where metrics are best, and what these cells make, also of x (B, C, H, W).
 
     None, with a note, where a model cannot be read.
     """

@@ -39,7 +39,7 @@ def slopes(plane: Plane) -> list[dict]:
 def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
     # (seeds, cells) each
     ll, *rates = (np.array([plane.of_seed(name, s) for s in plane.seeds]) for name in names)
-    betas, d = np.array([plane.values(name) for name in BETAS]), -ll
+    betas, d = plane.betas, -ll
     near = np.isfinite(d).any(0)
     for b in betas:
         at = np.unique(b, return_inverse=True)[1]
@@ -132,7 +132,7 @@ def _least_squares(terms: np.ndarray, target: np.ndarray, identified: np.ndarray
 
 
 def print_far_off(rows: list[dict]) -> None:
-    """Prints the ten cells with the largest excess loss of those far from their optimum, if any."""
+    """Prints the ten worst of the cells that are far from their optimum, if any."""
     far_off = sorted((row for row in rows if row["far_off"]), key=lambda r: -r.get("excess", 0))
     if far_off:
         text = f"{len(far_off)} of {len(rows)} cells are not at their optimum, probably under-trained: a slope is off "

@@ -32,7 +32,7 @@ class Table(NamedTuple):
     file: str = ""
 
     def texts(self) -> dict[str, list]:
-        """The columns that are not empty, with heads, kinds, "text" or "number", and lines of texts."""
+        """The columns that are not empty, their heads, kinds ("text", "number") and lines."""
         columns = [n for n in self.headings if any(row.get(n) not in (None, "") for row in self.rows)]
         is_text = [any(isinstance(row.get(n), str) for row in self.rows) for n in columns]
         kinds = ["text" if of_column else "number" for of_column in is_text]
@@ -49,7 +49,7 @@ class Table(NamedTuple):
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def latex(self) -> str:
-        """The table for LaTeX, with the package booktabs: three significant digits, errors behind their values."""
+        """For LaTeX with booktabs: three significant digits, errors behind their values."""
         texts = self.texts()
         kinds = dict(zip(texts["columns"], texts["kinds"], strict=True))
         kinds.pop("run", None)

@@ -33,7 +33,7 @@ SWEEP = [f"{v:g}" for v in torch.linspace(-3, 3, ALONG).tolist()]
 
 @styled
 def traverse(cells: Sequence[Loaded], out: Output, n: int) -> None:
-    """Draws traversals of n images by cells side by side. Raises UserError for cells that have none."""
+    """Draws traversals of n images by cells. Raises UserError where there are none."""
     for cell in cells:
         if cell.model.family is not Gaussian or not cell.model.z_shape[0]:
             why = "a category" if cell.model.z_shape[0] else "not there"
@@ -89,7 +89,7 @@ def side_by_side(cells: Sequence[Loaded], rows_of: Callable, n: int, columns: Se
 
 
 def show_tiled(ax: Axes, images: Tensor, title: str, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Shows images (n, C, H, W) in one picture, with texts below its columns and beside its rows."""
+    """Shows images (n, C, H, W) in one picture, with texts at its columns and rows."""
     picture = tiled(images, len(columns), 1.0).permute(1, 2, 0).cpu().numpy()
     show(ax, picture, title)
     for axis, size, texts in ((ax.xaxis, picture.shape[1], columns), (ax.yaxis, picture.shape[0], rows)):
@@ -99,7 +99,7 @@ def show_tiled(ax: Axes, images: Tensor, title: str, columns: Sequence[str], row
 
 @functools.cache  # every figure says them
 def rates_of_units(cell: Loaded) -> tuple[Tensor, Tensor]:
-    """The rate of each dimension of z, (*z_shape,), and of y given z, (*y_shape,): nats, means over test images."""
+    """The rates of dimensions of z, (*z_shape,), and of y, (*y_shape,): nats, means over images."""
     x, _ = cell.images(N_RATES)
     z = cell.encode(x, seed=0).z
     return cell.model.q_z(x).rate_of_units().mean(0), cell.model.q_y(z, x).kl_of_units(cell.model.p_y(z)).mean(0)
@@ -113,7 +113,7 @@ def rates_of(cell: Loaded) -> tuple[str, dict]:
 
 
 def between(cell: Loaded, n: int) -> Rows:
-    """Walks in z from each of n images to the next: with y of p(y|z), of one noise, or own kept."""
+    """Walks in z from each of n images to the next: with y of p(y|z), or own kept."""
     x, _ = cell.images(n + 1)
     q, rows = cell.encode(x), []
     for i in range(len(x) - 1):
