@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.text import Text
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 from pytest import approx
 
 import plot_eval
@@ -14,9 +14,9 @@ from datasets.gaussian import Gaussian
 from tests.plane.planes import AXIS, exponential, grid, plane_of, read_csv, rows_of, write_csv
 from utils.plane import figures
 from utils.plane.cells import Plane
-from utils.plane.drawing import BETA_Y, BETA_Z, COLUMN, TEXT, Grid, Output, styled, write_drawing
+from utils.plane.drawing import BETA_Y, BETA_Z, COLUMN, TEXT, Output, styled, write_drawing
 from utils.plane.reading import read_plane
-from utils.plane.sheets import Pictures, sheet, sheets
+from utils.plane.sheets import Pictures, sheets
 from utils.plane.slopes import slopes
 from utils.plane.tables import Table
 
@@ -65,7 +65,7 @@ def test_sizes_and_type_are_a_papers_and_every_panel_has_its_labels():
     assert figure.get_suptitle() == ""
 
 
-def test_the_best_is_yellow_on_top_of_the_bar_and_starred():
+def test_the_best_is_yellow_on_top_of_the_bar_and_starred_and_framed_with_those_that_are_as_good():
     best = {"psnr": (10, 0.1), "fid": (0.1, 10)}  # of which less is better
     plane = plane_of(grid(**dict.fromkeys(best, lambda row: row["beta_y"] - row["beta_z"])))
     for name, betas in best.items():
@@ -76,6 +76,11 @@ def test_the_best_is_yellow_on_top_of_the_bar_and_starred():
         (points,) = [c for c in ax.collections if len(c.get_offsets()) == 25]
         red, _, blue, _ = points.to_rgba(plane.values(name))[plane.best(name)]
         assert red > 0.9 and blue < 0.3 and bar.yaxis.get_inverted() == (name == "fid")
+    plane = plane_of(grid([0.1, 1], recons_acc=lambda row: 0.5 + 0.4 * (row["beta_z"] == 1)))
+    assert plane.ties("recons_acc").tolist() == [1, 3] and not len(plane.ties("kl_z"))
+    ax = figures.heat_maps(plane, ["recons_acc"]).figure.axes[2]
+    assert sorted(frame.get_xy() for frame in ax.patches) == [(0.5, -0.5), (0.5, 0.5)]
+    assert [text.get_text() for text in ax.texts] == ["0.500", "0.900"] * 2
 
 
 def test_rates_that_crowd_at_0_get_a_logarithmic_axis_and_others_do_not():
@@ -139,17 +144,6 @@ def test_cells_of_rates_that_were_asked_for_have_a_sheet_over_these_rates():
     assert axes["samples_asked_y"].get_xlabel() == BETA_Z and len(slopes(plane)) == 4  # of no grid
 
 
-def test_cells_that_score_the_same_are_all_marked():
-    plane = plane_of(grid([0.1, 1], recons_acc=lambda row: 0.5 + 0.4 * (row["beta_z"] == 1)))
-    assert plane.ties("recons_acc").tolist() == [1, 3] and not len(plane.ties("kl_z"))
-    stars = [c for c in figures.rate_planes(plane, ["recons_acc"]).figure.axes[0].lines if c.get_marker() == "*"]
-    assert len(stars[0].get_xdata()) == 2
-    frames = figures.heat_maps(plane, ["recons_acc"]).figure.axes[2].patches
-    assert sorted(frame.get_xy() for frame in frames) == [(0.5, -0.5), (0.5, 0.5)]
-    texts = [text.get_text() for text in figures.heat_maps(plane, ["recons_acc"]).figure.axes[2].texts]
-    assert texts == ["0.500", "0.900"] * 2
-
-
 def test_bars_are_standard_errors_over_seeds_or_of_one_over_its_images():
     cell, other = plane_of([exponential(1, bz) | {"psnr": 20.0, "psnr_se": 0.25} for bz in (0.1, 1)]).cells
     two = (*cell.repeats, cell.repeats[0] | {"psnr": 21.0})
@@ -168,15 +162,6 @@ def test_the_colours_of_rates_are_logarithmic():
     plane = plane_of([exponential(1, 1) | {"kl_z": r} for r in (0.0, 1.0, 10.0)])
     norm = figures.rate_norm(plane, "kl_z")
     assert (norm(0.0), norm(0.1), norm(1.0), norm(10.0)) == approx((0, 0, 0.5, 1))
-
-
-def test_the_grid_puts_each_cell_in_its_place():
-    image = Grid([1, 10, 1], [0.1, 0.1, 5]).image([1.0, 2.0, 3.0])
-    assert_array_equal(image, [[1, 3], [2, np.nan]])
-    figure = sheet({(1.0, 0.1): np.zeros((4, 6, 3)), (10.0, 5.0): np.full((4, 6, 3), 0.5)}, "t")
-    canvas = figure.axes[0].images[0].get_array()
-    assert canvas.shape == (12, 16, 3) and (canvas[8:, :6] == 0).all()
-    assert (canvas[:4, 10:] == 0.5).all() and (canvas[:4, :6] == 1).all()
 
 
 def test_tables_for_latex_have_errors_behind_their_values_and_those_in_markdown_beside():

@@ -30,12 +30,6 @@ def test_repeats_with_other_seeds_become_one_cell():
     assert plane.values("nelbo")[0] == approx(rows[0]["kl_y"] + rows[0]["kl_z"] - rows[0]["ll"])
 
 
-def test_runs_of_other_settings_stay_apart_and_it_is_noted():
-    plane = read_plane(write_csv(rows_of([1, 2]) + rows_of([1, 2], z_dims=16)))
-    assert len(plane.cells) == 8 and any("z_dims 16, 8" in note for note in plane.notes)
-    assert [part.values("beta_y").tolist() for part in plane.grids.values()] == [[1, 1, 2, 2]] * 2
-
-
 def test_the_longest_run_of_a_cell_stands_for_those_that_it_continues(passes, monkeypatch):
     """A cell of 1 epoch is continued to 2, and that to 3; another is trained anew for 2, and only that continued."""
     both, more = ["--beta_y", "1", "5"], ["--init_from", "runs/b"]
@@ -87,13 +81,6 @@ def test_a_layer_that_is_not_there_has_not_collapsed():
     rows = [row | {"kl_z": 0.0, "kl_y": 5.0} for row in grid([1, 2])]
     told = [plane_of(rows, *[{"vae_type": kind}] * 4).about for kind in ("HVAE", "BVAE")]
     assert "R(z) < 0.5 nats in 4 of 4 runs" in told[0] and "nats in" not in told[1]
-
-
-def test_kinds_whose_names_are_cut_off_alike_are_kept_apart():
-    kinds = [{"dataset": 130 * "a" + end} for end in ("b", "c", "/", "?")]
-    plane = plane_of(grid([1, 2]), *kinds)
-    assert [mask.nonzero()[0].tolist() for mask in plane.kinds.values()] == [[0], [1], [2], [3]]
-    assert list(plane.kinds) == list(plane.grids) and max(map(len, plane.kinds)) < 130
 
 
 def test_a_run_that_was_trained_or_evaluated_again_is_not_shown_by_its_old_row():
