@@ -30,7 +30,7 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 TIP = """<div style="max-width: 178px"><b>beta_y @beta_y, beta_z @beta_z</b><br>
 R(z) @kl_z, R(y|z) @kl_y {unit}<br>@shown<br>{pictures}</div>"""
 TIP_PICTURE = '<img src="@{0}" alt="{0}" style="width: 80px; margin: 4px 4px 0 0; image-rendering: pixelated">'
-NO_COMMAND = "none: it started from other weights, or its settings are incomplete"
+NO_COMMAND = "none: it started from other weights, or its run is not there"
 PALETTES = [Cividis256, Viridis256, Viridis256[::-1]]  # at 0, 1 and -1: the better way
 
 
