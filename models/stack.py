@@ -1,5 +1,7 @@
 """M models of one architecture as a single one: parameters are stacked (M, ...), the forward pass is vmapped."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,15 +38,25 @@ class Stack:
         return vmap(lambda p: functional_call(self.model, p, (x, noise)))(self.parameters)
 
     @torch.no_grad()
-    def evaluate(self, split, batch_size: int, generator, beta_y: Tensor, beta_z: Tensor) -> Tensor:
-        """Means over all images of loss, ll, kl_y, kl_z, with one posterior sample each: (M, 4), float64."""
-        sums = torch.zeros(self.m, len(TERMS), dtype=torch.float64, device=beta_y.device)
+    def sums(self, x: Tensor, noise: Noise, beta_y: Tensor, beta_z: Tensor) -> Tensor:
+        """Sums over images x (B, C, H, W) of loss, ll, kl_y, kl_z: (M, 4)."""
+        terms = self.terms(x, noise)
+        return sums_of(losses(terms, noise, beta_y, beta_z), terms)
+
+    @torch.no_grad()
+    def evaluate(
+        self, split, batch_size: int, generator, beta_y: Tensor, beta_z: Tensor, fast: Callable | None = None
+    ) -> Tensor:
+        """Means over all images of loss, ll, kl_y, kl_z, with one posterior sample each: (M, 4), float64.
+
+        `fast` is another implementation of `sums`, for whole batches.
+        """
+        total = torch.zeros(self.m, len(TERMS), dtype=torch.float64, device=beta_y.device)
         for i, (x, _) in enumerate(split.batches(batch_size, part=self.part)):
-            whole = min(batch_size, len(split) - i * batch_size)
-            noise = self.model.noise(whole, generator).of(self.part)
-            terms = self.terms(x, noise)
-            sums += sums_of(losses(terms, noise, beta_y, beta_z), terms)
-        return self.of_all(sums) / len(split)
+            n = min(batch_size, len(split) - i * batch_size)
+            noise = self.model.noise(n, generator).of(self.part)
+            total += (fast if fast and n == batch_size else self.sums)(x, noise, beta_y, beta_z)
+        return self.of_all(total) / len(split)
 
     def of_all(self, values: Tensor) -> Tensor:
         """The values, summed in place over all data-parallel processes."""

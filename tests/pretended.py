@@ -8,6 +8,7 @@ kernels compute nor how fast. torch must be built with CUDA.
 import collections
 import contextlib
 import graphlib
+import linecache
 import traceback
 from pathlib import Path
 
@@ -95,9 +96,9 @@ def each(change, value):
     """Nested lists, tuples and dictionaries with their tensors changed; torch's own takes most of the time."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, dict):
-        return {name: each(change, v) for name, v in value.items()}
-    return type(value)(each(change, v) for v in value) if isinstance(value, list | tuple) else value
+    if isinstance(value, (list, tuple)):
+        return type(value)([each(change, v) for v in value])
+    return {name: each(change, v) for name, v in value.items()} if isinstance(value, dict) else value
 
 
 def tensors_in(value) -> list[Tensor]:
@@ -108,8 +109,11 @@ def tensors_in(value) -> list[Tensor]:
 
 def line() -> str:
     """Of the project's code, which is running."""
-    frames = (f for f in traceback.extract_stack() if f.filename.startswith(ROOT) and f.filename != __file__)
-    return " ".join(f"{f.name}: {f.line}" for f in [*frames][-1:])
+    for frame, number in traceback.walk_stack(None):
+        code = frame.f_code
+        if code.co_filename.startswith(ROOT) and code.co_filename != __file__:
+            return f"{code.co_name}: {linecache.getline(code.co_filename, number).strip()}"
+    return ""
 
 
 def read(func) -> None:
@@ -136,14 +140,19 @@ def check(func, args: tuple, tensors: list[Tensor], on_gpu: bool) -> None:
 
 def pretended(func, args: tuple, kwargs: dict):
     """What an operator gives, on the GPU if it would be there."""
-    tensors, device = tensors_in((args, kwargs)), kwargs.get("device")
+    tensors, device = [], kwargs.get("device")
+
+    def held(t: Tensor) -> Tensor:
+        tensors.append(t)
+        return t.held if isinstance(t, OnGpu) else t
+
+    held_args, held_kwargs = each(held, (args, kwargs))
     there = any(isinstance(t, OnGpu) for t in tensors)
     on_gpu = there if device is None else torch.device(device).type == "cuda"
     if not (there or on_gpu):
         return func(*args, **kwargs)
     check(func, args, tensors, on_gpu)
-    kwargs = kwargs | {name: of_cpu for name, of_cpu in (("device", CPU), ("pin_memory", False)) if name in kwargs}
-    held_args, held_kwargs = each(lambda t: t.held if isinstance(t, OnGpu) else t, (args, kwargs))
+    held_kwargs |= {name: of_cpu for name, of_cpu in (("device", CPU), ("pin_memory", False)) if name in kwargs}
     if Graph.capturing:  # as they are now: an operator may change what they are views of
         held_args, held_kwargs = each(alias, (held_args, held_kwargs))
     out = func(*held_args, **held_kwargs)
@@ -173,8 +182,8 @@ class OwnGenerators(TorchFunctionMode):
     """Refuses random numbers from another device's generator."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out, g = func(*args, **(kwargs or {})), (kwargs or {}).get("generator")
-        if isinstance(out, Tensor) and g is not None and g.device.type != out.device.type:
+        out, g = func(*args, **(kwargs or {})), kwargs and kwargs.get("generator")
+        if g and isinstance(out, Tensor) and g.device.type != out.device.type:
             raise Refused(f"a generator on {g.device} for numbers on {out.device} ({line()})")
         return out
 

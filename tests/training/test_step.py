@@ -10,7 +10,7 @@ from models.build import build_model
 from models.hvae import Terms
 from models.stack import Stack
 from models.tables import LIKELIHOODS, MODELS
-from tests.conftest import training_of
+from tests.conftest import random_data, training_of
 from utils.config import Config
 from utils.errors import is_out_of_memory
 from utils.seeds import generator
@@ -179,6 +179,25 @@ def test_after_a_failure_no_step_is_captured(capturing, capsys):
     for _ in range(2):
         ten_steps()
     assert len(tried) == 1 and capsys.readouterr().out.count(NOTE) == 1
+
+
+@pytest.mark.parametrize("record", [replaying, wrong_sums, impossible])
+def test_an_evaluation_is_captured_as_it_is_written(record, capturing, capsys):
+    """Or, with a note, not at all: its means stay. Of weights that change after it was captured."""
+
+    def means() -> list[torch.Tensor]:
+        training, result = training_of(*PAIR), []
+        for _ in range(2):
+            result.append(training.evaluate(random_data(TINY, 20)))
+            for p in training.stack.parameters.values():
+                p.data *= 1.1
+        assert (training.fast_sums != training.stack.sums) == (training.setup.capture and record is replaying)
+        return result
+
+    expected = means()
+    capturing(record)
+    assert all(map(torch.equal, means(), expected)) and not torch.equal(*expected)
+    assert capsys.readouterr().out.count("note: the evaluation cannot be captured") == (record is not replaying)
 
 
 def test_a_step_that_is_compiled_wrongly_is_not_used(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The update of a training, captured as a CUDA graph and, if asked for, compiled."""
+"""A training's update, and its evaluation of a batch, captured as CUDA graphs; the update, if asked for, compiled."""
 
 import functools
 import math
@@ -21,7 +21,6 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
     With a note, the update as it is written where that fails or changes its sums, its gradients or the weights; then
     all are, from then on.
     """
-    global failed
     if failed or not (capture or compile):
         return training.update
     update, parameters, low = training.update, [*training.stack.parameters.values()], training.stack.low
@@ -52,14 +51,34 @@ def prepared(training, inputs: tuple, capture: bool, compile: bool) -> Update:
             check_same(ours, right, low)
         return update
     except Exception as e:
-        if is_out_of_memory(e):
-            raise torch.OutOfMemoryError(str(e)) from e
-        failed |= capture
-        what = "captured as a CUDA graph" if capture else "compiled"
-        print(f"note: the step cannot be {what}, continuing without: {one_line(e)}", flush=True)
+        do_without(e, "step", capture)
         return training.update
     finally:
         restore(state, before)
+
+
+def prepared_sums(training, inputs: tuple) -> Update:
+    """The `sums` of a training's stack, captured for inputs of these shapes; where that fails, as they are written."""
+    sums = training.stack.sums
+    if failed or not training.setup.capture:
+        return sums
+    try:
+        expected, fast = sums(*inputs), captured(sums, inputs, training.device)
+        check_same([fast(*inputs)], [expected], low=False)
+        return fast
+    except Exception as e:
+        do_without(e, "evaluation", capture=True)
+        return sums
+
+
+def do_without(e: Exception, what: str, capture: bool) -> None:
+    """Notes why something cannot be captured, or compiled. Raises OutOfMemoryError if it is for want of memory."""
+    global failed
+    if is_out_of_memory(e):
+        raise torch.OutOfMemoryError(str(e)) from e
+    failed |= capture
+    how = "captured as a CUDA graph" if capture else "compiled"
+    print(f"note: the {what} cannot be {how}, continuing without: {one_line(e)}", flush=True)
 
 
 @torch.no_grad()

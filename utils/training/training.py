@@ -3,6 +3,7 @@
 train       epochs, with checkpoints between them
 step        draws the noise of a batch; every weight, rate and learning rate that depends on the time
 update      forward, loss, backward, and the optimiser's step; on a GPU captured (capture.py)
+evaluate    the means over the test images after an epoch; of whole batches captured, too
 """
 
 import math
@@ -24,7 +25,7 @@ from utils.runs import FORMAT, Run
 from utils.seeds import generator
 from utils.training import multi_rate
 from utils.training.betas import Betas, rate_weights
-from utils.training.capture import prepared
+from utils.training.capture import prepared, prepared_sums
 from utils.training.console import GridBar
 from utils.training.log import Log, figures
 from utils.training.optimizers import MOMENTS, build_optimizer, lr_factor, set_lr
@@ -82,7 +83,7 @@ class Training:
         self.spread = 0.0  # the share of its range over which a conditioned model's betas are drawn
         self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
         self.history = self.noise = None  # of the current epoch: each step's sums (steps, M, 4), the noise generator
-        self.fast = None  # `update`, prepared for whole batches
+        self.fast = self.fast_sums = None  # `update`, and the stack's `sums`, prepared for whole batches
         self.session: dict = {}  # what makes it now (provenance.py), and, of each cell, what made it before
         self.earlier = [(state or {}).get("sessions", []) for state in states]
         self.points: dict[str, dict[str, float]] = {}  # terms of a conditioned model at single betas
@@ -152,7 +153,14 @@ class Training:
     def evaluate(self, data: Data) -> Tensor:
         """Means over the test images of loss, ll, kl_y, kl_z, (M, 4), with the same noise after every epoch."""
         noise = generator(self.device, self.config.seed, "test")
-        return self.stack.evaluate(data.test, self.config.batch_size, noise, self.betas.y, self.betas.z)
+        return self.stack.evaluate(
+            data.test, self.config.batch_size, noise, self.betas.y, self.betas.z, self.sums_of_whole
+        )
+
+    def sums_of_whole(self, *inputs) -> Tensor:
+        """The stack's `sums` of a whole batch."""
+        self.fast_sums = self.fast_sums or prepared_sums(self, inputs)
+        return self.fast_sums(*inputs)
 
     def begin_epoch(self, steps: int) -> None:
         """Starts the noise and the history of an epoch of so many steps; keeps the weights that are good so far."""
