@@ -76,7 +76,7 @@ def test_a_report_of_a_gpu_goes_on_where_a_part_fails(script, monkeypatch):
         status, out, err = script(benchmark.main, "gpu", *SMALL[:-1], "cuda", "--cells", "1", "2")
     rows = json.loads(Path("gpu_report.json").read_text())
     assert status == 0 and list(rows.values())[-2:] == ["FAILED: OutOfMemoryError: CUDA out of memory", "done"], err
-    assert len(rows) == 1 + 6 + 12 + 2 + 2 and str(rows).count("FAILED") == 1, rows
+    assert len(rows) == 1 + 6 + 12 + 2 + 2 + 2 and str(rows).count("FAILED") == 1, rows
     assert out.splitlines()[-len(rows) - 1 :] == [
         f"| | {rows.pop('machine')} |",
         "|---|---|",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import statistics
 import subprocess
@@ -14,9 +15,10 @@ from subprocess import DEVNULL
 
 import torch
 
+from datasets.loading import Data
 from models.hvae import Noise
 from utils.benchmark.evaluation import multi_rate
-from utils.benchmark.step import machine, measure, patterns, stepper
+from utils.benchmark.step import CLASSES, machine, measure, patterns, stepper
 from utils.config import Config
 from utils.errors import UserError, one_line
 from utils.files import write_json
@@ -64,7 +66,7 @@ def gpu(config: Config, cells: list[int], n: int, device: torch.device) -> None:
 
 
 def times(config: Config, cells: list[int], n: int, device: torch.device) -> Rows:
-    """Of a step and its memory, by precision, cells at once and way; of one by Muon, and of a multi-rate model."""
+    """Of a step and its memory, by precision, cells at once and way; of one by Muon, a multi-rate model, evaluation."""
 
     def timed(config: Config, m: int, how: str) -> str:
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,6 +77,14 @@ def times(config: Config, cells: list[int], n: int, device: torch.device) -> Row
         failed = ", but the capture failed" if how == "auto" and capture.failed else ""
         return f"{1e3 * statistics.median(seconds) / m:.3f} ms a cell and step, {memory:.0f} MiB{failed}"
 
+    def evaluated(how: str) -> str:
+        use_precision(config.precision)
+        split = patterns(config, 20 * config.batch_size, device)
+        training = Training([Run(Path(), config)], [None], Setup(device, compile=how))
+        evaluate = functools.partial(training.evaluate, Data(split, split, CLASSES))
+        (seconds,) = measure({"evaluation": evaluate}, n, device).values()
+        return f"{1e3 * statistics.median(seconds) / 20:.3f} ms a batch"
+
     ways = {"eager": "off", "captured": "auto"}
     for precision, m, (way, how) in itertools.product(("fp32", "tf32", "bf16"), cells, ways.items()):
         of_precision = dataclasses.replace(config, precision=precision)
@@ -82,6 +92,8 @@ def times(config: Config, cells: list[int], n: int, device: torch.device) -> Row
     kinds = {"Muon": dataclasses.replace(config, optimizer="muon"), "multi-rate": multi_rate(config)}
     for name, of_kind in kinds.items():
         yield f"{name}, {of_kind.precision}, captured", lambda c=of_kind: timed(c, 1, "auto")
+    for way, how in ways.items():
+        yield f"evaluation, {config.precision}, {way}", lambda how=how: evaluated(how)
 
 
 def agreements(config: Config, device: torch.device) -> Rows:
