@@ -10,8 +10,6 @@ from pytest import approx
 from torch.testing import assert_close
 
 import train
-from models.build import build_model
-from models.stack import Stack
 from tests.conftest import TINY
 from utils.config import Config
 from utils.runs import Run
@@ -57,14 +55,6 @@ def test_lower_precisions_stay_close(gpu, precision):
     use_precision(precision)
     config = Config(dataset="CIFAR10", batch_size=64, precision=precision)
     assert_close(ten_steps(gpu, config)[0], exact, rtol=0.02, atol=0.5)
-
-
-def test_stacked_convolutions_are_of_the_precision_too(gpu):
-    stack, dtypes = Stack(build_model(Config(precision="bf16")).to(gpu), 2, "bf16"), []
-    stack.model.trunk[0].register_forward_hook(lambda layer, x, out: dtypes.append(out.dtype))
-    with torch.autocast("cuda", torch.bfloat16):
-        stack.terms(torch.rand(4, 1, 28, 28, device=gpu), stack.model.noise(4, generator(gpu, 0)))
-    assert dtypes == [torch.bfloat16]
 
 
 def test_the_fastest_is_found(gpu, capsys):

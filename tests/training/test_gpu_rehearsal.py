@@ -127,6 +127,22 @@ def test_muon_launches_at_most_half_as_many_kernels_again_as_adam(gpu):
         assert 100 < launches["adam"] < launches["muon"] <= 1.5 * launches["adam"], (kind, m, launches)
 
 
+def test_stacked_convolutions_are_of_the_precision_too(gpu, monkeypatch):
+    """All but those of output layers; on a CPU, stacked ones are in float32."""
+    dtypes, real = {1: [], 2: []}, pretended.pretended
+
+    def noting(func, args, kwargs):
+        if func is torch.ops.aten.convolution.default:
+            dtypes[training.stack.m].append(args[0].dtype)
+        return real(func, args, kwargs)
+
+    monkeypatch.setattr(pretended, "pretended", noting)
+    for m in dtypes:
+        training = begun(Config(precision="bf16", **SMALL), gpu, m, compile="off")
+        training.step(torch.rand(4, *training.config.image_shape, device=gpu), 4)
+    assert dtypes[1] == dtypes[2] and set(dtypes[1]) == {torch.bfloat16, torch.float32}
+
+
 def test_captured_steps_and_evaluations_launch_little_themselves(gpu):
     """Noise, betas and learning rates, and copies of these to where the graphs read them."""
     launches = []
