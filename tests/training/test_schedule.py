@@ -1,5 +1,6 @@
 """Which cells train together, how many, and what happens when the memory does not hold them."""
 
+import dataclasses
 import os
 import resource
 import threading
@@ -110,7 +111,10 @@ def test_a_step_is_captured_on_a_gpu_unless_asked_otherwise():
 
 
 def test_on_a_gpu_the_cells_at_once_are_measured_once(monkeypatch):
-    """What is asked for stands; of 20 cells by at most eight, seven, seven and six train together."""
+    """What is asked for stands; of 20 cells by at most eight, seven, seven and six train together.
+
+    Nothing is measured for a single cell; of two seeds the one with more cells counts.
+    """
     measured, together = [], []
     monkeypatch.setattr(schedule, "fastest", lambda config, most, device: measured.append(most) or 8)
     monkeypatch.setattr(schedule, "open_cells", lambda runs, *_: ([(run, None) for run in runs], []))
@@ -119,4 +123,8 @@ def test_on_a_gpu_the_cells_at_once_are_measured_once(monkeypatch):
     runs = [Run.of(config, "runs") for config in train.grid_configs(args)]
     schedule.train_all(runs, None, Setup(torch.device("cuda")), {})
     schedule.train_all(runs, None, Setup(torch.device("cuda"), cells_at_once=5), {})
-    assert measured == [20] and together == [7, 7, 6, 5, 5, 5, 5]
+    schedule.train_all(runs[:1], None, Setup(torch.device("cuda")), {})
+    assert measured == [20] and together == [7, 7, 6, 5, 5, 5, 5, 1]
+    other = [dataclasses.replace(run, config=dataclasses.replace(run.config, seed=3)) for run in runs[:8]]
+    schedule.train_all([runs[0], *other], None, Setup(torch.device("cuda")), {})
+    assert measured == [20, 8] and together[8:] == [1, 8]

@@ -1,5 +1,6 @@
 """The schedule: which cells train together, in which order, and from which position in the data."""
 
+import collections
 import contextlib
 import gc
 import math
@@ -42,7 +43,8 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
         while runs:
             of_seed = [run for run in runs if run.config.seed == runs[0].config.seed]
             use_precision(runs[0].config.precision)
-            size = size or fastest(runs[0].config, len(of_seed), setup.device)
+            most = max(collections.Counter(run.config.seed for run in runs).values())
+            size = size or (fastest(runs[0].config, most, setup.device) if most > 1 else 1)
             together = of_seed[: math.ceil(len(of_seed) / math.ceil(len(of_seed) / size))]  # of equal sizes if possible
             runs = [run for run in runs if run not in together]
             with contextlib.ExitStack() as locks:
