@@ -1,6 +1,5 @@
 """What is to be known of a GPU on which this project runs for the first time; within eight minutes."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -59,8 +58,7 @@ def gpu(config: Config, cells: list[int], n: int, device: torch.device) -> None:
                 rows[name] = call() if time.monotonic() < end else "left out: no time"
             except Exception as e:
                 rows[name] = f"FAILED: {type(e).__name__}: {one_line(e)}"
-            with contextlib.suppress(RuntimeError):  # some errors leave a process without its GPU; not its commands
-                free(device)  # out here, where the exception holds nothing any more
+            free(device)  # out here, where the exception holds nothing any more
             print(f"| {name} | {rows[name]} |", flush=True)
             write_json(REPORT, rows)
 

@@ -19,7 +19,6 @@ from utils.errors import UserError, is_out_of_memory, one_line
 from utils.files import load_tensors
 from utils.locks import Held, note_held
 from utils.runs import Run
-from utils.training import capture
 from utils.training.console import GridBar, standing
 from utils.training.saving import Interrupted, Signals
 from utils.training.start import begin
@@ -141,8 +140,9 @@ def clock(device: torch.device) -> float:
 def free(device: torch.device) -> None:
     """Frees the memory of discarded trainings; a compiled one is part of a reference cycle, hence gc."""
     gc.collect()
-    if device.type == "cuda" and not capture.failed:  # after which torch before 2.13 fails here
-        torch.cuda.empty_cache()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # of torch before 2.13, after a capture that failed; of a lost GPU
+            torch.cuda.empty_cache()
 
 
 def check_setup(setup: Setup, config: Config, n_runs: int) -> None:
