@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 ROOT = str(Path(__file__).parent.parent)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-aten = torch.ops.aten
+aten, SET_DATA = torch.ops.aten, Tensor.data.__set__
 WAITING = aten.nonzero, aten.masked_select, aten._unique2, aten.bincount  # the sizes of their results are on the device
 KERNELS = {aten.convolution_backward: 3, aten._unsafe_view: 0, aten.new_empty: 0}  # of an operator, if not one
 
@@ -178,13 +178,15 @@ class OnDevice(TorchDispatchMode):
         return pretended(func, args, kwargs or {})
 
 
-class OwnGenerators(TorchFunctionMode):
-    """Refuses random numbers from another device's generator."""
+class Functions(TorchFunctionMode):
+    """Refuses random numbers from another device's generator; lets `t.data = other` change what t holds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out, g = func(*args, **(kwargs or {})), kwargs and kwargs.get("generator")
         if g and isinstance(out, Tensor) and g.device.type != out.device.type:
             raise Refused(f"a generator on {g.device} for numbers on {out.device} ({line()})")
+        if func == SET_DATA and isinstance(args[1], OnGpu):
+            args[0].held = args[1].held
         return out
 
 
@@ -281,7 +283,7 @@ def one(patch):
         patch.setattr(where, name, value)
     Graph.reads.clear()
     try:
-        with OnDevice(), OwnGenerators():
+        with OnDevice(), Functions():
             yield GPU
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)

@@ -73,8 +73,8 @@ def images(config: Config, device: torch.device, n: int = 10) -> Resident:
     return Resident(noise.byte(), torch.arange(n) % 10, device)
 
 
-def epoch(training: Training, n: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trains an epoch and evaluates; the sums of the steps, and the means. Reads nothing after the first of both."""
+def epoch(training: Training, n: int = 10) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Trains an epoch and evaluates: the steps' sums, the means, a PSNR. Reads nothing after the first of both."""
     config, split = training.config, images(training.config, training.device, n)
     data = Data(split, split, 10)
     for x, _ in split.batches(config.batch_size, (config.seed, training.epoch)):
@@ -84,10 +84,10 @@ def epoch(training: Training, n: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
             Graph.reads.clear()
     means = training.evaluate(data)
     assert not Graph.reads, f"the host waits for the GPU in {Graph.reads}"
-    return training.history.cpu(), means.cpu()
+    return training.history.cpu(), means.cpu(), training.stack.plain(0).psnr([(x, None)])
 
 
-def on_cpu(config: Config, m: int, state: dict | None = None, **images) -> tuple[torch.Tensor, torch.Tensor]:
+def on_cpu(config: Config, m: int, state: dict | None = None, **images) -> tuple[torch.Tensor, torch.Tensor, float]:
     """As `epoch`, of a training on the CPU, without pretence."""
     with _disable_current_modes():
         return epoch(begun(config, CPU, m, state), **images)
