@@ -18,7 +18,7 @@ import math
 from functools import partial
 
 from utils.cli import Parser, add_bench_flags, positive, whole
-from utils.distributed import is_first, share, wait_for_all
+from utils.distributed import is_first, leave, share
 from utils.errors import run_script
 from utils.machine import prepare
 
@@ -107,7 +107,7 @@ def main(argv=None) -> int:
     gather = partial(batch.gather, args.runs_dir, name)
     try:
         missing = batch.evaluate(runs, steps, evaluation, problems, gather, args.max_hours or math.inf)
-        wait_for_all()
+        leave()
     finally:  # in every process, so that the table is complete whoever is last
         table = gather()
     if missing:

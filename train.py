@@ -7,10 +7,11 @@ Repeating a command resumes unfinished runs and skips finished ones.
 """
 
 import sys
+from itertools import chain
 from pathlib import Path
 
 from utils.cli import Parser, add_config_flags, grid_configs, next_command, whole_or_auto
-from utils.distributed import is_first, join, share, wait_for_all
+from utils.distributed import is_first, join, leave, share, wait_for_all
 from utils.errors import UserError, command_line, run_script
 from utils.machine import prepare
 
@@ -63,6 +64,31 @@ def print_command(path: Path, data_dir: str) -> int:
     return 0
 
 
+def unfold_all(plan: dict, mine: list, data, setup, args) -> tuple[list, int]:
+    """Unfolds this process's models into the cells of the plan, or refines its share of all of them.
+
+    Returns the runs of the cells, and the exit status.
+    """
+    from utils.training.multi_rate import cells_of, unfold
+    from utils.training.schedule import report, train_all, unfinished
+
+    if args.refine_epochs:
+        wait_for_all()
+        mine = [*plan]
+    runs, problems, starts = [], [], {}
+    for model in (run for run in mine if run.status == "finished"):
+        cells = cells_of(model, plan[model], data, args.runs_dir, setup.device, args.force)
+        runs += cells
+        starts |= {run.path: model for run in cells}
+        if setup.writes and not args.refine_epochs:
+            problems += unfold(model, cells, data, setup.device, args.overwrite)
+    mine, single = runs, len(runs) == 1
+    if args.refine_epochs:
+        mine = runs if args.data_parallel else share(runs, "cells")
+        problems = train_all(unfinished(mine, args.overwrite), data, setup, starts)
+    return runs, report(problems, mine, single, args.overwrite)
+
+
 def main(argv=None) -> int:
     """Trains the cells that the flags describe; returns the exit status."""
     args = parse_args(argv)
@@ -70,7 +96,7 @@ def main(argv=None) -> int:
     from datasets.loading import load_data
     from utils.runs import Run
     from utils.training.console import describe, show_status, summarise
-    from utils.training.multi_rate import near, sources, unfold
+    from utils.training.multi_rate import near, sources
     from utils.training.saving import Interrupted
     from utils.training.schedule import check_batches, check_setup, report, train_all, unfinished
     from utils.training.start import note_shorter, with_start
@@ -83,11 +109,12 @@ def main(argv=None) -> int:
     starts = {Run.of(c, args.runs_dir).path: source for c, source in cells.items() if source is not None}
     config, single = next(iter(plan)).config, len(cells) == 1
     setup = Setup(device, **{name: getattr(args, name) for name in Setup._fields[1:]})
-    check_setup(setup, config, len(plan))
-    describe([run.config for run in plan], device, sum(map(len, plan.values())))
+    check_setup(setup, config, len(cells) if args.refine_epochs else len(plan))
+    describe([run.config for run in plan], device, [*chain(*plan.values())])
     note_shorter(plan, starts)
     if args.dry_run:
-        return show_status(share([*plan]), args.overwrite, starts)
+        refined = [Run.of(c, args.runs_dir) for c in cells if c.refine_epochs]
+        return show_status(share([*plan, *refined]), args.overwrite, starts)
     data = load_data(config, args.data_dir, device, args.download)
     plan = {run.of_data(data, starts.get(run.path)): cells for run, cells in plan.items()}
     runs = [*plan] if args.multi_rate else near([*plan], data, device)
@@ -97,19 +124,15 @@ def main(argv=None) -> int:
         check_batches(data, config.batch_size)
         join(device)
     try:
-        problems = train_all(todo, data, setup, starts)
+        status = report(train_all(todo, data, setup, starts), mine, single, args.overwrite)
+        if args.multi_rate:
+            runs, of_cells = unfold_all(plan, mine, data, setup, args)
+            status = max(status, of_cells)
     except Interrupted as e:
         if setup.writes:
             print(f"\nsaved at epoch {e.epoch}; rerun to continue: {command_line('--overwrite')}", file=sys.stderr)
         return 128 + e.signal
-    status = report(problems, mine, single, args.overwrite)
-    if args.multi_rate and setup.writes:
-        runs = []
-        for model in (run for run in mine if run.status == "finished"):
-            cells, problems = unfold(model, plan[model], data, args.runs_dir, device, args.overwrite, args.force)
-            runs += cells
-            status = max(status, report(problems, cells, single, args.overwrite))
-    wait_for_all()
+    leave()
     if is_first() and runs:
         summarise(runs, args.rate_unit, args.runs_dir, args.data_dir, data.labelled)
     return status

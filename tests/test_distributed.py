@@ -26,7 +26,8 @@ from utils.training.schedule import check_batches
 GRID = [*TINY, "--beta_y", "1", "2", "--beta_z", "1", "2"]
 EVALUATE = ["--run_batch_name", "grid", "--device", "cpu", "--exclude_fid"]
 SHARED = [*TINY, "--beta_y", "0.5", "2", "--batch_size", "250", "--run_batch_name", "shared"]
-MULTI_RATE = ["--multi_rate", "--force", "--learning_rate", "1e-4"]
+MULTI_RATE = ["--multi_rate", "--force", "--learning_rate", "1e-4", "--refine_epochs", "1"]
+REFINED = [*GRID, *MULTI_RATE, "--run_batch_name", "refined"]
 LONGER = [*TINY, "--num_epochs", "4", "--batch_size", "100", "--save_every", "1"]
 TOGETHER = f"""
 import os, signal, sys
@@ -47,6 +48,7 @@ def stopping(self, *args):
 
 assert train.main({[*GRID, "--run_batch_name", "grid"]}) == 0
 assert eval_beta_grid.main({EVALUATE}) == 0
+assert train.main({REFINED}) == 0
 for more in ([], {MULTI_RATE}):
     assert train.main([*{SHARED}, "--data_parallel", *more]) == 0
 assert train.main([*longer, "whole"]) == 0
@@ -76,6 +78,9 @@ def test_two_processes_give_what_one_gives(passes, interrupted):
     assert status == 0, err
     passes(train.main, *GRID, "--run_batch_name", "grid", "--runs_dir", "alone")
     assert all_weights("runs/grid") == all_weights("alone/grid") and len(all_weights("runs/grid")) == 4
+    passes(train.main, *REFINED, "--runs_dir", "alone")
+    assert all_weights("runs/refined") == all_weights("alone/refined") and len(all_weights("runs/refined")) == 5
+    assert out.count("takes 2 of 4 cells") == 2 and out.count("The runs are in runs/refined") == 1
     assert out.count("The runs are in runs/grid") == 1 and out.count("2 of 2 runs evaluated") == 2
     for path in Path("runs/grid").glob("*/training.json"):  # one table, of all cells
         assert out.count(f"{json.loads(path.read_text())['test']['loss']:10.2f} ") == 1

@@ -88,13 +88,14 @@ def test_code_without_its_repository_has_no_commit(monkeypatch):
 OTHERS = {
     "ordinary": ["--vae_type", "LVAE", "--beta_y", "0.5", "--warmup_epochs", "1", "--seed", "4", "--run_name", "x y"],
     "unfolded": ["--multi_rate", "--force", "--beta_y", "0.1", "1", "--beta_z", "0.5", "2"],
+    "refined": ["--multi_rate", "--force", "--beta_y", "0.1", "1", "--beta_z", "0.5", "2", "--refine_epochs", "1"],
     "started": ["--beta_z", "2", "--init_from", "runs/source/*"],
     "steered": ["--target_rate_y", "2", "--beta_y", "3", "--run_name=-x", "--threads", "2"],
     "folder": ["--dataset", "my pets", "--image_channels", "1", "--num_epochs", "3"],
 }
 
 
-@pytest.mark.parametrize("kind", first(2, "unfolded", "steered", "folder", "started", "ordinary"))
+@pytest.mark.parametrize("kind", first(2, "refined", "steered", "unfolded", "folder", "started", "ordinary"))
 def test_a_command_makes_a_run_again(kind, passes, refused):
     """The runs of that command have the bytes of the ones that it was asked for."""
     passes(train.main, *TINY, "--run_batch_name", "source")

@@ -102,6 +102,10 @@ class Config:
     multi_rate: bool = _flag(
         False, "train one model for the whole range of betas, and unfold it into the grid's cells", "training"
     )
+    refine_epochs: int | None = _flag(
+        None, "epochs for which every unfolded cell of --multi_rate is trained further, on its own (default: none)",
+        "training", least=1, most=10**9, sparse=True, in_name=True,
+    )  # fmt: skip
     precision: str = _flag(
         "fp32", "fp32; tf32: TF32 products on a GPU; bf16: bfloat16 hidden layers, the rest in fp32",
         "training", choices=("fp32", "tf32", "bf16"),
@@ -198,6 +202,8 @@ class Config:
     def _check_betas(self) -> None:
         schedule, optimizer = ("tail", "muon") if self.multi_rate else ("constant", "adam")
         self._default(lr_schedule=schedule, optimizer=optimizer)
+        if self.refine_epochs and not self.multi_rate:
+            raise UserError("--refine_epochs: trains cells that --multi_rate unfolds; add it")
         if not self.is_conditioned:
             return
         ranges = {"beta_y": (self.beta_y, self.beta_max_y), "beta_z": (self.beta_z, self.beta_max_z)}
@@ -266,6 +272,16 @@ class Config:
     def is_conditioned(self) -> bool:
         """Whether it is the model of a whole range of betas."""
         return self.beta_max_y is not None
+
+    @property
+    def first_epoch(self) -> int:
+        """The epochs before its own training: of a cell that is refined, those of the multi-rate model."""
+        return self.num_epochs if self.refine_epochs else 0
+
+    @property
+    def last_epoch(self) -> int:
+        """The epochs after which it is trained, those before its own training among them."""
+        return self.num_epochs + (self.refine_epochs or 0)
 
     @property
     def has_target(self) -> bool:

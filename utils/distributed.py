@@ -48,7 +48,7 @@ def join(device: "torch.device") -> None:
 
 
 def wait_for_all() -> None:
-    """Returns once every process of torchrun is here; it would end the others as soon as one fails."""
+    """Returns once every process of torchrun is here."""
     import torch
     import torch.distributed as dist
 
@@ -56,6 +56,14 @@ def wait_for_all() -> None:
         if not dist.is_initialized():
             join(torch.device("cpu"))
         dist.barrier()
+
+
+def leave() -> None:
+    """Waits for every process of torchrun, which would end the others as soon as one fails, and parts from them."""
+    import torch.distributed as dist
+
+    wait_for_all()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

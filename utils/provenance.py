@@ -71,7 +71,7 @@ def command_of(run: Run) -> list[str]:
             raise UserError(f"--like: {run.path} comes from weights ({weights}) that no run in {batches} has")
         source = Run.open(file.parent)
     words = ["train.py", *own.from_copy(config.flags(without=BETAS), config.networks, run.path)]
-    of_source = {**vars((source if config.source else run).config), **run.result.get("first_betas", {})}
+    of_source = vars(source.config) if config.source else {**vars(config), **run.result.get("first_betas", {})}
     for layer in "yz":
         target = getattr(config, f"target_rate_{layer}")
         betas = {of_source[f"beta_{layer}"], of_source[f"beta_max_{layer}"]} - {None}

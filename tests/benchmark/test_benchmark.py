@@ -42,13 +42,14 @@ def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
     monkeypatch.setattr(plane, "seconds_of_report", lambda cells: float(cells))
     status, out, err = script(benchmark.main, "plane", *SMALL)
     assert status == 0, err
-    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-8:-1]}
+    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-9:-1]}
     assert hours == {
         "like the paper's code": ["1.23", "11.03"],
         "separate trainings by Adam": ["1.23", "11.03"],
         "separate trainings by Muon": ["1.23", "11.03"],
         "one multi-rate training": ["0.03", "0.03"],
         "unfolding": ["0.05", "0.44"],
+        "--refine_epochs 50 of all of them": ["0.12", "1.10"],
         "evaluation, all four steps": ["0.10", "0.88"],
         "report": ["0.01", "0.12"],
     }

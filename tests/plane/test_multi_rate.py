@@ -23,7 +23,8 @@ from utils.plane.reading import read_plane
 from utils.runs import Run
 
 BATCH = Path("runs/b")
-SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z", "num_epochs", "optimizer", "loss"]
+SETTINGS = ["multi_rate", "source", "target_rate_y", "target_rate_z", "num_epochs", "refine_epochs"]
+SETTINGS += ["optimizer", "loss"]
 
 
 def test_kinds_and_rates_that_were_asked_for_are_kept_apart():
@@ -83,6 +84,10 @@ def test_the_excess_is_the_difference_of_the_losses(passes):
     muon = own[0] | {"run": "u1", "optimizer": "muon", "loss": 90}  # a training of another kind, compared by itself
     groups = by_trainings(excess_rows(read_plane(write_csv([*own, *unfolded, muon], header=SETTINGS))))
     assert {own: row["excess"] for (_, own), (row,) in groups.items()} == {"4 epochs, adam": 6, "4 epochs, muon": 17}
+    refined = unfolded[0] | {"run": "f1", "refine_epochs": 1, "loss": 102}
+    groups = by_trainings(excess_rows(read_plane(write_csv([*own, refined, *unfolded], header=SETTINGS))))
+    kinds = {"4 + 1 epochs, adam": 1, "4 epochs, adam": 6}
+    assert {shared: row["excess"] for (shared, _), (row,) in groups.items()} == kinds
     (row,) = excess_rows(read_plane(write_csv([*own, *unfolded], header=SETTINGS)))
     assert row["excess"] == 6 and row["se"] == approx(math.sqrt((2 + 8) / 2))
     out = passes(plot_eval.main, "--run_batch_name", "b", "--format", "png", "--metrics", "psnr")

@@ -99,11 +99,41 @@ def test_models_that_are_gone_or_collapsed(unfolded, script, refused):
 
 
 def test_it_is_resumed_bit_for_bit(passes, interrupted):
-    flags = [*UNFOLDED, *betas(0.1, 10), "--num_epochs", "4", "--save_every", "1"]
+    flags = [*UNFOLDED, *betas(0.1, 10), "--num_epochs", "4", "--save_every", "1", "--refine_epochs", "3"]
     passes(train.main, *flags, "--runs_dir", "whole")
     interrupted(8, *flags)  # in the third epoch, in which betas spread
-    assert "resuming at epoch" in passes(train.main, *flags)
+    interrupted(6 + 9 + 4, *flags)  # once the model is trained, and one cell, in the second epoch of the other
+    out = passes(train.main, *flags, "--dry_run")
+    assert "2 finished, 1 unfinished; 2 epochs left" in out and "unfinished at epoch 5 of 7" in out
+    assert "resuming at epoch 5 of 7" in passes(train.main, *flags)
     assert all_weights("whole") == all_weights()
+
+
+def test_refined_cells_go_on_from_what_is_unfolded(unfolded, passes, monkeypatch):
+    """With Muon, along a cosine from 3.5 times the learning rate, after the model's epochs; beside unrefined ones."""
+    before, real, rates, starts = all_weights(), Training.update, [], {}
+
+    def update(self, *inputs):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        starts.setdefault(self.runs[0].config.beta_y, {n: p[0].clone() for n, p in self.stack.parameters.items()})
+        return real(self, *inputs)
+
+    monkeypatch.setattr(Training, "update", update)
+    flags = [*UNFOLDED, "--beta_y", "0.1", "10", "--beta_z", "0.5", "--refine_epochs", "2"]
+    passes(train.main, *flags)
+    refined = {run.config.beta_y: run for run in map(Run.open, Path("runs/m").glob("*refine_epochs_2"))}
+    unrefined, (source,) = cells_of()
+    assert rates == approx([3.5 * 9e-4 / 2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)] * 2)
+    assert set(refined) == set(starts) == {0.1, 10} and before.items() < all_weights().items()
+    for beta_y, run in refined.items():
+        (path,) = Path("runs/m").glob(f"*Beta_y_{beta_y:.1f}-Beta_z_0.5-z_dim_3-muon-multi_rate")
+        for name, p in load_model(Run.open(path), CPU).named_parameters():
+            assert torch.equal(p, starts[beta_y][name])
+        assert run.result["test"]["loss"] < Run.open(path).result["test"]["loss"]
+        assert run.config.source == digest_of(source.path / "vae.pth") and len(run.result["sessions"]) == 2
+        curve = EventAccumulator(str(run.path)).Reload().Scalars("test/loss")
+        assert [event.step for event in curve] == [3, 4]
+    assert passes(train.main, *flags).count("already complete") == 3
 
 
 @pytest.mark.parametrize("flags", [["--vae_type", "BVAE"], ["--qz_family", "GumbelSoftmax", "--force"]])
@@ -171,6 +201,8 @@ def test_rates_and_ranges_that_cannot_be(refused):
         ("hold less than 1.099 nats", "--target_rate_z", "1.2", "--qz_family", "GumbelSoftmax"),
         ("--target_rate_z", "--target_rate_z", "two"),
         ("--multi_rate", "--multi_rate", *betas(1)),
+        ("--refine_epochs: must be >= 1", "--multi_rate", *betas(1, 2), "--refine_epochs", "0"),
+        ("--refine_epochs: trains cells that --multi_rate", "--refine_epochs", "3"),
         ("--beta_y", "--multi_rate", *betas(1e-3, 1e4)),
         ("--beta_y", "--multi_rate", *betas(0, 1)),
     ):

@@ -19,12 +19,13 @@ from utils.config import Config
 from utils.files import to_csv, write_text
 
 EPOCHS, CELLS = 500, (49, 441)  # the paper's grid, and one of 7 x 7
+REFINE = EPOCHS // 10  # epochs, of every unfolded cell
 ADAM, MUON, MULTI_RATE = "separate trainings by Adam", "separate trainings by Muon", "one multi-rate training"
 ROOT = Path(__file__).parents[2]
 
 
 def plane(config: Config, images: int, test_images: int, n: int, device: torch.device) -> None:
-    """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings, unfolding, evaluation, report."""
+    """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings, unfolding, refining, evaluation, report."""
     config = dataclasses.replace(config, num_epochs=EPOCHS)
     split = patterns(config, min(images, 20 * config.batch_size), device)
     conditioned = multi_rate(config)
@@ -42,6 +43,7 @@ def plane(config: Config, images: int, test_images: int, n: int, device: torch.d
         training = steps * statistics.median(took)
         hours[name] = [training if name == MULTI_RATE else cells * training for cells in CELLS]
     hours["unfolding"] = [cells * unfolding for cells in CELLS]
+    hours[f"--refine_epochs {REFINE} of all of them"] = [s * REFINE / EPOCHS for s in hours[MUON]]
     hours["evaluation, all four steps"] = [cells * sum(of_cell.values()) for cells in CELLS]
     hours["report"] = [seconds_of_report(cells) for cells in CELLS]
     print(f"\n{'hours for a map':40s}" + "".join(f"{f'{cells} cells':>12}" for cells in CELLS))

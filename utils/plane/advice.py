@@ -120,7 +120,7 @@ def training(cell: Cell, folder: Path | None) -> str:
     if config.init_from and not config.multi_rate:
         return ""
     # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
-    unused = {"multi_rate", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
+    unused = {"multi_rate", "refine_epochs", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
     names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
     flags = Config(**{n: getattr(config, n) for n in names}).flags(without=(*BETAS, "seed"))
     words = from_copy(flags, config.networks, path)

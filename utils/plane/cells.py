@@ -49,6 +49,11 @@ class Cell:
         values = {n: [row[n] for row in self.repeats if n in row] for n in names}
         return {n: float(np.median(of_runs)) for n, of_runs in values.items()}
 
+    @property
+    def epochs(self) -> str:
+        """Those that it was trained for: `60`, or `60 + 6` of a cell that was refined; empty if not known."""
+        return " + ".join(filter(None, (self.settings.get(name) for name in ("num_epochs", "refine_epochs"))))
+
     def collapsed(self, *rates: str) -> int:
         """In how many runs one of some rates, of layers that there are, is below COLLAPSED."""
         rates = [r for r in rates if (r, self.settings.get("vae_type")) != ("kl_z", "BVAE")]
@@ -120,7 +125,8 @@ class Plane:
     @cached_property
     def about(self) -> str:
         """What figures are of: data set, epochs, test images, cells, seeds, collapsed runs."""
-        data, epochs = (", ".join(self.settings(n, "?")) for n in ("dataset", "num_epochs"))
+        data = ", ".join(self.settings("dataset", "?"))
+        epochs = ", ".join(sorted({cell.epochs or "?" for cell in self.cells}))
         images = "?" if self.labels is None else f"{len(self.labels):,}"
         seeds = f"{len(self.seeds)} seed" + ("s" if len(self.seeds) > 1 else "")
         text = f"{data}, {epochs} epochs, n = {images} test images; {len(self.cells)} cells, {seeds}"

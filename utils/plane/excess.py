@@ -49,7 +49,7 @@ def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
 
 def made_with(cell: Cell) -> tuple[str, str]:
     """A cell's epochs and optimizer; old tables do not name Adam."""
-    return cell.settings.get("num_epochs") or "", cell.settings.get("optimizer") or "adam"
+    return cell.epochs, cell.settings.get("optimizer") or "adam"
 
 
 def by_trainings(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

@@ -23,17 +23,19 @@ from utils.runs import Run, runs_in
 FORMAT = "{percentage:3.0f}%|{bar:16}| {desc} · {remaining} left"
 # The settings that do not change what an epoch takes.
 FREE = {"num_epochs", "warmup_epochs", "lr_schedule", "learning_rate", "optimizer", "init_from", "data_digest"}
+FREE |= {"refine_epochs"}
 HEADINGS = {"beta_y": 10, "beta_z": 10, "loss": 10, "ll": 10, "R(y|z)": 8, "R(z)": 8, "PSNR": 6, "seconds": 8}
 
 
-def describe(configs: list[Config], device: torch.device, cells: int) -> None:
+def describe(configs: list[Config], device: torch.device, cells: list[Config]) -> None:
     """Has the first process print the settings of all trainings, tensor shapes, and how many parameters and cells."""
     if not is_first():
         return
     model = build_model(configs[0])
     lines = {name: " ".join(map(str, dict.fromkeys(getattr(c, name) for c in configs))) for name in FLAGS}
+    lines["refine_epochs"] = cells[0].refine_epochs
     lines |= {"device": device, "shapes": f"x {configs[0].image_shape}, y {model.y_shape}, z {model.z_shape}"}
-    lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": cells}
+    lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": len(cells)}
     for name, value in lines.items():
         print(wrapped(f"  {name:20s} {value}", indent=23), flush=True)
 
@@ -55,9 +57,9 @@ def show_status(runs: list[Run], overwrite: bool, starts: Mapping[Path, Run]) ->
         if epochs and seconds:
             speeds.append(seconds / epochs)
         if overwrite:
-            epochs_left += run.config.num_epochs
+            epochs_left += run.config.last_epoch - run.config.first_epoch
         elif not line.startswith("failed"):  # they are not trained again
-            epochs_left += run.config.num_epochs - epochs
+            epochs_left += run.config.last_epoch - run.config.first_epoch - epochs
     speeds = speeds or speeds_of_others(runs[0])
     print(", ".join(f"{n} {kind}" for kind, n in kinds.items()), end="; all are trained anew; " if overwrite else "; ")
     if not epochs_left:
@@ -75,20 +77,22 @@ def speeds_of_others(run: Run) -> list[float]:
     seconds = []
     for other in runs_in(run.path.parent)[0]:
         different = run.config.differs_in(other.config, "model", "training", "data")
-        if FREE.issuperset(different) and standing(other)[0] == "finished":
+        is_alike = FREE.issuperset(different) and run.config.is_conditioned == other.config.is_conditioned
+        if is_alike and standing(other)[0] == "finished":
             seconds.append(standing(other)[2] / other.config.num_epochs)
     return seconds
 
 
 def standing(run: Run, start: Run | None = None) -> tuple[str, float, float]:
-    """Where a run stands, in words; the epochs that it has been trained for, and the seconds that they took.
+    """Where a run stands, in words; the epochs of its own that it has been trained for, and the seconds that they took.
 
     A new one may continue another, its `start`; whatever else it starts from, its epochs are all to be trained.
     """
     try:
-        line, total, epochs, seconds = run.status, run.config.num_epochs, 0.0, 0.0
+        line, total, epochs, seconds = run.status, run.config.last_epoch, 0.0, 0.0
+        first = run.config.first_epoch
         if line == "finished":
-            return line, total, run.result.get("seconds", 0.0)
+            return line, total - first, run.result.get("seconds", 0.0)
         if line == "new" and start is not None and run.config.continues(start.config):
             epochs, seconds = start.config.num_epochs, start.result.get("seconds", 0.0)
             return f"new from epoch {epochs} of {total}", epochs, seconds
@@ -97,9 +101,9 @@ def standing(run: Run, start: Run | None = None) -> tuple[str, float, float]:
         if line == "unfinished":
             if run.checkpoints:
                 state = run.read_state(run.checkpoints[0])
-                epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ())))
+                epochs = state["epoch"] + state["step"] / max(1, len(state.get("history", ()))) - first
                 seconds = state["seconds"]
-            line = f"unfinished at epoch {math.floor(epochs)} of {total}"
+            line = f"unfinished at epoch {first + math.floor(epochs)} of {total}"
         holder = locks.holder(run.path)
         return f"held by {holder}, {line}" if holder else line, epochs, seconds
     except UserError as e:
@@ -119,13 +123,14 @@ class GridBar:
 
     def begin(self, training) -> None:
         """A training begins or goes on."""
-        self.steps = training.steps * training.config.num_epochs
+        first, last = training.config.first_epoch, training.config.last_epoch
+        self.steps = training.steps * (last - first)
         if self.bar is None:
             often = {} if sys.stderr and sys.stderr.isatty() else {"miniters": training.steps}  # a line an epoch
             self.bar = progress(total=self.cells * self.steps, dynamic_ncols=True, bar_format=FORMAT, **often)
         for run in training.runs:
             self.waiting.pop(run.path, None)  # of halves it is gone
-        self._jump(training, len(training.runs) * (training.epoch * training.steps + training.steps_done))
+        self._jump(training, len(training.runs) * ((training.epoch - first) * training.steps + training.steps_done))
         self.show(training, math.nan)
 
     def update(self, steps: int) -> None:
@@ -143,7 +148,7 @@ class GridBar:
     def show(self, training, loss: float) -> None:
         """Says which cells are trained, the epochs that are done, and the loss, if it is finite."""
         first, last = self.done + 1, self.done + len(training.runs)
-        text = f"epoch {training.epoch}/{training.config.num_epochs}"
+        text = f"epoch {training.epoch}/{training.config.last_epoch}"
         if first < last:
             text = f"cells {first} to {last} of {self.cells} · {text}"
         elif self.cells > 1:

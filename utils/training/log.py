@@ -64,7 +64,7 @@ class Log:
 
     def write(self, m: int, model: nn.Module, epoch: int, means: dict[str, list[float]]) -> None:
         """Adds the means of an epoch's terms, by split, of model m; some epochs also its PSNR and pictures."""
-        run, epochs = self.runs[m], self.runs[m].config.num_epochs
+        run, epochs = self.runs[m], self.runs[m].config.last_epoch
         curves = {f"{where}/{name}": v for where, of in means.items() for name, v in zip(TERMS, of, strict=True)}
         if epoch == epochs or epoch % max(1, epochs // 100) == 0:
             curves["test/psnr"] = model.psnr([(self.curve_images, None)])

@@ -96,7 +96,7 @@ def _conditioned(cells: list[Config]) -> Config:
     for layer in "yz":
         values = [getattr(c, f"beta_{layer}") for c in cells]
         ends |= {f"beta_{layer}": min(values), f"beta_max_{layer}": max(values)}
-    return dataclasses.replace(cells[0], **ends)
+    return dataclasses.replace(cells[0], refine_epochs=None, **ends)
 
 
 def _existing(cells: list[Config], runs_dir: str) -> Run | None:
@@ -105,7 +105,7 @@ def _existing(cells: list[Config], runs_dir: str) -> Run | None:
     for run in runs_in(batch)[0]:
         other = run.config
         different = set(other.differs_in(cells[0], "model", "training", "data", "repeat"))
-        if different <= {"data_digest", "source"} and other.run_name == cells[0].run_name:
+        if different <= {"data_digest", "source", "refine_epochs"} and other.run_name == cells[0].run_name:
             orphans |= other.source is not None
             if other.is_conditioned and all(_holds(other, c) for c in cells):
                 models.append(run)
@@ -121,27 +121,31 @@ def _holds(model: Config, cell: Config) -> bool:
     return model.beta_y <= cell.beta_y <= model.beta_max_y and model.beta_z <= cell.beta_z <= model.beta_max_z
 
 
-def unfold(
-    source: Run, cells: list[Config], data: Data, runs_dir: str, device: torch.device, overwrite: bool, force: bool
-) -> tuple[list[Run], list[tuple[Run, UserError]]]:
-    """Writes a run folder for each cell of a finished conditioned model; returns the runs, and what is wrong.
+def cells_of(
+    source: Run, cells: list[Config], data: Data, runs_dir: str, device: torch.device, force: bool
+) -> list[Run]:
+    """The runs of cells of a finished conditioned model, with the betas of rates that are asked for.
 
     Raises UserError for a model whose z has collapsed, unless with `force`.
     """
-    of_source = source.result
-    if of_source.get("collapsed") and not force:
+    if source.result.get("collapsed") and not force:
         raise UserError(
             f"{source.path}: its z has collapsed, so its cells would not be models of a hierarchy; train another one "
             "(--seed, --warmup_epochs), or unfold it all the same by --force"
         )
-    model, runs, problems = load_model(source, device), [], []
     asking = [c for c in cells if c.has_target]
     if asking:
-        cells = [c for c in cells if not c.has_target] + with_betas(model, asking, data)
-    weights_digest = digest_of(source.path / "vae.pth")
-    for cell in progress(cells, unit="cell", desc="unfolding"):
-        run = Run.of(dataclasses.replace(cell, source=weights_digest, data_digest=source.config.data_digest), runs_dir)
-        runs.append(run)
+        cells = [c for c in cells if not c.has_target] + with_betas(load_model(source, device), asking, data)
+    comes_from = {"source": digest_of(source.path / "vae.pth"), "data_digest": source.config.data_digest}
+    return [Run.of(dataclasses.replace(cell, **comes_from), runs_dir) for cell in cells]
+
+
+def unfold(
+    source: Run, runs: list[Run], data: Data, device: torch.device, overwrite: bool
+) -> list[tuple[Run, UserError]]:
+    """Writes the folders of the runs of a conditioned model's cells; returns what is wrong."""
+    model, of_source, problems = load_model(source, device), source.result, []
+    for run in progress(runs, unit="cell", desc="unfolding"):
         try:
             run.check(overwrite)
             run.create()
@@ -154,7 +158,7 @@ def unfold(
                     run.finish(weights, result)
         except UserError as e:
             problems.append((run, e))
-    return runs, problems
+    return problems
 
 
 def folded(model: Conditioned, run: Run, data: Data, device: torch.device) -> tuple[dict, dict]:

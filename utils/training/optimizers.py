@@ -10,6 +10,7 @@ from utils.config import Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
 FASTER = 3.5  # times --learning_rate, once a conditioned model's z is in use; at twice of it, ordinary ones lost z
+REFINING = "cosine"  # the schedule of cells that are refined
 MOMENTUM = 0.95  # of Muon
 CLIP = 100.0  # times the norm of the momentum, which is a tenth of a usual gradient's
 ITERATIONS = 5
@@ -141,8 +142,9 @@ def lr_factor(config: Config, progress: float, spread: float = 0.0) -> float:
 
     `spread` is that of a conditioned model's betas; until they spread, it is trained as an ordinary one.
     """
-    start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[config.lr_schedule]
-    peak = FASTER if spread > 0 else 1.0
+    schedule = REFINING if config.refine_epochs else config.lr_schedule
+    start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
+    peak = FASTER if spread > 0 or config.refine_epochs else 1.0
     if progress < start or start == 1:
         return peak
     return peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))

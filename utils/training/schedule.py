@@ -52,7 +52,7 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
                 bar.skip([run for run in together if run not in dict(cells)])
                 size = min(size, train_cells(cells, data, setup, signals, bar))
             if signals.received and (runs or together[0].config.is_conditioned):  # whose cells are still to be unfolded
-                raise Interrupted(signals.received, together[0].config.num_epochs)
+                raise Interrupted(signals.received, together[0].config.last_epoch)
     return problems
 
 
@@ -68,8 +68,8 @@ def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: Gr
         try:
             set_threads(setup.threads, states[0])
             training = Training(runs, states, setup)
-            if p > (0, 0):
-                print(f"resuming at epoch {training.epoch} of {training.config.num_epochs}", flush=True)
+            if p > (training.config.first_epoch, 0):
+                print(f"resuming at epoch {training.epoch} of {training.config.last_epoch}", flush=True)
             training.train(data, signals, bar)
             continue
         except Exception as e:

@@ -83,13 +83,17 @@ def _check(cell: Config, source: Run) -> None:
 
 
 def begin(run: Run, source: Run) -> None:
-    """Writes the first checkpoint of a run that starts from another one."""
-    weights = dict(load_model(source, torch.device("cpu")).named_parameters())
-    if run.config.init_from is None:
+    """Writes the first checkpoint of a run that starts from another one, or of a cell of a multi-rate model."""
+    model, config = load_model(source, torch.device("cpu")), run.config
+    weights = dict(model.named_parameters())
+    if config.source:
+        weights = model.weights_at(torch.tensor([config.beta_y, config.beta_z]).log10())
+    if config.source or config.init_from:
+        moments = {k: {name: torch.zeros_like(p) for name, p in weights.items()} for k in MOMENTS}
+        state = {**moments, "adam_steps": 0, "epoch": config.first_epoch, "step": 0, "seconds": 0.0}
+        state |= {"sessions": source.result.get("sessions", [])} if config.source else {}
+    else:
         if source.config.data_digest not in (None, run.config.data_digest):
             raise UserError(f"--init_from: {source.path} was trained on other images than {run.config.dataset} has")
         state = source.read_state(source.path / "adam.pth")
-    else:
-        moments = {k: {name: torch.zeros_like(p) for name, p in weights.items()} for k in MOMENTS}
-        state = {**moments, "adam_steps": 0, "epoch": 0, "step": 0, "seconds": 0.0}
     run.save_state({**state, "weights": {name: p.detach().clone() for name, p in weights.items()}})

@@ -78,7 +78,7 @@ class Training:
         self.optimizer = build_optimizer(config, self.stack.parameters, setup.capture)
         self.betas = Betas([run.config for run in runs], self.device)
         self.live = dict(enumerate(runs))  # the cells that have not failed, by model index
-        self.epoch = self.steps_done = 0  # epochs and, of the current one, steps
+        self.epoch, self.steps_done = config.first_epoch, 0  # epochs and, of the current one, steps
         self.steps = 0  # of an epoch
         self.spread = 0.0  # the share of its range over which a conditioned model's betas are drawn
         self.seconds, self.resumed = 0.0, time.monotonic()  # training time per cell, until it was last resumed
@@ -119,10 +119,10 @@ class Training:
         config, n, size = self.config, len(data.train), self.config.batch_size
         self.steps = math.ceil(n / size)
         self.session = provenance(self.device, data)
-        log = Log(self.written, data, self.epoch, new=self.epoch == self.steps_done == 0)
+        log = Log(self.written, data, self.epoch, new=(self.epoch, self.steps_done) == (config.first_epoch, 0))
         bar.begin(self)
         try:
-            while self.live and self.epoch < config.num_epochs:
+            while self.live and self.epoch < config.last_epoch:
                 if self.steps_done == 0:
                     self.begin_epoch(self.steps)
                 order = (config.seed, self.epoch)
@@ -142,7 +142,7 @@ class Training:
                 bar.show(self, train[list(self.live), 0].mean().item())
                 self._log(log, {"train": train, "test": test})
                 number = self.stop(signals.received)
-                if self.epoch == config.num_epochs:
+                if self.epoch == config.last_epoch:
                     self.finish(train, test, data)
                 elif number or self.saver.is_due(self.epoch):
                     self.save(number)
@@ -174,8 +174,9 @@ class Training:
 
         Returns the sums over the batch of loss, ll, kl_y, kl_z: (M, 4).
         """
-        config, model, all_steps = self.config, self.stack.model, self.steps * self.config.num_epochs
-        progress = (self.epoch + self.steps_done / self.steps) / config.num_epochs
+        config, model, all_steps = self.config, self.stack.model, self.steps * self.config.last_epoch
+        epochs = self.epoch + self.steps_done / self.steps
+        progress = (epochs - config.first_epoch) / (config.last_epoch - config.first_epoch)
         temperature = model.family.temperature(self.epoch)
         if temperature is not None:
             temperature = torch.full((), temperature, device=self.device)
