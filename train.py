@@ -41,7 +41,7 @@ def parse_args(argv=None):
     for name, text in (
         ("data_parallel", "under torchrun: split every batch over the processes, instead of distributing the cells"),
         ("overwrite", "retrain all cells from scratch, even finished ones"),
-        ("force", "unfold a multi-rate model even if its z has collapsed"),
+        ("force", "unfold a multi-rate model even if z or y has collapsed"),
         ("dry_run", "print settings, shapes and where each run stands, without training"),
     ):
         group.add_argument(f"--{name}", action="store_true", help=text)

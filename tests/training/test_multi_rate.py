@@ -22,7 +22,7 @@ from utils.files import digest_of, write_json
 from utils.runs import Run, load_model
 from utils.seeds import generator
 from utils.training.betas import Betas
-from utils.training.multi_rate import Search
+from utils.training.multi_rate import Search, collapsed, note_collapse
 from utils.training.training import Training
 
 CPU = torch.device("cpu")
@@ -87,13 +87,59 @@ def test_more_cells_are_unfolded_without_training(unfolded, passes, refused, mon
     refused(train.main, *UNFOLDED, *betas(3, 20))  # of another model, which cannot have (3, 1) in common
 
 
+def best_code(beta_y: float, beta_z: float, layers: str = "yz") -> dict[str, float]:
+    """The best code of D = 400 exp(-R / 20): all of R is in the cheaper layer, or in the one of `layers`."""
+    betas = {layer: beta for layer, beta in (("y", beta_y), ("z", beta_z)) if layer in layers}
+    layer = min(betas, key=betas.get)
+    rate = max(0.0, 20 * math.log(20 / betas[layer]))
+    terms = {"ll": -400 * math.exp(-rate / 20), "kl_y": 0.0, "kl_z": 0.0, f"kl_{layer}": rate}
+    return {"loss": betas[layer] * rate - terms["ll"], **terms}
+
+
+def planted(ys, zs, layers="yz", nowhere=()) -> dict[str, dict[str, float]]:
+    """Terms of the best codes at the corners of a range; at some of them in one layer alone."""
+    corners = {f"beta_y {y:.3g}, beta_z {z:.3g}": (y, z) for y in ys for z in zs}
+    return {name: best_code(*betas, layers if betas in nowhere else "yz") for name, betas in corners.items()}
+
+
+def test_a_layer_that_is_given_up_where_it_pays_is_told():
+    """Nothing is told of the best codes of any range; of a code in the more expensive layer alone, by three times."""
+    rng, config = np.random.default_rng(0), Config()
+    for _ in range(200):
+        ys, zs = (sorted(10 ** rng.uniform(-2, 2, size=2)) for _ in range(2))
+        assert collapsed(config, planted(ys, zs)) == [] or max(ys[0], zs[0]) > 20  # of what no rate is worth
+        for layer, other, low, most in (("y", "z", ys[0], zs[1]), ("z", "y", zs[0], ys[1])):
+            where = (low, most) if layer == "y" else (most, low)
+            if 3 * low < most < 15:
+                (what,) = collapsed(config, planted(ys, zs, other, [where]))
+                assert what.startswith(f"{layer} has collapsed, R({layer}") and f"beta_{layer} {low:.3g}" in what
+    assert collapsed(config, planted((5, 10), (0.1, 10), "z", [(5, 0.1), (10, 0.1)])) == []  # y is not needed there
+    assert len(collapsed(config, planted((30, 50), (30, 50)))) == 2
+    assert collapsed(Config("BVAE"), planted((0.1, 10), (1,), "y", [(0.1, 1), (10, 1)])) == []
+
+
+def test_what_was_seen_of_an_lvae_is_told(capsys):
+    """At betas of 0.1, R(y|z) was 0.04 nats, where the code of another point is better by more than 5 nats."""
+    seen = ((0.1, 0.1, 277.7, 0.04, 20.2), (0.1, 10, 269.1, 57.9, 0.0), (10, 0.1, 286.1, 1.1, 29.7))
+    config = Config("LVAE", multi_rate=True, beta_y=0.1, beta_max_y=10.0, beta_z=0.1, beta_max_z=10.0)
+    points = {}
+    for y, z, d, kl_y, kl_z in (*seen, (10, 10, 314.4, 0.1, 2.9)):
+        loss = d + y * kl_y + z * kl_z
+        points[f"beta_y {y}, beta_z {z}"] = {"loss": loss, "ll": -d, "kl_y": kl_y, "kl_z": kl_z}
+    assert collapsed(config, points) == ["y has collapsed, R(y|z) is 0.04 nats at beta_y 0.1, beta_z 0.1"]
+    for epoch in range(61):
+        note_collapse(config, epoch, 1.0, points)
+        note_collapse(config, epoch, 0.5, points)  # while betas spread
+    assert re.findall("after ([0-9]+) of 60", capsys.readouterr().err) == ["15", "24", "60"]
+
+
 def test_models_that_are_gone_or_collapsed(unfolded, script, refused):
     cells, (source,) = cells_of()
-    for collapsed, flags, expected in ((True, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
-        write_json(source.path / "training.json", source.result | {"collapsed": collapsed})
+    for has, flags, expected in ((True, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
+        write_json(source.path / "training.json", source.result | {"collapsed": has})
         status, _, err = script(train.main, *flags, *betas(0.3))
         assert status == expected and ("--force" in err) == (status == 2), err
-        assert len(cells_of()[0]) == len(cells) + (collapsed is False or flags is UNFOLDED)
+        assert len(cells_of()[0]) == len(cells) + (has is False or flags is UNFOLDED)
     source.path.rename("elsewhere")
     assert "--multi_rate: runs/m holds cells of a model" in refused(train.main, *UNFOLDED, *betas(0.4))
 

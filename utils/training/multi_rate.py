@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,6 +34,10 @@ COARSE = 4  # points along each axis of the table that a search starts from
 STEP = 0.02  # of the finite differences, in log10 of a beta
 CLOSE = 0.005  # relative difference of rates that counts as met
 LEAST = 1e-4  # nats; smaller rates are not told apart
+TWICE = 2  # times the rate: what a layer needs at most for what the other one tells of the image
+BEHIND, FEW = 1.0, 0.05  # a layer is given up if the loss is so many nats too large, its rate such a share of all
+NOTED = (0.25, 0.25 + SPREAD, 1.0)  # the shares of the training after which that is told
+REMEDY = "another --seed or more --warmup_epochs may help"
 
 
 def next_spread(config: Config, epoch: int, spread: float, means: Tensor) -> float:
@@ -62,19 +67,35 @@ def terms_at_points(model: Conditioned, x: Tensor) -> dict[str, dict[str, float]
     return result
 
 
-def is_collapsed(config: Config, points: dict[str, dict[str, float]]) -> bool:
-    """Whether z is unused even at the smallest beta_z, by the terms at single betas."""
-    return config.vae_type != "BVAE" and max(terms["kl_z"] for terms in points.values()) < COLLAPSED
+def collapsed(config: Config, points: dict[str, dict[str, float]]) -> list[str]:
+    """A phrase for each layer that is given up where it should be in use, by the terms at single betas.
+
+    That is where its beta is smallest, and the code of another point would have a lower loss, even if this layer told
+    all that the other one tells in it, at TWICE the rate. So it may be given up where the other one is hardly more
+    expensive, and where any rate is too expensive. Without a rate at any point, all layers are collapsed.
+    """
+    names, largest = {"z": "R(z)", "y": "R(y|z)"}, {"z": config.most_rate_z, "y": math.inf}
+    total, result = {n: t["kl_y"] + t["kl_z"] for n, t in points.items()}, []
+    is_idle = max(total.values()) < COLLAPSED
+    for layer, other in ["zy", "yz"][config.vae_type == "BVAE" :]:
+        rate, of_other = f"kl_{layer}", f"kl_{other}"
+        betas = {name: float(re.search(f"beta_{layer} ([^,]+)", name)[1]) for name in points}
+        low = min(betas.values())
+        losses = {n: -t["ll"] + low * (t[rate] + TWICE * t[of_other]) for n, t in points.items()}
+        code = min(losses, key=losses.get)
+        few = COLLAPSED if is_idle else min(IN_USE, largest[layer] / 2, FEW * total[code])
+        behind = {n: t["loss"] - losses[code] for n, t in points.items() if betas[n] == low and t[rate] < few}
+        where = max(behind, key=behind.get, default=None)
+        if behind and (is_idle or behind[where] > BEHIND):
+            result.append(f"{layer} has collapsed, {names[layer]} is {points[where][rate]:.2g} nats at {where}")
+    return result
 
 
-def note_collapse(config: Config, epoch: int, points: dict[str, dict[str, float]]) -> None:
-    """Says so, after 60 % of the training, if z has collapsed."""
-    if epoch == math.ceil(0.6 * config.num_epochs) and is_collapsed(config, points):
-        print(
-            f"note: z has collapsed, R(z) is below {COLLAPSED} nats at the smallest beta_z too; "
-            "another --seed or more --warmup_epochs may help",
-            file=sys.stderr,
-        )
+def note_collapse(config: Config, epoch: int, spread: float, points: dict[str, dict[str, float]]) -> None:
+    """Says so if a layer has collapsed, early and at the end; not while betas spread, when codes are still to come."""
+    if spread in (0, 1) and epoch in [math.ceil(share * config.num_epochs) for share in NOTED]:
+        for what in collapsed(config, points):
+            print(f"note: after {epoch} of {config.num_epochs} epochs {what}; {REMEDY}", file=sys.stderr)
 
 
 def sources(cells: list[Config], runs_dir: str) -> dict[Run, list[Config]]:
@@ -126,13 +147,11 @@ def cells_of(
 ) -> list[Run]:
     """The runs of cells of a finished conditioned model, with the betas of rates that are asked for.
 
-    Raises UserError for a model whose z has collapsed, unless with `force`.
+    Raises UserError for a model of which a layer has collapsed, unless with `force`.
     """
     if source.result.get("collapsed") and not force:
-        raise UserError(
-            f"{source.path}: its z has collapsed, so its cells would not be models of a hierarchy; train another one "
-            "(--seed, --warmup_epochs), or unfold it all the same by --force"
-        )
+        why = "; ".join(collapsed(source.config, source.result.get("points", {})) or ["z has collapsed"])
+        raise UserError(f"{source.path}: {why}; {REMEDY}, or --force, which unfolds it all the same")
     asking = [c for c in cells if c.has_target]
     if asking:
         cells = [c for c in cells if not c.has_target] + with_betas(load_model(source, device), asking, data)

@@ -249,7 +249,7 @@ class Training:
             model, of_cell = self.stack.plain(m), {split: of[m].tolist() for split, of in means.items()}
             if self.config.is_conditioned:
                 self.points = multi_rate.terms_at_points(model, log.curve_images)
-                multi_rate.note_collapse(self.config, self.epoch, self.points)
+                multi_rate.note_collapse(self.config, self.epoch, self.spread, self.points)
                 of_cell |= {name: [*terms.values()] for name, terms in self.points.items()}
             log.write(m, model, self.epoch, of_cell)
 
@@ -331,6 +331,7 @@ class Training:
                 result["first_betas"] = {name: getattr(first, name) for name in ("beta_y", "beta_z")}
                 run.write_config()
             if self.points:
-                result |= {"points": self.points, "collapsed": multi_rate.is_collapsed(self.config, self.points)}
+                has_collapsed = bool(multi_rate.collapsed(self.config, self.points))
+                result |= {"points": self.points, "collapsed": has_collapsed}
             optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads", "format", "sessions")}
             run.finish(state["weights"], result, optimizer if run.config.is_extendable else None)
