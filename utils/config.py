@@ -21,6 +21,7 @@ from utils.errors import UserError, nearest
 from utils.files import read_json
 
 USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10, "sigma": 0.03}  # the paper's
+FASTER = 3.5  # times the usual learning rate: Muon's
 HUGE = 1e30  # beyond which float32 overflows
 BOUNDS = (("least", operator.lt, ">="), ("above", operator.le, ">"), ("most", operator.gt, "at most"))
 
@@ -81,11 +82,11 @@ class Config:
     num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
     batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
     learning_rate: float = _usual(
-        "learning_rate", "the learning rate; --multi_rate uses 3.5 times it once z is in use", "training",
-        above=0, most=HUGE,
+        "learning_rate", f"the learning rate; --multi_rate uses {FASTER} times it once z is in use; with --optimizer muon, "
+        f"the default is {FASTER} times this one, but for Gaussian", "training", above=0, most=HUGE,
     )  # fmt: skip
     optimizer: str | None = _flag(
-        None, "adam; muon: far ahead in short trainings of Gaussian z, at the same learning rate (default: adam, muon "
+        None, "adam; muon: far ahead in short trainings of Gaussian z, each at its default rate (default: adam, muon "
         f"with --multi_rate{_of_data_sets('optimizer')})", "training", choices=("adam", "muon"),
     )  # fmt: skip
     warmup_epochs: int | None = _flag(
@@ -125,8 +126,8 @@ class Config:
     source: str | None = _flag(None, None, "repeat")  # an unfolded cell's: that of the conditioned model's weights
 
     def __post_init__(self):
-        usual = USUAL | (DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {})
-        self._default(**usual)
+        usual = USUAL | self._of_data_set
+        self._default(**usual | {"learning_rate": self.rate_factor * usual["learning_rate"]})
         for field in dataclasses.fields(self):
             self._check(field)
         self._check_names()
@@ -272,6 +273,17 @@ class Config:
     def is_conditioned(self) -> bool:
         """Whether it is the model of a whole range of betas."""
         return self.beta_max_y is not None
+
+    @property
+    def rate_factor(self) -> float:
+        """The default learning rate over the usual one, which is Adam's, unless the data set's own is for Muon."""
+        is_muons = self.optimizer == "muon" and not self.multi_rate and "optimizer" not in self._of_data_set
+        return FASTER if is_muons else 1.0
+
+    @property
+    def _of_data_set(self) -> dict:
+        """The defaults that the data set has of its own."""
+        return DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {}
 
     @property
     def first_epoch(self) -> int:

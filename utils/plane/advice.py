@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,8 +123,10 @@ def training(cell: Cell, folder: Path | None) -> str:
     # a multi-rate model warms up another rate than its cells; no_warmup follows from warmup_epochs
     unused = {"multi_rate", "refine_epochs", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
     names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
-    flags = Config(**{n: getattr(config, n) for n in names}).flags(without=(*BETAS, "seed"))
-    words = from_copy(flags, config.networks, path)
+    separate = Config(**{n: getattr(config, n) for n in names})
+    if config.multi_rate:
+        separate = replace(separate, learning_rate=separate.rate_factor * separate.learning_rate)
+    words = from_copy(separate.flags(without=(*BETAS, "seed")), config.networks, path)
     for name in BETAS:  # those that were searched have more digits than they are known to
         beta = cell.median[name]
         beta = float(f"{beta:.6g}") if config.multi_rate or config.has_target else beta

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from models.conditioned import OWN
-from utils.config import Config
+from utils.config import FASTER, Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
-FASTER = 3.5  # times --learning_rate, once a conditioned model's z is in use; at twice of it, ordinary ones lost z
 REFINING = "cosine"  # the schedule of cells that are refined
 MOMENTUM = 0.95  # of Muon
 CLIP = 100.0  # times the norm of the momentum, which is a tenth of a usual gradient's
@@ -140,7 +139,7 @@ def build_optimizer(config: Config, parameters: dict[str, Tensor], capturable: b
 def lr_factor(config: Config, progress: float, spread: float = 0.0) -> float:
     """What the learning rate is multiplied by, after that share of the training.
 
-    `spread` is that of a conditioned model's betas; until they spread, it is trained as an ordinary one.
+    `spread` is that of a conditioned model's betas; until they spread, it is trained as an ordinary one by Adam.
     """
     schedule = REFINING if config.refine_epochs else config.lr_schedule
     start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
