@@ -82,8 +82,8 @@ class Config:
     num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
     batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
     learning_rate: float = _usual(
-        "learning_rate", f"the learning rate; --multi_rate uses {FASTER} times it once z is in use; with --optimizer muon, "
-        f"the default is {FASTER} times this one, but for Gaussian", "training", above=0, most=HUGE,
+        "learning_rate", f"the learning rate; --multi_rate uses {FASTER} times it once z is in use, and --optimizer "
+        f"muon has a default {FASTER} times as large, but for Gaussian", "training", above=0, most=HUGE,
     )  # fmt: skip
     optimizer: str | None = _flag(
         None, "adam; muon: far ahead in short trainings of Gaussian z, each at its default rate (default: adam, muon "

@@ -1,6 +1,7 @@
 """Batches with cells of a multi-rate model, separately trained cells, and rates that were asked for."""
 
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.plane.planes import rows_of, write_csv, write_terms
 from utils.cli import grid_configs
 from utils.plane import figures
 from utils.plane.advice import training
-from utils.plane.excess import by_trainings, excess_rows
+from utils.plane.excess import areas, by_trainings, excess_rows
 from utils.plane.explorer import lines_of
 from utils.plane.reading import read_plane
 from utils.runs import Run
@@ -97,6 +98,33 @@ def test_the_excess_is_the_difference_of_the_losses(passes):
     assert Path("runs/b/figures/excess.png").is_file()
     line = Path("runs/b/figures/excess.csv").read_text().splitlines()[1]
     assert line.startswith("4,4,adam,adam,1.0,1.0,107.0,101.0,6.0")
+
+
+def test_the_area_of_the_map_is_that_of_its_corners(passes):
+    """As the table of FashionMNIST in docs/multi_rate.md has it: 710 of 1,813 nats^2; others of half the rates."""
+    rates = {  # R(y|z), R(z) of unfolded and separate cells
+        (0.1, 0.1): (50.1, 8.7, 37.5, 24.2), (0.1, 10): (83.0, 0.0, 103.5, 0.0), (1, 1): (7.1, 8.6, 3.5, 11.1),
+        (10, 0.1): (0.3, 20.3, 0.2, 38.8), (10, 10): (0.5, 3.7, 0.2, 3.1),
+    }  # fmt: skip
+    rows, shared = [], {"multi_rate": "True", "optimizer": "muon"}
+    for (beta_y, beta_z), (kl_y, kl_z, own_y, own_z) in rates.items():
+        row = {"status": "finished", "loss": 9, "ll": -5, "num_epochs": 4, "beta_y": beta_y, "beta_z": beta_z}
+        for seed, times in ((1, 0.9), (2, 1.1)):
+            name = f"{beta_y}-{beta_z}-{seed}"
+            of_seed = row | {"seed": seed, "kl_y": times * kl_y, "kl_z": times * kl_z}
+            rows.append(of_seed | shared | {"run": f"m{name}", "source": seed})
+            rows.append(row | {"run": f"a{name}", "seed": seed, "kl_y": own_y / 2, "kl_z": own_z / 2})
+            rows.append(row | {"run": f"u{name}", "seed": seed, "kl_y": own_y, "kl_z": own_z, "optimizer": "muon"})
+    write_csv(rows, header=SETTINGS)
+    out = " ".join(passes(plot_eval.main, "--run_batch_name", "b", "--format", "png", "--metrics", "ll").split())
+    assert re.findall("separately trained ones .4 epochs, ([a-z]+).:.*?; area of the map (.*?%.)", out) == [
+        ("muon", "717 +- 142 of 1,813 +- 0 nats^2 (40 %)"),
+        ("adam", "717 +- 142 of 453 +- 0 nats^2 (158 %)"),
+    ]
+    without = [row for row in rows if (row["seed"] == 1) == (row["beta_y"] < 1)]
+    for few in (rows[6:], without):  # of all seeds, or of each some, a corner is missing
+        none = areas(read_plane(write_csv(few, header=SETTINGS)))
+        assert [len(of) for pair in none.values() for of in pair] == [0] * 4
 
 
 def test_of_one_seed_each_the_error_of_the_excess_is_that_of_the_shared_images():

@@ -1,6 +1,7 @@
-"""Multi-rate cells against separately trained ones: their excess loss, and what is left to gain."""
+"""Multi-rate cells against separately trained ones: their excess loss, their area, and what is left to gain."""
 
 import math
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -26,10 +27,8 @@ def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
 
     `excess` is by how many nats the unfolded cell's loss is larger, `se` its standard error over seeds and images.
     """
-    names, terms, rows = fields_of("model", "data"), terms_of(plane, "loss"), []
-    models = [[*map(cell.settings.get, names), *(f"{cell.median[b]:.6g}" for b in BETAS)] for cell in plane.cells]
-    of_both = (np.flatnonzero(plane.is_given & mask) for mask in (plane.unfolded, ~plane.unfolded))
-    for i, j in ((i, j) for i, j in product(*of_both) if models[i] == models[j]):
+    terms, rows = terms_of(plane, "loss"), []
+    for i, j in _pairs(plane):
         pair, a, b = (plane.cells[i], plane.cells[j]), terms[i], terms[j]
         losses = [np.array([row.get("loss", math.nan) for row in cell.repeats]) for cell in pair]
         errors = [standard_error(of_seeds) for of_seeds in losses]
@@ -47,29 +46,72 @@ def excess_rows(plane: Plane) -> list[dict[str, str | float]]:
     return rows
 
 
+def _pairs(plane: Plane) -> list[tuple[int, int]]:
+    names = fields_of("model", "data")
+    models = [[*map(cell.settings.get, names), *(f"{cell.median[b]:.6g}" for b in BETAS)] for cell in plane.cells]
+    of_both = (np.flatnonzero(plane.is_given & mask) for mask in (plane.unfolded, ~plane.unfolded))
+    return [(i, j) for i, j in product(*of_both) if models[i] == models[j]]
+
+
 def made_with(cell: Cell) -> tuple[str, str]:
     """A cell's epochs and optimizer; old tables do not name Adam."""
     return cell.epochs, cell.settings.get("optimizer") or "adam"
 
 
 def by_trainings(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """Rows by what both were trained with, such as ("16 epochs, muon", "8 epochs, adam")."""
+    """Rows by what both were trained with, such as ("16 epochs, muon", "8 epochs, adam"); of one optimiser first."""
     groups = {}
-    for row in rows:
-        shared = f"{row['num_epochs'] or '?'} epochs, {row['optimizer']}"
-        separate = f"{row['own_epochs'] or '?'} epochs, {row['own_optimizer']}"
-        groups.setdefault((shared, separate), []).append(row)
+    for row in sorted(rows, key=lambda row: row["optimizer"] != row["own_optimizer"]):
+        shared, separate = (row["num_epochs"], row["optimizer"]), (row["own_epochs"], row["own_optimizer"])
+        groups.setdefault((_training(*shared), _training(*separate)), []).append(row)
     return groups
 
 
-def print_excess(rows: list[dict]) -> None:
-    """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead."""
+def _training(epochs: str, optimizer: str) -> str:
+    return f"{epochs or '?'} epochs, {optimizer}"
+
+
+def areas(plane: Plane) -> dict[tuple[str, str], list[np.ndarray]]:
+    """By what both were trained with, the `area` of multi-rate cells and that of separate ones at the same betas."""
+    groups = {}
+    for pair in ([plane.cells[i] for i in indices] for indices in _pairs(plane)):
+        trainings = tuple(_training(*made_with(cell)) for cell in pair)
+        groups.setdefault(trainings, []).append(pair)
+    return {of: [area(cells) for cells in zip(*pairs, strict=True)] for of, pairs in groups.items()}
+
+
+def area(cells: Sequence[Cell]) -> np.ndarray:
+    """The area of the quadrilateral of a grid's corners in (R(z), R(y|z)), nats^2, of each seed that has all four."""
+    at = {tuple(cell.median[name] for name in BETAS): cell for cell in cells}
+    (y, y_max), (z, z_max) = ((min(betas), max(betas)) for betas in zip(*at, strict=True))
+    ring = [(y, z), (y, z_max), (y_max, z_max), (y_max, z)]
+    if len({*ring}) < 4 or not at.keys() >= {*ring}:
+        return np.array([])
+    corners = [dict(zip(at[betas].seeds, at[betas].repeats, strict=True)) for betas in ring]
+    seeds = sorted(set.intersection(*map(set, corners)))
+    rates = np.array([[[of[seed][rate] for rate in ("kl_z", "kl_y")] for of in corners] for seed in seeds])
+    r_z, r_y = np.moveaxis(rates.reshape(-1, 4, 2), 2, 0)  # (seeds, corners) each
+    return abs((r_z * np.roll(r_y, -1, 1) - r_y * np.roll(r_z, -1, 1)).sum(1)) / 2
+
+
+def print_excess(rows: list[dict], of_trainings: dict[tuple[str, str], list[np.ndarray]]) -> None:
+    """Prints, for each pair of trainings, by how much the multi-rate cells are behind or ahead, and their `areas`."""
     finite = [row for row in rows if math.isfinite(row["excess"])]
     for (shared, separate), of_both in by_trainings(finite).items():
         excess = [row["excess"] for row in of_both]
         text = f"multi-rate cells ({shared}) against separately trained ones ({separate}): "
         text += f"loss {np.mean(excess):+.2f} nats on average, {min(excess):+.2f} to {max(excess):+.2f}; "
-        print("\n" + wrapped(f"{text}lower in {sum(e < 0 for e in excess)} of {len(excess)} cells"))
+        text += f"lower in {sum(e < 0 for e in excess)} of {len(excess)} cells"
+        map_, others = of_trainings[shared, separate]
+        if len(map_) and len(others):
+            share = f"{100 * map_.mean() / others.mean():.0f} %"
+            text += f"; area of the map {_with_error(map_)} of {_with_error(others)} nats^2 ({share})"
+        print("\n" + wrapped(text))
+
+
+def _with_error(values: np.ndarray) -> str:
+    error = standard_error(values)  # over seeds
+    return f"{values.mean():,.0f}" + (f" +- {error:.0f}" if math.isfinite(error) else "")
 
 
 def left(plane: Plane, excess: list[dict]) -> dict[str, dict[str, float]]:

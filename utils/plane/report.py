@@ -17,7 +17,7 @@ from utils.plane import figures
 from utils.plane.advice import EXPLAINED, TASK_OF, advice, commands, headings_of, print_advice
 from utils.plane.cells import SETTINGS, Plane, number
 from utils.plane.drawing import Drawing, Output, styled, write_drawing
-from utils.plane.excess import EXCESS, excess_rows, left, print_excess
+from utils.plane.excess import EXCESS, areas, excess_rows, left, print_excess
 from utils.plane.explorer import explorer
 from utils.plane.metrics import ACCURACIES, FOUR, INFORMATION, first_of, wanted
 from utils.plane.sheets import OVERVIEW, Pictures, images_to_reconstruct, overview, pictures_of, sheets, to_uri
@@ -61,7 +61,7 @@ def write_report(out: Output, plane: Plane, options: Options, device: torch.devi
         print(wrapped(f"note: {note}"))
     print_advice(advised, plane)
     print_far_off(of_slopes)
-    print_excess(excess)
+    print_excess(excess, areas(plane))
     print(f"\nOpen {out.folder / 'report.html'}")
 
 
