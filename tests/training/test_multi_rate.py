@@ -135,10 +135,12 @@ def test_what_was_seen_of_an_lvae_is_told(capsys):
 
 def test_models_that_are_gone_or_collapsed(unfolded, script, refused):
     cells, (source,) = cells_of()
-    for has, flags, expected in ((True, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
+    of_y = ["y has collapsed, R(y|z) is 0.1 nats at"]
+    for has, flags, expected in ((True, UNFORCED, 2), (of_y, UNFORCED, 2), (False, UNFORCED, 0), (True, UNFOLDED, 0)):
         write_json(source.path / "training.json", source.result | {"collapsed": has})
         status, _, err = script(train.main, *flags, *betas(0.3))
         assert status == expected and ("--force" in err) == (status == 2), err
+        assert status == 0 or ("y has collapsed, R(y|z)" if has == of_y else "z has collapsed;") in err
         assert len(cells_of()[0]) == len(cells) + (has is False or flags is UNFOLDED)
     source.path.rename("elsewhere")
     assert "--multi_rate: runs/m holds cells of a model" in refused(train.main, *UNFOLDED, *betas(0.4))

@@ -149,8 +149,9 @@ def cells_of(
 
     Raises UserError for a model of which a layer has collapsed, unless with `force`.
     """
-    if source.result.get("collapsed") and not force:
-        why = "; ".join(collapsed(source.config, source.result.get("points", {})) or ["z has collapsed"])
+    what = source.result.get("collapsed")  # of old runs whether z has
+    if what and not force:
+        why = "; ".join(map(str, what)) if isinstance(what, list) else "z has collapsed"
         raise UserError(f"{source.path}: {why}; {REMEDY}, or --force, which unfolds it all the same")
     asking = [c for c in cells if c.has_target]
     if asking:

@@ -331,7 +331,7 @@ class Training:
                 result["first_betas"] = {name: getattr(first, name) for name in ("beta_y", "beta_z")}
                 run.write_config()
             if self.points:
-                has_collapsed = bool(multi_rate.collapsed(self.config, self.points))
-                result |= {"points": self.points, "collapsed": has_collapsed}
+                what = multi_rate.collapsed(self.config, self.points)
+                result |= {"points": self.points, "collapsed": what or False}
             optimizer = {key: state[key] for key in (*MOMENTS, "adam_steps", "threads", "format", "sessions")}
             run.finish(state["weights"], result, optimizer if run.config.is_extendable else None)
