@@ -17,12 +17,12 @@ batch's eval_results.csv, one row per run. Without --exclude_mi, step 1 includes
 import math
 from functools import partial
 
-from utils.cli import Parser, add_bench_flags, positive, whole
+from utils.cli import Parser, add_bench_flags, at_least_0, batch_folder, positive, whole
 from utils.distributed import is_first, leave, share
 from utils.errors import run_script
 from utils.machine import prepare
 
-IMAGES = {"type": partial(whole, least=10, most=10**7), "default": 10_000}
+IMAGES = {"type": partial(whole, least=10, most=10**7), "default": None}
 NUMBER = {"type": partial(whole, most=10**6)}
 FLAGS = {  # by group; without type or choices they are switches
     "steps (default: step 1)": {
@@ -35,6 +35,11 @@ FLAGS = {  # by group; without type or choices they are switches
                     {"choices": ("train", "test"), "nargs": "+", "default": []}),
     },
     "time": {
+        "error": ("of differences between cells, as a share of a metric's spread over the plane: decides how many "
+                  "samples, probe images and, in step 4 and for I(y; label), test images are used (default: 0.1; 0: "
+                  "10000, 10000, all)", {"type": at_least_0, "default": 0.1}),
+        "cpu_n": ("processes that share the cells, one thread each (default: this one alone, of several threads)",
+                  {"type": partial(whole, most=1000), "default": 1}),
         "max_hours": ("begin nothing after so many hours: the map is then a coarser one, and the same command goes on",
                       {"type": positive}),
     },
@@ -43,15 +48,15 @@ FLAGS = {  # by group; without type or choices they are switches
                             "instead of fid", {}),
         "exclude_mi": ("leave the mutual information to step 2", {}),
         "exclude_fid": ("skip fid and fid_classifier", {}),
-        "n_samples": ("samples per model for IS and FID (default: 10000)", IMAGES),
+        "n_samples": ("samples per model for IS and FID (default: as --error asks, at most 10000)", IMAGES),
         "iw_samples": ("also compute the importance-weighted ll, with so many posterior samples per image", NUMBER),
     },
     "step 3": {
-        "cpu_n": ("worker processes, one thread each (default: 1)", {"type": partial(whole, most=1000), "default": 1}),
         "probe_protocol": ("train: on standardised latents of training images, test on all test images (default); "
                            "paper: train on 80 %% of the test images' posterior means, test on the rest; results in "
                            "columns *_paper", {"choices": ("train", "paper"), "default": "train"}),
-        "probe_images": ("training images for the simple classifiers, at most (default: 10000)", IMAGES),
+        "probe_images": ("training images for the simple classifiers, at most (default: as --error asks, at most "
+                         "10000)", IMAGES),
     },
 }  # fmt: skip
 
@@ -90,7 +95,7 @@ def main(argv=None) -> int:
     """Runs the selected steps for all runs of the batch; returns the exit status."""
     args = parse_args(argv)
     device = prepare(args.device, args.threads)
-    from utils.evaluation import batch
+    from utils.evaluation import batch, images
     from utils.evaluation.run import Evaluation
     from utils.evaluation.steps import possible
 
@@ -102,11 +107,14 @@ def main(argv=None) -> int:
         print(f"{len(runs) + len(problems)} runs of {name}; steps: {names}; on {device}", flush=True)
     else:
         problems = {}
-    runs = share(batch.coarse_first(runs))
+    ordered = batch.coarse_first(runs)
+    runs, folder = share(ordered), batch_folder(args.runs_dir, name)
     n = len(runs) + len(problems)
     gather = partial(batch.gather, args.runs_dir, name)
+    sizes = [size for size in images.SIZES if vars(args).get(size) is None] if args.error else []
+    choose = partial(images.choose, folder, ordered, steps, evaluation, args.error, sizes)
     try:
-        missing = batch.evaluate(runs, steps, evaluation, problems, gather, args.max_hours or math.inf)
+        missing = batch.evaluate(runs, steps, evaluation, problems, gather, args.max_hours or math.inf, choose)
         leave()
     finally:  # in every process, so that the table is complete whoever is last
         table = gather()

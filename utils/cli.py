@@ -131,6 +131,13 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def at_least_0(text: str) -> float:
+    """A number >= 0, as a flag's value."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, got {text!r}")
+    return float(text)
+
+
 def axis(text: str) -> list[float]:
     """The values of a grid's axis: one number, or LO:HI:N for N log-spaced ones, to 8 decimals."""
     try:

@@ -15,7 +15,7 @@ from utils.config import Config
 from utils.training import capture
 
 SMALL = ["--dataset", "MNIST", "--conv_channels", "2", "--z_dims", "2", "--batch_size", "8", "--n", "2"]
-SMALL += ["--images", "40", "--test_images", "60", "--device", "cpu"]
+SMALL += ["--images", "40", "--test_images", "60", "--some_images", "20", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,12 @@ def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
     """A step of 36 ms: 500 epochs x 5 steps take 90 s; unfolding 3.6 s, 441 times, 26 minutes."""
     monkeypatch.setattr(plane, "measure", lambda candidates, n, device: {k: [0.036] * 2 for k in candidates})
     of_cell = {"unfolding": [3.6] * 2, "step 1": [3.0, 5.0], "step 4": [3.2] * 2}
-    monkeypatch.setattr(plane, "seconds_of_cells", lambda *_: of_cell)
+    sizes = {60: of_cell, 20: {"unfolding": [3.6] * 2, "step 1": [0.0, 1.0]}}
+    monkeypatch.setattr(plane, "seconds_of_cells", lambda *_: sizes)
     monkeypatch.setattr(plane, "seconds_of_report", lambda cells: float(cells))
     status, out, err = script(benchmark.main, "plane", *SMALL)
     assert status == 0, err
-    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-9:-1]}
+    hours = {line[:40].strip(): line[40:].split() for line in out.splitlines()[-10:-1]}
     assert hours == {
         "like the paper's code": ["1.23", "11.03"],
         "separate trainings by Adam": ["1.23", "11.03"],
@@ -50,7 +51,8 @@ def test_the_hours_of_a_map_follow_from_its_steps(script, monkeypatch):
         "one multi-rate training": ["0.03", "0.03"],
         "unfolding": ["0.05", "0.44"],
         "--refine_epochs 50 of all of them": ["0.12", "1.10"],
-        "evaluation, all four steps": ["0.10", "0.88"],
+        "all four steps, 60 images": ["0.10", "0.88"],
+        "all four steps, 20 images": ["0.01", "0.06"],
         "report": ["0.01", "0.12"],
     }
 

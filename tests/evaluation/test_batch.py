@@ -7,9 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from eval_beta_grid import main as grid
 from eval_beta_single import main as single
 from tests.conftest import start
 from tests.evaluation.conftest import FAST, PROBES, RATES, STEP1, rows, runs
-from utils.evaluation.batch import failures_in, finish, worker_processes
+from utils.evaluation.batch import failures_in, worker_processes
 from utils.files import read_json
 
 
@@ -112,18 +110,6 @@ def test_the_tasks_of_an_array_leave_a_whole_table_whoever_is_last(batch, monkey
         monkeypatch.setenv("RANK", rank)
         assert "2 of 2 runs evaluated" in passes(grid, *RATES)
         assert sum(row["psnr"] != "" for row in rows()) == n
-
-
-def test_workers_have_jobs_of_the_next_run_before_a_run_is_complete():
-    done, problems = [], {}
-    run = SimpleNamespace(path=Path("run"), record=lambda step, results: done.append(results))
-    job = SimpleNamespace(result=lambda: 1)
-    step = SimpleNamespace(compute=lambda run, *results: len(results))
-    queue = deque((run, step, Path("file"), [job] * n) for n in (0, 5, 3, 1))
-    finish(queue, 4, problems)
-    assert done == [0, 5] and len(queue) == 2 and not problems
-    finish(queue, 0, problems)
-    assert done == [0, 5, 3, 1]
 
 
 def test_workers_that_are_killed_or_interrupted():

@@ -2,7 +2,6 @@
 
 from functools import cache, partial
 from math import log, nan, pi
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from scipy.special import entr, logsumexp
 
 from tests.reliability.trials import first
 from utils.evaluation.information import channel_bound, gaussian_mi, upper_end
-from utils.evaluation.probes import fit_stored
+from utils.evaluation.probes import fit_latent
 
 EVEN, RARE, SKEWED = (0.1,) * 10, (0.98, 0.02), (0.91, *[0.01] * 9)  # frequencies of classes
 LABELS = [(RARE, 200), (SKEWED, 360), (EVEN, 360), ((0.5, 0.5), 360), ((0.01,) * 100, 500)]
@@ -49,8 +48,8 @@ def lower(p: tuple, n: int, gap: float, seed: int) -> tuple[float, float]:
     """The lower end and its error, negated."""
     rng = np.random.default_rng(seed)
     (labels, _, z), (labels_train, _, z_train) = (draw(p, m, gap, rng) for m in (n, 2 * n))
-    np.savez("latents.npz", z=z, labels=labels, z_train=z_train, labels_train=labels_train)
-    v, _ = fit_stored("lr", Path("latents.npz"), "z", "_sample")
+    arrays = {"z": z, "labels": labels, "z_train": z_train, "labels_train": labels_train}
+    v, _ = fit_latent("lr", arrays, "z", "_sample")
     return -v["mi_z_low"], v.get("mi_z_low_se", nan)
 
 

@@ -68,7 +68,7 @@ def test_a_class_far_away_keeps_its_density():
     """Its sum relative to the largest underflows; the value must not."""
     means, stds = torch.tensor([[[0.0]], [[100.0]]]).double(), torch.ones(2, 1, 1).double()
     samples, labels = torch.zeros(2, 1).double(), torch.tensor([0, 1])
-    log_p = information.log_mixtures(samples, means, stds, (labels,))
+    log_p = information.log_mixtures(samples, means, stds, (labels,), torch.arange(2))
     assert log_p[1, 1].item() == approx(norm(100, 1).logpdf(0), rel=1e-12)
 
 

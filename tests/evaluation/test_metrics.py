@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ from utils.evaluation import probes, steps
 from utils.evaluation.batch import COLUMNS
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import METRICS, metric
-from utils.evaluation.probes import PROBES, calibration_error, fit_probe, fit_stored
+from utils.evaluation.probes import PROBES, calibration_error, fit_latent, fit_probe
 from utils.seeds import generator
 
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -170,10 +169,9 @@ def test_probes_and_the_information_they_certify(gap):
     latents, labels, centres = blobs(gap)
     train, test = probes.split(len(labels))
     assert len(train) == 800 and set(train) | set(test) == set(range(1000))
-    np.savez("latents.npz", qz_mu=latents, labels=labels)
-    v = {}
+    v, arrays = {}, {"qz_mu": latents, "labels": labels}
     for name, column in PROBES.items():
-        fit, terms = fit_stored(name, Path("latents.npz"), "qz_mu", "_paper")
+        fit, terms = fit_latent(name, arrays, "qz_mu", "_paper")
         v |= {key.removesuffix("_paper"): value for key, value in fit.items()}
         correct = terms[f"{column}_paper"]
         assert np.isnan(correct[train]).all() and set(correct[test]) <= {0, 1}
@@ -201,8 +199,8 @@ def test_probes_see_no_test_image_and_no_scale(name):
 
     def fit(scale, tested):
         z, train = scale * latents[:300], scale * latents[300:]
-        np.savez("latents.npz", z=z, labels=tested, z_train=train, labels_train=labels[300:])
-        return fit_stored(name, Path("latents.npz"), "z", "_sample")
+        arrays = {"z": z, "labels": tested, "z_train": train, "labels_train": labels[300:]}
+        return fit_latent(name, arrays, "z", "_sample")
 
     (v, terms), (scaled, _) = (fit(scale, labels[:300]) for scale in (1, 1e-4))
     column = f"{PROBES[name]}_sample"

@@ -36,7 +36,7 @@ def test_a_map_that_is_stopped_is_a_coarser_one_and_goes_on(passes, monkeypatch)
     clock = iter(np.arange(1e6))  # a second passes from look to look
     with monkeypatch.context() as patched:
         patched.setattr("utils.evaluation.batch.monotonic", lambda: float(next(clock)))
-        passes(eval_beta_grid.main, *evaluate, "--max_hours", str(20 / 3600))
+        passes(eval_beta_grid.main, *evaluate, "--max_hours", str(11 / 3600))
     rows = read_csv("runs/b/eval_results.csv")
     assert all(row["psnr"] for row in rows) and 0 < sum(row["mi_q_mc"] != "" for row in rows) < 4
     assert "stopped" not in passes(eval_beta_grid.main, *evaluate)

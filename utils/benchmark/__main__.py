@@ -22,7 +22,8 @@ NUMBERS = {
     "z_dims": (32, "dimensions of z"),
     "batch_size": (256, "images per batch"),
     "images": (50_000, "training images of plane and step"),
-    "test_images": (10_000, "test images, and samples"),
+    "test_images": (10_000, "test images, samples and probe images"),
+    "some_images": (2560, "of which the evaluation is repeated, as --error may choose"),
 }
 
 
@@ -61,13 +62,13 @@ def main(argv=None) -> int:
         return 0
     print(step.machine(device))
     if args.what == "plane":
-        plane.plane(config, args.images, args.test_images, args.n, device)
+        plane.plane(config, args.images, args.test_images, args.some_images, args.n, device)
     elif args.what == "step":
         step.step(config, args.images, args.cells or [1, 8], args.compile, args.n, device)
     elif args.what == "gpu":
         gpu.gpu(config, args.cells or [1, 8, 32], args.n, device)
     else:
-        evaluation.evaluate(config, args.test_images, args.n, device)
+        evaluation.evaluate(config, args.test_images, args.some_images, args.n, device)
     return 0
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import product
 
 import torch
 from tqdm import tqdm
@@ -30,15 +30,17 @@ PARTS = {  # of the evaluation, as the README counts its steps; step 3 is taken 
 }
 
 
-def evaluate(config: Config, test_images: int, n: int, device: torch.device) -> None:
-    """Prints seconds a cell for unfolding and for each step of the evaluation, step 3 by classifier and latent."""
-    seconds = seconds_of_cells(multi_rate(config), test_images, n, device)
-    what = f"{test_images:,} test images, as many samples and training images"
-    print(f"{config.dataset}'s shape: {what}; seconds a cell:")
-    for name, values in sorted(seconds.items()):
-        low, middle, high = quartiles(values)
-        print(f"{name:40s} {middle:8.2f} {low:8.2f} .. {high:8.2f} {len(values):4d}")
-    print(f"{'all':40s} {sum(map(statistics.median, seconds.values())):8.2f}")
+def evaluate(config: Config, test_images: int, some: int, n: int, device: torch.device) -> None:
+    """Prints seconds a cell for unfolding and for each step, step 3 by classifier and latent; of all or some images."""
+    seconds = seconds_of_cells(multi_rate(config), test_images, [test_images, some], n, device)
+    what = f"{test_images:,} test images; as many samples, training images and chosen test images as above"
+    print(f"{config.dataset}'s shape: {what}; seconds a cell, n = {n}:")
+    print(f"{'':40s}" + "".join(f"{f'{size:,} images':>30}" for size in seconds))
+    for name in sorted(seconds[some]):
+        values = (quartiles(of_size[name]) for of_size in seconds.values())
+        print(f"{name:40s}" + "".join(f"{middle:10.2f} {low:8.2f} .. {high:8.2f}" for low, middle, high in values))
+    sums = (sum(map(statistics.median, of_size.values())) for of_size in seconds.values())
+    print(f"{'all':40s}" + "".join(f"{total:10.2f}{'':20s}" for total in sums).rstrip())
 
 
 def multi_rate(config: Config) -> Config:
@@ -48,22 +50,28 @@ def multi_rate(config: Config) -> Config:
     return dataclasses.replace(config, multi_rate=True, **usual, **ends)
 
 
-def seconds_of_cells(config: Config, images: int, cells: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of unfolding and of each part of the evaluation, for several cells of a multi-rate model."""
-    model, seconds = build_model(config).to(device).eval(), defaultdict(list)
+def seconds_of_cells(
+    config: Config, images: int, sizes: list[int], cells: int, device: torch.device
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of unfolding and of each part of the evaluation, for several cells of a multi-rate model.
+
+    By how many samples, training images and chosen test images are used.
+    """
+    model, seconds = build_model(config).to(device).eval(), {size: defaultdict(list) for size in sizes}
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         start = clock(device)
         yield
-        seconds[name].append(clock(device) - start)
+        seconds[evaluation.n_samples][name].append(clock(device) - start)
 
     with tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation(device, folder, folder, n_samples=images)
+        evaluation = Evaluation(device, folder, folder)
         data = Data(patterns(config, images, device), patterns(config, images, device), CLASSES)
         classifier = evaluator(build_classifier(config, CLASSES), device), "random"
         evaluation.data, evaluation.classifiers = lambda _: data, lambda _: [classifier]
-        for i in tqdm(range(cells), unit="cell", leave=False):
+        for i, size in tqdm([*product(range(cells), sizes)], unit="cell", leave=False):
+            evaluation.n_samples = evaluation.probe_images = evaluation.test_images = size
             one = {"beta_y": 0.1 + i / cells, "beta_max_y": None, "beta_max_z": None, "source": "0" * 64}
             run = Run.of(dataclasses.replace(config, **one), folder)
             run.create()
@@ -75,8 +83,8 @@ def seconds_of_cells(config: Config, images: int, cells: int, device: torch.devi
                     for step in (STEPS[name] for name in names):
                         evaluated.record(step, step.compute(evaluated))
             with timed("step 3, latents"):
-                jobs = fits(evaluated, Path(folder, "latents.npz"), paper=False)
-            for fit, name, file, key, *how in jobs:
+                jobs = fits(evaluated, paper=False)
+            for (name, key), fit in jobs.items():
                 with timed(f"step 3, {name} on {key}"):
-                    fit(name, file, key, *how)
+                    fit()
     return seconds

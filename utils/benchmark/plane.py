@@ -24,7 +24,7 @@ ADAM, MUON, MULTI_RATE = "separate trainings by Adam", "separate trainings by Mu
 ROOT = Path(__file__).parents[2]
 
 
-def plane(config: Config, images: int, test_images: int, n: int, device: torch.device) -> None:
+def plane(config: Config, images: int, test_images: int, some: int, n: int, device: torch.device) -> None:
     """Prints hours for maps of CELLS cells x EPOCHS epochs: trainings, unfolding, refining, evaluation, report."""
     config = dataclasses.replace(config, num_epochs=EPOCHS)
     split = patterns(config, min(images, 20 * config.batch_size), device)
@@ -35,16 +35,17 @@ def plane(config: Config, images: int, test_images: int, n: int, device: torch.d
     print(f"{config.dataset}'s shape: {images:,} images, batch {config.batch_size}, {config.precision}; a step:")
     seconds = measure(candidates, n, device)
     report(seconds)
-    of_cell = seconds_of_cells(conditioned, test_images, 2, device)
-    of_cell = {name: statistics.median(s) for name, s in of_cell.items()}
-    unfolding = of_cell.pop("unfolding")
+    of_cell = seconds_of_cells(conditioned, test_images, [test_images, some], 2, device)
+    of_cell = {size: {name: statistics.median(s) for name, s in of_size.items()} for size, of_size in of_cell.items()}
+    unfolding, *_ = (of_size.pop("unfolding") for of_size in [*of_cell.values()])
     hours, steps = {}, EPOCHS * math.ceil(images / config.batch_size)
     for name, took in seconds.items():
         training = steps * statistics.median(took)
         hours[name] = [training if name == MULTI_RATE else cells * training for cells in CELLS]
     hours["unfolding"] = [cells * unfolding for cells in CELLS]
     hours[f"--refine_epochs {REFINE} of all of them"] = [s * REFINE / EPOCHS for s in hours[MUON]]
-    hours["evaluation, all four steps"] = [cells * sum(of_cell.values()) for cells in CELLS]
+    for size, of_size in of_cell.items():
+        hours[f"all four steps, {size:,} images"] = [cells * sum(of_size.values()) for cells in CELLS]
     hours["report"] = [seconds_of_report(cells) for cells in CELLS]
     print(f"\n{'hours for a map':40s}" + "".join(f"{f'{cells} cells':>12}" for cells in CELLS))
     for name, values in hours.items():

@@ -1,16 +1,17 @@
-"""Evaluates runs: steps in this process, their jobs in others; the table of a batch's results."""
+"""Evaluates runs, in this process or in several; the table of a batch's results."""
 
 import contextlib
+import functools
+import io
 import math
+import signal
 import sys
-import tempfile
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from signal import SIGHUP, SIGUSR1
 from time import monotonic
 
 import numpy as np
@@ -20,10 +21,12 @@ from utils.cli import batch_folder
 from utils.config import fields_of
 from utils.distributed import progress
 from utils.errors import UserError, nearest, signals_postponed
+from utils.evaluation.images import SIZES
 from utils.evaluation.metrics import columns_of, read_metrics
 from utils.evaluation.run import PATIENCE, EvaluatedRun, Evaluation
 from utils.evaluation.steps import STEPS, Step
 from utils.files import to_csv, write_text
+from utils.machine import prepare
 from utils.provenance import commit_and_date
 from utils.runs import Run, locked, runs_in
 
@@ -85,6 +88,51 @@ def coarse_first(runs: list[Run]) -> list[Run]:
     return ordered
 
 
+class Work:
+    """The evaluation of cells, in this process or each in one of `cpu_n`; failures go to `problems`, by path.
+
+    Begins nothing after so many hours; `missing` then has pairs of a run's path and a step's name. Calls `grow` every
+    minute.
+    """
+
+    def __init__(self, evaluation: Evaluation, problems: dict[Path, str], grow: Callable, hours: float):
+        self.evaluation, self.problems, self.grow, self.missing = evaluation, problems, grow, set()
+        self.last, self.submit, self.pending = monotonic(), None, {}
+        self.end = self.last + 3600 * hours
+
+    def compute(self, cells: list[EvaluatedRun], steps: list[Step]) -> bool:
+        """Computes the steps of cells that are not up to date, one cell after the other; whether there was time."""
+        for cell in progress(cells, unit="run"):
+            cell.forget()
+            if cell.path in self.problems:
+                continue
+            with failures_in(self.problems, cell.path):
+                names = [step.name for step in steps if cell.needs(step)]
+                if names and monotonic() > self.end:
+                    self.missing |= {(cell.path, name) for name in names}
+                elif names and self.evaluation.cpu_n > 1:
+                    self.pending[self.submit(in_worker, self.evaluation.settings, cell.run, names)] = cell
+                elif names:
+                    cell.compute(STEPS[name] for name in names)
+            self._wait(self.evaluation.cpu_n)
+        self._wait(1)
+        self.grow()
+        return not self.missing
+
+    def _wait(self, most: int) -> None:
+        """Until fewer jobs are pending."""
+        while len(self.pending) >= most:
+            for job in wait(self.pending, return_when=FIRST_COMPLETED).done:
+                cell = self.pending.pop(job)
+                with failures_in(self.problems, cell.path):
+                    for note in sorted(job.result()):
+                        self.evaluation.note(note)
+                cell.forget()
+        if monotonic() > self.last + GROW:
+            self.grow()
+            self.last = monotonic()
+
+
 def evaluate(
     runs: list[Run],
     steps: list[Step],
@@ -92,52 +140,42 @@ def evaluate(
     problems: dict[Path, str],
     grow: Callable = lambda: None,
     hours: float = math.inf,
-) -> Counter:
-    """Computes steps that are not up to date, of all runs first what takes seconds; failures go to `problems`.
+    choose: Callable = lambda compute: None,
+) -> dict[str, int]:
+    """Computes steps that are not up to date: of all runs first what takes seconds, then `choose(compute)`, the rest.
 
-    Calls `grow` every minute, and begins nothing after so many hours. Returns how many runs lack each step then.
-    Raises UserError without a classifier.
+    See `Work`. Returns how many runs lack each step after so many hours. Raises UserError without a classifier.
     """
-    start = last = monotonic()
-    evaluated, n = [], evaluation.cpu_n
+    cells, work = [], Work(evaluation, problems, grow, hours)
     for run in runs:
         with failures_in(problems, run.path):
-            evaluated.append(EvaluatedRun(run, evaluation))
-    for run in evaluated if any(step.classifier for step in steps) else []:
-        evaluation.classifiers(run.config)
-    queue, missing = deque(), Counter()
-    parts = [s for s in steps if s.name in AT_ONCE], [s for s in steps if s.name not in AT_ONCE]
-    with tempfile.TemporaryDirectory(prefix="evaluation-") as folder, worker_processes(n) as submit:
-        for part in filter(None, parts):
-            for i, run in enumerate(progress(evaluated, unit="run")):
-                for step in part:
-                    with failures_in(problems, run.path):
-                        if run.path in problems or not run.needs(step):
-                            continue
-                        if monotonic() > start + 3600 * hours:
-                            missing[step.name] += 1
-                        elif step.jobs:
-                            file = Path(folder, f"{i}.npz")
-                            queue.append((run, step, file, [submit(*job) for job in step.jobs(run, file)]))
-                        else:
-                            run.record(step, step.compute(run))
-                    finish(queue, 2 * n, problems)
-                run.forget()
-                if monotonic() > last + GROW:
-                    grow()
-                    last = monotonic()
-            finish(queue, 0, problems)
-            grow()
-    return missing
+            cells.append(EvaluatedRun(run, evaluation))
+    for cell in cells if any(step.classifier for step in steps) else []:
+        evaluation.classifiers(cell.config)
+    with worker_processes(evaluation.cpu_n) as work.submit:
+        work.compute(cells, [step for step in steps if step.name in AT_ONCE])
+        choose(work.compute)
+        work.compute(cells, [step for step in steps if step.name not in AT_ONCE])
+    missing = Counter(name for _, name in work.missing)
+    return {step.name: missing[step.name] for step in steps if missing[step.name]}
 
 
-def finish(queue: deque[tuple], enough: int, problems: dict[Path, str]) -> None:
-    """Completes the first entries (run, step, file, Futures) of a queue while the others have enough jobs."""
-    while queue and sum(len(e[-1]) for e in list(queue)[1:]) >= enough:
-        run, step, file, jobs = queue.popleft()
-        with failures_in(problems, run.path):
-            run.record(step, step.compute(run, *(job.result() for job in jobs)))
-        file.unlink(missing_ok=True)
+def in_worker(settings: dict, run: Run, names: list[str]) -> set[str]:
+    """Computes steps of a run in a worker process, and returns the notes on them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    with contextlib.redirect_stdout(io.StringIO()):  # and prints
+        evaluation = evaluation_of(tuple((k, v) for k, v in settings.items() if k not in SIZES))
+        vars(evaluation).update(settings)
+        EvaluatedRun(run, evaluation).compute(STEPS[name] for name in names)
+    return evaluation.notes
+
+
+@functools.cache
+def evaluation_of(settings: tuple[tuple[str, object], ...]) -> Evaluation:
+    """The Evaluation of a worker process, which has one thread."""
+    settings = dict(settings)
+    prepare(str(settings["device"]), 1)
+    return Evaluation(**settings)
 
 
 @contextlib.contextmanager
@@ -149,7 +187,7 @@ def worker_processes(n: int) -> Iterator[Callable[..., Future]]:
 
     def submit(*job) -> Future:
         nonlocal executor
-        with signals_postponed(SIGHUP, SIGUSR1):  # workers do not heed them: this process ends them
+        with signals_postponed(signal.SIGHUP, signal.SIGUSR1):  # workers do not heed them: this process ends them
             try:
                 executor = get_reusable_executor(n, env=dict.fromkeys(THREADS, "1"))  # a new one, if one was killed
             except OSError as e:

@@ -49,7 +49,7 @@ def mi_y(run: EvaluatedRun) -> dict[str, float]:
         stds = torch.stack([q.std.flatten(1) for q in mixture], 1)
         batches.append((sample, means, stds, label))
     *posteriors, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    mi = gaussian_mi(*posteriors, labels)
+    mi = gaussian_mi(*posteriors, labels, run.chosen.to(labels.device))
     of_image = _of_image("y", _rate(run, "kl_z", "kl_y"), mi.image_low, mi.image_high)
     return {**_bracket(run, "y", labels.cpu().numpy(), mi), **of_image, "y_samples": n}
 
@@ -112,20 +112,24 @@ class MutualInformation(NamedTuple):
         return self.bias > max(2 * self.se, NEGLIGIBLE)
 
 
-def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, seed: int = 0) -> MutualInformation:
+def gaussian_mi(
+    samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, chosen: Tensor | None = None
+) -> MutualInformation:
     """I_q(latent; label): the mean of log q(s_i | label_i) - log q(s_i) over a sample (N, d) of each posterior.
 
+    Or over some `chosen` samples (n,): the same in expectation, with a larger error.
     Posteriors are mixtures of S Gaussians (N, S, d). q(s | l) averages those of class l, q(s) all, with the image's
     own, so narrow ones give H(label) for any labels: compare with `null`. In `upper`, q(s) leaves the own one out: a
     bound in expectation (Poole 2019, eq. 14). Where both leave it out, it is missed about as much as it counts too much
     where both include it: `bias` is half of the difference. The information on the image, the mean of log q(s | x) -
     log q(s), is bounded from below where q(s) includes the own one, at most by ln N, and from above where it does not.
     """
-    n = len(labels)
-    shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(labels.device)]
-    columns = log_mixtures(samples, means, stds, (labels, shuffled)).unbind(1)
+    n, counts = len(labels), torch.bincount(labels).double()
+    chosen = torch.arange(n, device=labels.device) if chosen is None else chosen
+    shuffled = labels[torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(labels.device)]
+    columns = log_mixtures(samples, means, stds, (labels, shuffled), chosen).unbind(1)
     log_all, log_class, log_null, log_others, log_class_others, log_own = columns
-    counts = torch.bincount(labels).double()
+    labels, shuffled, of_n = labels[chosen], shuffled[chosen], len(chosen) ** 0.5
     log_class, log_all = log_class - counts[labels].log(), log_all - math.log(n)
     values = log_class - log_all
     null = (log_null - counts[shuffled].log()) - log_all
@@ -134,8 +138,8 @@ def gaussian_mi(samples: Tensor, means: Tensor, stds: Tensor, labels: Tensor, se
     without = log_class_others - (counts - 1).clamp_min(1)[labels].log() - log_others
     without = (without.exp() * (1 - 1 / n) + 1 / n).log()  # a bound still, of which no image decides
     bias = (values - without).mean().item() / 2
-    se, upper_se = values.std().item() / n**0.5, upper_error(upper.cpu().numpy(), labels.cpu().numpy())
-    of_image = [(v.mean().item(), v.std().item() / n**0.5) for v in (log_own - log_all, log_own - log_others)]
+    se, upper_se = values.std().item() / of_n, upper_error(upper.cpu().numpy(), labels.cpu().numpy())
+    of_image = [(v.mean().item(), v.std().item() / of_n) for v in (log_own - log_all, log_own - log_others)]
     return MutualInformation(
         values.mean().item(), se, null.mean().item(), bias, upper.mean().item(), upper_se, *of_image
     )
@@ -151,8 +155,10 @@ def smallest(*bounds: tuple[float, float]) -> tuple[float, float]:
     return min((max(0.0, value), se) for value, se in bounds if math.isfinite(value))
 
 
-def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...]) -> Tensor:
-    """Log sums of posterior densities (N, S, d) at samples (N, d): of all, and by class in each labelling.
+def log_mixtures(
+    samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple[Tensor, ...], chosen: Tensor
+) -> Tensor:
+    """Log sums of posterior densities (N, S, d) at chosen ones of samples (N, d): of all, by class in each labelling.
 
     Three more are of all, and by class in the first labelling, without the image's own posterior, and of that. The
     log-densities are one matrix product, which needs centred float64: float32 errs by 10 nats at a std of 1e-3.
@@ -179,7 +185,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
             log_p = log_p if mixture == 1 else log_p.unflatten(1, (-1, mixture)).logsumexp(2) - math.log(mixture)
             return log_p.masked_fill_(index[:, None] == first + torch.arange(log_p.shape[1], device=own.device), FAR)
 
-        for part in torch.arange(n, device=own.device).split(ROWS):
+        for part in chosen.split(ROWS):
             p = log_p(part)
             largest = p.amax(1, keepdim=True)
             p = p.sub_(largest).clamp_min_(-690).exp_()  # exp of less is subnormal and slow
@@ -194,7 +200,7 @@ def log_mixtures(samples: Tensor, means: Tensor, stds: Tensor, labellings: tuple
                 other = labels[part][lost, None] != labels[block][None, :]
                 log_sums[lost, k] = log_p(part[lost]).masked_fill(other, -math.inf).logsumexp(1)
             others[part] = torch.logaddexp(others[part], log_sums)
-    return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :2], own[:, None]], 1)
+    return torch.cat([torch.logaddexp(others, own[:, None]), others[:, :2], own[:, None]], 1)[chosen]
 
 
 def discrete_mi(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,10 +1,9 @@
-"""Probes: simple classifiers that predict the label from a latent. Worker processes import this, so it avoids torch."""
+"""Probes: simple classifiers that predict the label from a latent."""
 
 import math
-import signal
 import warnings
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
@@ -16,9 +15,10 @@ PROBES = {  # the columns of their accuracies; the paper's code averaged logisti
     "kNN": "kNN_acc",
 }
 NEIGHBOURS, FOLDS, ENOUGH = 5, 5, 2000
+CLEAR = 4  # standard errors by which nothing differs by chance
 CS = (0.01, 0.1, 1.0)  # of logistic regression: the inverses of its L2 weight
 KERNELS = {"svm_rbf": "rbf", "svm_linear": "linear"}
-TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # of their solver; see docs/performance.md
+TOLERANCES = {"svm_rbf": 1e-3, "svm_linear": 0.1}  # 0.1 takes half the time; accuracies change by less than errors
 MANY = 64  # dimensions from which on kernels are sooner made as products of matrices
 MOST_BYTES, ROWS = 2**31, 1000  # of a kernel matrix; of it that are made at once for test latents
 Split = tuple[ndarray, ndarray]  # latents (N, d), labels (N,)
@@ -117,7 +117,8 @@ def choose_c(latents: ndarray, labels: ndarray) -> float:
     """The C of logistic regression by cross-validation on latents (N, d): 1 is often too sure.
 
     It is the smallest whose mean log loss is above the least by at most one standard error of the difference, so that
-    rounding does not decide between those that are as good. Of five folds so many are held out that ENOUGH images are.
+    rounding does not decide between those that are as good. Of five folds so many are held out that ENOUGH images are,
+    or until the others cannot change it.
     """
     several = np.bincount(labels)[labels] > 1  # a single image of a class cannot be held out
     if len(np.unique(labels[several])) < 2:
@@ -126,18 +127,21 @@ def choose_c(latents: ndarray, labels: ndarray) -> float:
     fold[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % FOLDS  # every fifth image of each class
     folds = np.unique(fold)[: math.ceil(FOLDS * ENOUGH / len(labels))]
 
-    def losses(c: float) -> ndarray:
-        values = []
-        for held in (fold == k for k in folds):
+    of_c = dict.fromkeys(CS, np.zeros(0))
+    for k in folds:
+        held, share = fold == k, (k + 1) / len(folds)
+        tested = held & several
+        for c, losses in of_c.items():
             model = untrained("lr", True, c).fit(latents[~held], labels[~held])
-            held &= several
-            values.append(predictions(model, latents[held], labels[held])[2])
-        return np.concatenate(values)
-
-    of_c = {c: losses(c) for c in CS}
-    least = min(of_c.values(), key=np.mean)
-    more = {c: values - least for c, values in of_c.items()}
-    return next(c for c in CS if more[c].mean() <= standard_error(more[c]))
+            of_c[c] = np.append(losses, predictions(model, latents[tested], labels[tested])[2])
+        best = min(of_c, key=lambda c: of_c[c].mean())
+        more = {c: losses - of_c[best] for c, losses in of_c.items()}
+        # in standard errors of these folds: what the others may change is sqrt(1 - share), the error of all sqrt(share)
+        clear = {c: CLEAR * (1 - share) ** 0.5 + math.copysign(share**0.5, best - c) for c in of_c}
+        of_c = {c: of_c[c] for c in of_c if c == best or not more[c].mean() > clear[c] * standard_error(more[c])}
+        if len(of_c) == 1:
+            break
+    return min(of_c)
 
 
 def predictions(model, latents: ndarray, labels: ndarray) -> tuple[ndarray, ndarray, ndarray]:
@@ -192,13 +196,11 @@ def fit_probe(name: str, train: Split, test: Split, tail: str, standardize: bool
     return mean_and_error(terms) | calibration, terms
 
 
-def fit_stored(name: str, file: Path, key: str, tail: str) -> Scores:
-    """`fit_probe` in a worker process, of the latents of that key in an NPZ file; terms are of all images."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+def fit_latent(name: str, arrays: Mapping[str, ndarray], key: str, tail: str) -> Scores:
+    """`fit_probe` of the latents of that key among arrays; terms are of all images."""
     paper = tail.endswith("_paper")
-    with np.load(file, allow_pickle=False) as file:
-        parts = ("", "") if paper else ("_train", "")
-        train, test = ((file[key + part], file["labels" + part]) for part in parts)
+    parts = ("", "") if paper else ("_train", "")
+    train, test = ((arrays[key + part], arrays["labels" + part]) for part in parts)
     train, test = ((latents.reshape(len(latents), -1), labels) for latents, labels in (train, test))
     tested = np.arange(len(test[1]))
     if paper:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets.batches import subset
 from datasets.loading import Data, load_data
 from datasets.table import DATASETS
 from models.classifiers import Classifier, InParts, load_classifier
@@ -34,6 +35,7 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # with the beginning of
 TO_FETCH = """pip install torch-fidelity, then \
 python -c "from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as F; \
 F('inception-v3-compat', ['2048'])"; with --with_classifier, fid_classifier is computed instead"""
+OF_SOME = ("test_images",)  # settings without which the same is known with a smaller error
 Features = Callable[[Tensor], Tensor]  # of images (B, C, H, W) in [0, 1]: (B, F)
 
 
@@ -65,6 +67,7 @@ class Evaluation:
     iw_samples: int | None = None
     y_samples: int = 4
     probe_images: int = 10_000
+    test_images: int | None = None  # of which step 4 and I(y; label) are; None: all
     cpu_n: int = 1
     force: bool = False
     shared: dict = field(default_factory=dict, init=False)
@@ -72,9 +75,14 @@ class Evaluation:
 
     @classmethod
     def of(cls, flags: dict, device: torch.device) -> "Evaluation":
-        """That of a script's flags, of which some may be no settings of it."""
-        names = [f.name for f in fields(cls) if f.init and f.name in flags]
+        """That of a script's flags, of which some may be no settings of it, or not given."""
+        names = [f.name for f in fields(cls) if f.init and flags.get(f.name) is not None]
         return cls(**{name: flags[name] for name in names} | {"device": device})
+
+    @property
+    def settings(self) -> dict:
+        """What makes an Evaluation like this one, without what is shared."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def note(self, text: str) -> None:
         """Prints a note, unless it has been printed before."""
@@ -125,13 +133,11 @@ class Evaluation:
 
     @once
     @torch.no_grad()
-    def features(self, config: Config, network: Features, split: str) -> np.ndarray:
-        """Features (N, F) of all test images, or of up to n_samples training images."""
-        images = getattr(self.data(config), split)
-        batches, n = images.batches(BATCH), len(images)
-        if split == "train":
-            batches, n = images.batches(BATCH, (0, 0)), min(n, self.n_samples)
-        parts = [network(x).cpu() for x, _ in itertools.islice(batches, math.ceil(n / BATCH))]
+    def features(self, config: Config, network: Features, n: int | None = None) -> np.ndarray:
+        """Features (N, F) of all test images, or of up to n training images."""
+        data = self.data(config)
+        batches = data.test.batches(BATCH) if n is None else data.train.batches(BATCH, (0, 0))
+        parts = [network(x).cpu() for x, _ in itertools.islice(batches, n and math.ceil(n / BATCH))]
         return torch.cat(parts)[:n].numpy()
 
 
@@ -154,6 +160,12 @@ class EvaluatedRun:
     def test(self):
         """The test images."""
         return self.evaluation.data(self.config).test
+
+    @property
+    def chosen(self) -> Tensor:
+        """Indices of the test images that step 4 and I(y; label) are of: fewer of them begin more of them."""
+        n, images = self.evaluation.test_images, self.test
+        return torch.arange(len(images)) if n is None or n >= len(images) else subset(images.labels.cpu(), n)
 
     def generator(self, *key) -> torch.Generator:
         """A random generator, seeded by `key`."""
@@ -187,25 +199,32 @@ class EvaluatedRun:
         sizes = [min(BATCH, n - i) for i in range(0, n, BATCH)]
         return torch.cat([consume(self.model.sample(size, generator=g)).cpu() for size in sizes])
 
+    def compute(self, steps: Iterable) -> None:
+        """Computes and records Steps."""
+        for step in steps:
+            self.record(step, step.compute(self))
+        self.forget()
+
     def forget(self) -> None:
-        """Frees the memory of what is large."""
-        for name in ("model", "latents", "sample_features"):
+        """Frees the memory of what is large; metrics, which another process may have written, are read again."""
+        for name in ("model", "metrics", "latents", "sample_features"):
             self.__dict__.pop(name, None)
 
     def needs(self, step) -> bool:
         """Whether a Step applies, and is not up to date, with intact files, or is to be redone."""
         if step.labels and not self.evaluation.has_labels(self.config):
             return False
-        digests = self.metrics.get("files", {})
+        digests, made_of = self.metrics.get("files", {}), self.metrics.get("steps", {}).get(step.name)
         return (
             self.evaluation.force
-            or self.metrics.get("steps", {}).get(step.name) != self._fingerprint(step)
+            or made_of not in (self._fingerprint(step), self._fingerprint(step, OF_SOME))
             or any(digests.get(name) != digest_of(self.path / name) for name in step.files)
         )
 
-    def _fingerprint(self, step) -> str:
-        """Of all that its metrics depend on: weights, settings, classifiers, other metrics."""
-        parts = {name: getattr(self.evaluation, name) for name in step.settings}
+    def _fingerprint(self, step, without: tuple[str, ...] = ()) -> str:
+        """Of all that its metrics depend on: weights, settings that are given, classifiers, other metrics."""
+        parts = {name: getattr(self.evaluation, name) for name in step.settings if name not in without}
+        parts = {name: value for name, value in parts.items() if value is not None}
         parts |= {name: self.metrics.get(name) for name in step.metrics}
         if step.classifier and (classifier := self._classifier()):
             parts["classifier"] = classifier

@@ -4,11 +4,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from datasets.batches import subset
@@ -30,14 +30,12 @@ LATENTS = ("qz_mu", "qz_std", "qy_mu", "qy_std", "labels")
 class Step(NamedTuple):
     """A step: how it computes its columns (`columns_of`), and what these depend on.
 
-    `compute` gets the run and the results of the `jobs` that worker processes do, which may read a file; it returns
-    metrics by column, and the contents of files by name.
+    `compute` returns metrics by column, and the contents of files by name.
     """
 
     name: str
-    compute: Callable[..., dict]
+    compute: Callable[[EvaluatedRun], dict]
     version: int = 1  # counts the changes of what it computes
-    jobs: Callable[[EvaluatedRun, Path], list[tuple]] | None = None
     settings: tuple[str, ...] = ()  # fields of Evaluation
     metrics: tuple[str, ...] = ()  # of other steps
     classifier: bool = False  # whether it depends on the data set's classifiers
@@ -164,19 +162,26 @@ def fid_classifier(run: EvaluatedRun) -> dict[str, float | str]:
 
 
 @once
-def _floor(evaluation, config, network: Features) -> float:
-    """The distance between test and training images."""
-    return frechet_distance(*(evaluation.features(config, network, split) for split in ("test", "train")))
+def _floor(evaluation, config, network: Features, n: int) -> float:
+    """The distance between test and up to n training images."""
+    return frechet_distance(*(evaluation.features(config, network, *some) for some in ((), (n,))))
+
+
+@once
+def _within(evaluation, config, network: Features) -> np.ndarray:
+    """`kernel_means` of the test images."""
+    return kernel_means(*few(evaluation.features(config, network)))
 
 
 def _distances(run: EvaluatedRun, ending: str, source: str, network: Features, samples: Tensor) -> dict:
-    real, fake = run.evaluation.features(run.config, network, "test"), samples.numpy()
+    evaluation, config = run.evaluation, run.config
+    real, fake = evaluation.features(config, network), samples.numpy()
     halves = [frechet_distance(real[i::2], fake[i::2]) for i in (0, 1)]
-    fid, (kid, kid_se) = f"fid{ending}", kernel_distance(real, fake)
+    fid, (kid, kid_se) = f"fid{ending}", kernel_distance(real, fake, within=_within(evaluation, config, network))
     return {
         fid: frechet_distance(real, fake),
         f"{fid}_se": abs(halves[0] - halves[1]) / 2,
-        f"{fid}_floor": _floor(run.evaluation, run.config, network),
+        f"{fid}_floor": _floor(evaluation, config, network, evaluation.n_samples),
         f"{fid}_features": source,
         f"{fid}_samples": len(fake),
         **{f"kid{ending}": kid, f"kid{ending}_se": kid_se},
@@ -198,26 +203,39 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return max(0.0, float(squares + np.trace(cov_a) + np.trace(cov_b) - 2 * cross))
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray, most: int = 10_000) -> tuple[float, float]:
-    """Unbiased kernel distance (KID; Binkowski 2018) of features (N, F), (M, F); its first-order error."""
-    a, b = (t[subset(torch.zeros(len(t)), most).numpy()].astype(np.float64) for t in (a, b))
+def few(*features: np.ndarray, most: int = 10_000) -> list[np.ndarray]:
+    """At most so many rows of each, float64, always the same."""
+    return [t[subset(torch.zeros(len(t)), most).numpy()].astype(np.float64) for t in features]
+
+
+def kernel_sums(u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of KID's kernel: for each of u (N, F) over v (M, F), and for each of v over u."""
+    rows, columns = [], 0
+    for part in np.array_split(u, 1 + len(u) // 1000):
+        k = part @ v.T / v.shape[1] + 1
+        k *= k * k  # a power is several times slower
+        rows.append(k.sum(1))
+        columns += k.sum(0)
+    return np.concatenate(rows), columns
+
+
+def kernel_means(u: np.ndarray) -> np.ndarray:
+    """The mean of KID's kernel over the others, for each of u (N, F)."""
+    return (kernel_sums(u, u)[0] - ((u**2).mean(1) + 1) ** 3) / max(1, len(u) - 1)
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, most: int = 10_000, within: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Unbiased kernel distance (KID; Binkowski 2018) of features (N, F), (M, F); its first-order error.
+
+    Of at most so many of each; `within`, if known, are the `kernel_means` of a.
+    """
+    a, b = few(a, b, most=most)
     if min(len(a), len(b)) < 2:
         return math.nan, math.nan
-
-    def sums(u, v):  # of the kernel, for each of u over v, for each of v over u
-        rows, columns = [], 0
-        for part in np.array_split(u, 1 + len(u) // 1000):
-            k = part @ v.T / v.shape[1] + 1
-            k *= k * k  # a power is several times slower
-            rows.append(k.sum(1))
-            columns += k.sum(0)
-        return np.concatenate(rows), columns
-
-    def among(u):  # the mean of the kernel over the others, for each of u
-        return (sums(u, u)[0] - ((u**2).mean(1) + 1) ** 3) / (len(u) - 1)
-
-    of_a, of_b = sums(a, b)
-    of_a, of_b = among(a) - of_a / len(b), among(b) - of_b / len(a)
+    of_a, of_b = kernel_sums(a, b)
+    of_a, of_b = (kernel_means(a) if within is None else within) - of_a / len(b), kernel_means(b) - of_b / len(a)
     variance = 4 * (of_a.var(ddof=1) / len(a) + of_b.var(ddof=1) / len(b))
     return float(of_a.mean() + of_b.mean()), math.sqrt(variance)
 
@@ -229,20 +247,22 @@ def reconstructions(run: EvaluatedRun) -> dict:
     if not (classifiers := evaluation.classifiers(config)):
         return {}
     net, _ = classifiers[0]
+    chosen, labels = run.chosen, run.test.labels.cpu().numpy()
+    images = run.test if len(chosen) == len(labels) else run.test.subset(len(chosen))
 
     def of_batch(x: Tensor, label: Tensor) -> dict[str, Tensor]:
         log_p = torch.log_softmax(net(run.model.reconstruct(x)).double(), 1)
         entropy = torch.special.entr(log_p.exp()).sum(1)
-        return {"recons_acc": log_p.argmax(1) == label, "recons_pred_entropy": entropy, "labels": label}
+        return {"recons_acc": log_p.argmax(1) == label, "recons_pred_entropy": entropy}
 
-    terms = on_all_images(of_batch(*batch) for batch in run.test.batches(BATCH))
-    labels = terms.pop("labels")
-    features = torch.from_numpy(evaluation.features(config, net.features, "test"))
+    terms = on_all_images(of_batch(*batch) for batch in images.batches(BATCH))
+    features = torch.from_numpy(evaluation.features(config, net.features))
     p = torch.softmax(net.head(features.to(evaluation.device)).double(), 1).cpu().numpy()
     terms["clsfr_acc"] = p.argmax(1) == labels
     calibration = {"clsfr_ece": probes.calibration_error(p, labels), "clsfr_ece_null": probes.calibration_null(p)}
-    file = npz({"recons_acc": terms["recons_acc"].astype(np.float32)})
-    return {**mean_and_error(terms), **calibration, "per_image_recons.npz": file}
+    of_images = np.full(len(labels), math.nan, np.float32)
+    of_images[chosen] = terms["recons_acc"]
+    return {**mean_and_error(terms), **calibration, "per_image_recons.npz": npz({"recons_acc": of_images})}
 
 
 @torch.no_grad()
@@ -263,16 +283,17 @@ def probe_latents(run: EvaluatedRun) -> dict[str, np.ndarray]:
     return test | {f"{name}_train": values[:most] for name, values in train.items()}
 
 
-def fits(run: EvaluatedRun, file: Path, paper: bool) -> list[tuple]:
-    """The fits of all probes, by one of the protocols, to latents that are written to a file."""
+def fits(run: EvaluatedRun, paper: bool) -> dict[tuple[str, str], Callable[[], probes.Scores]]:
+    """The fits of all probes, by one of the protocols; by probe, and key of its latents."""
     arrays, tails = (run.latents, TAILS_PAPER) if paper else (probe_latents(run), TAILS)
-    np.savez(file, **arrays)
-    keys = [key for key in tails if arrays[key].size]
-    return [(probes.fit_stored, name, file, key, tails[key]) for key in keys for name in probes.PROBES]
+    pairs = [(name, key) for key in tails if arrays[key].size for name in probes.PROBES]
+    return {(name, key): partial(probes.fit_latent, name, arrays, key, tails[key]) for name, key in pairs}
 
 
-def scores(run: EvaluatedRun, *fitted: probes.Scores, file: str) -> dict:
+def scores(run: EvaluatedRun, paper: bool, file: str) -> dict:
     """All metrics of the fits, and the terms of their images in a file; a note if one failed."""
+    with threadpool_limits(1):  # with more, the last digits depend on how many there are
+        fitted = [fit() for fit in fits(run, paper).values()]
     if not all(metrics for metrics, _ in fitted):
         why = "too few images, or one class only, to train a classifier on"
         run.evaluation.note(f"{run.path.name}: {why}")
@@ -331,8 +352,8 @@ def export(run: EvaluatedRun, split: str) -> dict[str, bytes]:
 
 
 def _probes(name: str, version: int, paper: bool, **more) -> Step:
-    file, jobs = f"per_image_{name}.npz", partial(fits, paper=paper)
-    return Step(name, partial(scores, file=file), version, jobs, labels=True, files=(file,), **more)
+    file = f"per_image_{name}.npz"
+    return Step(name, partial(scores, paper=paper, file=file), version, labels=True, files=(file,), **more)
 
 
 RATES, SAMPLES = ("kl_z", "kl_z_se", "kl_y", "kl_y_se"), {"settings": ("n_samples",)}
@@ -345,10 +366,18 @@ _STEPS = (
     Step("fid_classifier", fid_classifier, 2, classifier=True, **SAMPLES),
     Step("mi_z", mi_z, 5, metrics=RATES[:2], labels=True),
     Step("mi_p", mi_p, classifier=True),
-    Step("mi_y", mi_y, 5, metrics=RATES, labels=True, settings=("y_samples",)),
+    Step("mi_y", mi_y, 5, metrics=RATES, labels=True, settings=("y_samples", "test_images")),
     _probes("probes", 5, paper=False, settings=("probe_images",)),
     _probes("probes_paper", 1, paper=True),
-    Step("recons", reconstructions, 2, classifier=True, labels=True, files=("per_image_recons.npz",)),
+    Step(
+        "recons",
+        reconstructions,
+        2,
+        classifier=True,
+        labels=True,
+        files=("per_image_recons.npz",),
+        settings=("test_images",),
+    ),
     Step("pca", pca, files=("pca.npz",)),
     Step("latents_train", partial(export, split="train"), 2, files=("latents_train.npz",)),
     Step("latents_test", partial(export, split="test"), 2, files=("latents_test.npz",)),

@@ -1,0 +1,115 @@
+"""As many images as an error asks for: what is estimated from less, who decides how many, and that it is kept."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pytest import approx
+
+from eval_beta_grid import main as grid
+from tests.evaluation.conftest import FAST, PROBES, rows, runs
+from utils.evaluation import images
+from utils.evaluation.information import gaussian_mi
+from utils.evaluation.metrics import per_image
+from utils.evaluation.steps import STEPS
+
+ALL = [*FAST, "--all"]
+
+
+def test_doubling_the_images_tells_the_error_that_is_left():
+    """Of means with noise and a bias of 1 / N; what is the same in all cells does not count."""
+    rng, noise, bias, spread, n = np.random.default_rng(0), 3.0, 40.0, 0.5, 800
+    told, left = [], []
+    for _ in range(300):
+        truth, of_bias = spread * rng.normal(size=5), bias * rng.normal(size=5)
+        terms = truth[:, None] + rng.normal(size=(1, n)) * 50 + noise * rng.normal(size=(5, n))
+        before, after = (terms[:, :m].mean(1) + of_bias / m for m in (n // 2, n))
+        cells = [[{"recons_acc": v, "recons_acc_se": 0.0} for v in values] for values in (before, after)]
+        told.append(images.error_left(*cells, [STEPS["recons"]], 0.1, 1) * 0.1 * after.std(ddof=1))
+        left.append(((after - truth) - (after - truth).mean()).std(ddof=1))
+    told, left = (math.sqrt(np.mean(np.square(errors))) for errors in (told, left))
+    assert told == approx(left, rel=0.1) == approx(math.hypot(noise / n**0.5, bias / n), rel=0.1)
+    assert images.error_left(*cells, [STEPS["recons"]], 1.0, 0) == approx(told / spread, rel=3)
+    for cell in cells[1]:
+        cell["recons_acc_se"] = 10.0  # with all images
+    assert images.error_left(*cells, [STEPS["recons"]], 0.1, 1) < 0.1
+
+
+def test_information_of_some_images_is_the_same_on_average():
+    """Each is of the posteriors of all images: the means over parts are exactly the whole."""
+    g = torch.Generator().manual_seed(0)
+    means, stds = torch.randn(600, 2, 3, generator=g).double(), torch.full((600, 2, 3), 0.4).double()
+    samples, labels = means[:, 0] + 0.4 * torch.randn(600, 3, generator=g).double(), torch.arange(600) % 4
+    whole = gaussian_mi(samples, means, stds, labels)
+    parts = [gaussian_mi(samples, means, stds, labels, part) for part in torch.randperm(600, generator=g).split(150)]
+    for name in ("mi", "null", "bias", "upper"):
+        assert np.mean([getattr(part, name) for part in parts]) == approx(getattr(whole, name), abs=1e-9)
+    for name in ("image_low", "image_high"):
+        assert np.mean([getattr(part, name)[0] for part in parts]) == approx(getattr(whole, name)[0], abs=1e-9)
+    assert all(part.se == approx(2 * whole.se, rel=0.2) for part in parts)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Four cells decide, from 45 images on."""
+    monkeypatch.setattr(images, "CELLS", 4)
+    monkeypatch.setattr(images, "LEAST", 45)
+
+
+def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, passes, monkeypatch):
+    out = passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    chosen = json.loads(Path("runs/b/images.json").read_text())
+    assert "n_samples" not in chosen and chosen["error"] == 0.5
+    n, of_probes = chosen["test_images"], chosen["probe_images"]
+    assert 45 <= n < 360 and 45 <= of_probes < 1437, chosen
+    assert f"--error 0.5: {of_probes:,} probe images, {n} test images" in out
+    some = {row["run"]: row for row in rows()}
+    for path in runs():
+        row, terms = some[path.name], per_image(path)["recons_acc"]
+        assert row["probe_images"] == str(of_probes) and row["n_samples"] == "200"
+        assert np.isfinite(terms).sum() == n and np.nanmean(terms) == approx(float(row["recons_acc"]))
+        assert np.isfinite(per_image(path)["ll"]).all() and np.isfinite(per_image(path)["kNN_acc"]).all()
+    with monkeypatch.context() as m:
+        m.setattr("utils.evaluation.run.EvaluatedRun.record", None)  # nothing is done twice
+        passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    passes(grid, *ALL, "--error", "0", "--n_samples", "200", "--probe_images", "500")
+    for row in rows():
+        for name in ("recons_acc", "recons_pred_entropy", "mi_q_mc_y", "mi_yx_high"):
+            before, se = (float(some[row["run"]][name + end]) for end in ("", "_se"))
+            assert abs(before - float(row[name])) < 4 * se + 1e-6
+            assert float(row[f"{name}_se"]) <= se * 1.1 + 1e-6
+    with monkeypatch.context() as m:
+        m.setattr("utils.evaluation.run.EvaluatedRun.record", None)  # all images are as many as any error asks for
+        passes(grid, *ALL, "--n_samples", "200", "--probe_images", "500")
+
+
+def test_few_cells_use_all_images_and_so_does_a_batch_that_did(batch, few_images, passes):
+    others = runs()[1:]
+    for path in others:
+        shutil.move(path, path.name)
+    flags = [*ALL, "--n_samples", "200", "--probe_images", "500"]
+    assert "--error" not in passes(grid, *flags) and not Path("runs/b/images.json").exists()
+    for path in others:
+        shutil.move(path.name, path)
+    assert "--error" not in passes(grid, *flags)
+    assert all(np.isfinite(per_image(path)["recons_acc"]).all() for path in runs())
+
+
+def test_processes_that_share_the_cells_write_what_one_writes(made, batch, script):
+    """It takes long since two processes start. What fails there fails alone, and is told here."""
+    shutil.copytree(runs()[0], "runs/b/broken")
+    (Path("runs/b/broken") / "vae.pth").write_bytes(b"")
+    status, out, err = script(grid, *PROBES, "--n_samples", "200", "--all", "--pca", "--cpu_n", "2")
+    assert status == 1 and err.startswith("failed: runs/b/broken") and err.count("\n") == 1
+    ours = [row for row in rows() if row["run"] != "broken"]
+    shutil.copy(made / "evaluated/b/eval_results.csv", "runs/b")
+    assert ours == rows()
+
+
+def test_odd_errors(refused):
+    for value in ("-1", "nan", "x"):
+        assert refused(grid, *FAST, "--error", value).startswith("error: --error: ")

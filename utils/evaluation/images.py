@@ -1,0 +1,97 @@
+"""How many images the steps of a batch use: as many as the error asks for that differences between cells may have."""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.evaluation.metrics import columns_of, metric, read_metrics
+from utils.evaluation.run import BATCH, EvaluatedRun, Evaluation
+from utils.evaluation.steps import Step
+from utils.files import read_json, write_json
+from utils.runs import Run
+
+SIZES = {"n_samples": "samples", "probe_images": "probe images", "test_images": "test images"}  # of an Evaluation
+LEAST = 5 * BATCH  # images, doubled until the error is reached
+CELLS = 5  # that tell it: corners and centre of the plane
+FILE = "images.json"  # in which a batch keeps what was chosen
+Compute = Callable[[list[EvaluatedRun], list[Step]], bool]  # evaluates cells; whether there was time
+
+
+def choose(
+    folder: Path,
+    runs: list[Run],
+    steps: list[Step],
+    evaluation: Evaluation,
+    error: float,
+    names: list[str],
+    compute: Compute,
+) -> None:
+    """Sets the named SIZES of an Evaluation to the least by which a batch's cells differ with such errors; says so.
+
+    The error is relative to the spread of each metric over the cells. All images are used where there are few cells, or
+    some were evaluated with all. A batch keeps what was chosen for an error.
+    """
+    file, cells, told = folder / FILE, [], []
+    known = read_json(file) if file.exists() and not evaluation.force else {}
+    known = {k: n for k, n in known.items() if k in SIZES and isinstance(n, int)} if known.get("error") == error else {}
+    for run in runs:
+        with contextlib.suppress(UserError):
+            read_metrics(run.path)  # which may be damaged
+            cells.append(EvaluatedRun(run, evaluation))
+    for name in names:
+        sized = [step for step in steps if name in step.settings]
+        if not sized or len(cells) < CELLS:
+            continue
+        if name not in known and all(cell.needs(step) for cell in cells for step in sized):
+            first = [step for step in steps if step.name == "rates"]
+            n = _smallest(name, error, cells, first, sized, evaluation, compute)
+            known |= {name: n} if n else {}
+            told.append(f"{n:,} {SIZES[name]}" if n else f"all {SIZES[name]}")
+        setattr(evaluation, name, known.get(name, getattr(evaluation, name)))
+    if told:
+        write_json(file, {"error": error, **known})
+        print(f"--error {error:g}: {', '.join(told)}", flush=True)
+
+
+def _smallest(name, error, cells, first, sized, evaluation, compute) -> int | None:
+    fixed, n, before = getattr(evaluation, name), LEAST, None
+    most = fixed or max(len(cell.test) for cell in cells)
+    try:
+        while n < most:
+            setattr(evaluation, name, n)
+            if not compute(cells[:CELLS], first + sized):
+                break
+            after = [dict(cell.metrics) for cell in cells[:CELLS]]
+            left = 1 if name == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
+            error_of_n = error_left(before, after, sized, error, left) if before else math.inf
+            if error_of_n <= 1:
+                return n // 2 if 2 * error_of_n <= 1 else n  # it is at most twice as much
+            n, before = 2 * n, after
+        return None
+    finally:
+        setattr(evaluation, name, fixed)
+
+
+def error_left(before: list[dict], after: list[dict], steps: list[Step], error: float, left: float) -> float:
+    """The error of differences between cells, relative to what is allowed: root mean square over the steps' metrics.
+
+    `before` and `after` are the cells' metrics by half of the images, and by all. What doubling changes is the error
+    that is left, of a mean as of a bias of 1 / N; what it changes in all cells alike is no difference between them.
+    Allowed is `error` of the spread over the cells, or what is left of standard errors with all images, if more.
+    """
+    columns = [n for step in steps for n in columns_of(step.name)]
+    names = [n for n in columns if metric(n).better and any(f"{n}_se" in cell for cell in after)]
+    tables = (before, names), (after, names), (after, [f"{n}_se" for n in names])
+    tables = [np.array([[cell.get(n, math.nan) for n in row] for cell in cells]) for cells, row in tables]
+    complete = np.isfinite(tables).all((0, 2))  # without cells that failed
+    if complete.sum() < 2 or not names:
+        return math.inf
+    old, new, se = (values[complete] for values in tables)
+    change, spread = (new - old).std(0, ddof=1), new.std(0, ddof=1)
+    allowed = np.fmax(error * spread, left * se.mean(0))
+    ratios = (change / allowed)[allowed > 0]
+    return math.sqrt((ratios**2).mean()) if len(ratios) else math.inf
