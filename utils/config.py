@@ -291,9 +291,14 @@ class Config:
         return self.num_epochs if self.refine_epochs else 0
 
     @property
+    def own_epochs(self) -> int:
+        """The epochs of its own training."""
+        return self.refine_epochs or self.num_epochs
+
+    @property
     def last_epoch(self) -> int:
         """The epochs after which it is trained, those before its own training among them."""
-        return self.num_epochs + (self.refine_epochs or 0)
+        return self.first_epoch + self.own_epochs
 
     @property
     def has_target(self) -> bool:

@@ -57,9 +57,9 @@ def show_status(runs: list[Run], overwrite: bool, starts: Mapping[Path, Run]) ->
         if epochs and seconds:
             speeds.append(seconds / epochs)
         if overwrite:
-            epochs_left += run.config.last_epoch - run.config.first_epoch
+            epochs_left += run.config.own_epochs
         elif not line.startswith("failed"):  # they are not trained again
-            epochs_left += run.config.last_epoch - run.config.first_epoch - epochs
+            epochs_left += run.config.own_epochs - epochs
     speeds = speeds or speeds_of_others(runs[0])
     print(", ".join(f"{n} {kind}" for kind, n in kinds.items()), end="; all are trained anew; " if overwrite else "; ")
     if not epochs_left:
@@ -92,7 +92,7 @@ def standing(run: Run, start: Run | None = None) -> tuple[str, float, float]:
         line, total, epochs, seconds = run.status, run.config.last_epoch, 0.0, 0.0
         first = run.config.first_epoch
         if line == "finished":
-            return line, total - first, run.result.get("seconds", 0.0)
+            return line, run.config.own_epochs, run.result.get("seconds", 0.0)
         if line == "new" and start is not None and run.config.continues(start.config):
             epochs, seconds = start.config.num_epochs, start.result.get("seconds", 0.0)
             return f"new from epoch {epochs} of {total}", epochs, seconds
@@ -123,8 +123,8 @@ class GridBar:
 
     def begin(self, training) -> None:
         """A training begins or goes on."""
-        first, last = training.config.first_epoch, training.config.last_epoch
-        self.steps = training.steps * (last - first)
+        first = training.config.first_epoch
+        self.steps = training.steps * training.config.own_epochs
         if self.bar is None:
             often = {} if sys.stderr and sys.stderr.isatty() else {"miniters": training.steps}  # a line an epoch
             self.bar = progress(total=self.cells * self.steps, dynamic_ncols=True, bar_format=FORMAT, **often)

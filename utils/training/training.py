@@ -176,7 +176,7 @@ class Training:
         """
         config, model, all_steps = self.config, self.stack.model, self.steps * self.config.last_epoch
         epochs = self.epoch + self.steps_done / self.steps
-        progress = (epochs - config.first_epoch) / (config.last_epoch - config.first_epoch)
+        progress = (epochs - config.first_epoch) / config.own_epochs
         temperature = model.family.temperature(self.epoch)
         if temperature is not None:
             temperature = torch.full((), temperature, device=self.device)
