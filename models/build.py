@@ -12,5 +12,5 @@ def build_model(config) -> nn.Module:
     model = MODELS[config.vae_type](config)
     if config.is_conditioned:
         betas = [[config.beta_y, config.beta_z], [config.beta_max_y, config.beta_max_z]]
-        return Conditioned(model, torch.tensor(betas).log10())
+        return Conditioned(model, torch.tensor(betas).log10(), config.image_shape, config.sharing)
     return model

@@ -1,25 +1,41 @@
 """One model for the whole plane of betas: every layer's outputs are scaled and shifted by a function of the betas.
 
-The scale and shift of a layer's output channel fold into that channel's weights and bias, so at fixed betas the
-conditioned model *is* an ordinary one, with an ordinary state_dict. It knows layers, not models. (You Only Train Once:
-Dosovitskiy & Djolonga, ICLR 2020; for one beta of a VAE, by gates: Multi-Rate VAE, Bae et al., ICLR 2023.)
+The scale and shift of a layer's output channel fold into that channel's weights and bias. Layers that work at the
+resolution of y or below, where computing is cheap, have further weights, which add up in proportions that depend on the
+betas. So at fixed betas the conditioned model *is* an ordinary one, with an ordinary state_dict. It knows layers, not
+models. (You Only Train Once: Dosovitskiy & Djolonga, ICLR 2020; for one beta of a VAE, by gates: Multi-Rate VAE, Bae et
+al., ICLR 2023.)
 """
 
 import copy
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from .hvae import Noise, Terms
 
 LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 HIDDEN = 32  # units of the hypernetwork's two hidden layers
 MARGIN = 0.15  # of the range of log betas, on either side: drawn as well, as gates are learnt worst at the edges
-WEIGHT = (-0.15, 0.5)  # exponents of beta_y and beta_z: how images weigh in the objective
-OWN = ("hypernetwork", "gates")  # the modules that are not the model's
+OWN = ("hypernetwork", "gates")  # the modules that are not the model's, but for its further weights
 ANYWHERE = 0.25  # of the images: their betas are drawn from the whole range from the start
+
+
+class Sharing(NamedTuple):
+    """What betas share, and how they are trained together."""
+
+    further: int  # weights that layers at the resolution of y have besides their own
+    exponents: tuple[float, float]  # of beta_y and beta_z, by which images weigh in the objective
+    faster: float  # how many times --learning_rate Muon's is
+
+
+SHARING = {1: Sharing(0, (-0.15, 0.5), 3.5), 2: Sharing(3, (-0.15, 0.0), 8.0)}  # that of earlier versions, today's
+MIX = 0.5  # of the further weights at the corners of the range, where the layer's own count as 1
 
 
 class Conditioned(nn.Module):
@@ -34,9 +50,9 @@ class Conditioned(nn.Module):
     raised it at others.
     """
 
-    def __init__(self, model: nn.Module, log_range: Tensor):
+    def __init__(self, model: nn.Module, log_range: Tensor, image_shape: tuple[int, int, int], sharing: int = 2):
         super().__init__()
-        self.model = model
+        self.model, self.sharing = model, SHARING[sharing]
         start = torch.stack([log_range[:, 0].mean(), log_range[0, 1]])
         places = torch.cartesian_prod(*[torch.arange(0.5, 8) / 8] * 2)  # (64, 2), all over the range, and evenly
         buffers = {"log_range": log_range, "start": start, "spread": torch.ones(()), "places": places}
@@ -51,6 +67,9 @@ class Conditioned(nn.Module):
         self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes), bias=False)
         nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
         self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
+        self.mixed = coarse_layers(model, self.layers, image_shape) if self.sharing.further else []
+        weights = (model.get_submodule(name).weight for name in self.mixed for _ in range(self.sharing.further))
+        self.further = nn.ParameterList([torch.zeros_like(weight) for weight in weights])
         for name in self.layers:
             add_gate(model.get_submodule(name))
 
@@ -79,10 +98,22 @@ class Conditioned(nn.Module):
         return noise._replace(log_betas=torch.where(u[:, 2:] < ANYWHERE, anywhere, around))
 
     def image_weights(self, log_betas: Tensor) -> Tensor:
-        """Weights (B,) of images in the objective: 1 at the start, beta_y^-0.15 beta_z^0.5 with all betas in use."""
-        # where z is given up, at large beta_z, a code has least in common with the others, so it is learnt last
+        """Weights (B,) of images in the objective: 1 at the start, powers of their betas with all betas in use."""
         log_beta_y, log_beta_z = log_betas.unbind(-1)
-        return 10 ** (self.spread.to(log_betas) * (WEIGHT[0] * log_beta_y + WEIGHT[1] * log_beta_z))
+        of_y, of_z = self.sharing.exponents
+        return 10 ** (self.spread.to(log_betas) * (of_y * log_beta_y + of_z * log_beta_z))
+
+    def proportions(self, log_betas: Tensor) -> Tensor:
+        """Those of the further weights, (..., 3), at log10 betas (..., 2): bilinear in these, 0 at the centre."""
+        low, high = self.log_range.to(log_betas)
+        y, z = (2 * (log_betas - low) / (high - low).clamp_min(1e-6) - 1).unbind(-1)
+        return MIX * self.spread.to(log_betas) * torch.stack([y, z, y * z], -1)
+
+    def further_of(self, name: str) -> list[Tensor]:
+        """The further weights of a layer, none if it has none."""
+        n = self.sharing.further
+        start = self.mixed.index(name) * n if name in self.mixed else len(self.further)
+        return [self.further[i] for i in range(start, min(start + n, len(self.further)))]
 
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""
@@ -103,6 +134,9 @@ class Conditioned(nn.Module):
         tensors, gates = {}, self.scales_and_shifts(log_betas)
         for name in self.layers:
             tensors[f"{name}.scale"], tensors[f"{name}.shift"] = gates[name]
+        for name in self.mixed:
+            tensors[f"{name}.further"] = torch.stack(self.further_of(name))
+            tensors[f"{name}.proportions"] = self.proportions(log_betas)
         for name in self.others:
             scale, shift = gates[name]
             where, _, last = name.rpartition(".")
@@ -115,6 +149,8 @@ class Conditioned(nn.Module):
         """A copy of the model with the gates of the centre of the range: an ordinary model."""
         model = copy.deepcopy(self.model)
         for name, tensor in self.gated(self.log_range.mean(0, keepdim=True).to(self.gates.weight)).items():
+            if name.endswith((".further", ".proportions")):  # these add nothing there
+                continue
             where, _, last = name.rpartition(".")
             part = model.get_submodule(where)
             if name in self.others:
@@ -139,7 +175,9 @@ class Conditioned(nn.Module):
         state, folded = dict(self.model.named_parameters()), self.scales_and_shifts(log_betas)
         for name in self.layers:
             (scale, shift), weight = folded[name], state[f"{name}.weight"]
-            output = 1 if isinstance(self.model.get_submodule(name), nn.ConvTranspose2d) else 0
+            for part, further in zip(self.proportions(log_betas), self.further_of(name), strict=False):
+                weight = weight + part * further
+            output = output_dimension(self.model.get_submodule(name))
             state[f"{name}.weight"] = weight * scale.view([-1 if d == output else 1 for d in range(weight.dim())])
             state[f"{name}.bias"] = state[f"{name}.bias"] * scale + shift
         for name in self.others:
@@ -148,15 +186,61 @@ class Conditioned(nn.Module):
         return state
 
 
+def coarse_layers(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int]) -> list[str]:
+    """Those of the layers that work on no more positions than y has."""
+    positions, handles = {}, []
+
+    def count(name: str):
+        def hook(layer, inputs, out):
+            image = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else out
+            positions[name] = math.prod(image.shape[2:])
+
+        return hook
+
+    for name in layers:
+        handles.append(model.get_submodule(name).register_forward_hook(count(name)))
+    with torch.no_grad():
+        model(torch.zeros(1, *image_shape), model.noise(1, torch.Generator(), torch.ones(())))
+    for handle in handles:
+        handle.remove()
+    return [name for name in layers if positions.get(name, math.inf) <= math.prod(model.y_shape[1:])]
+
+
+def output_dimension(layer: nn.Module) -> int:
+    """That of a layer's weight."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
 def add_gate(layer: nn.Module) -> None:
-    """Makes a layer scale and shift its output channels, once it is given its `scale` and `shift`, (B, C) each."""
-    for name in ("scale", "shift"):
+    """Makes a layer scale and shift its output channels, once it is given its `scale` and `shift`, (B, C) each.
+
+    Given `further` weights (K, ...) and `proportions` (B, K), it adds to its outputs what these give.
+    """
+    for name in ("scale", "shift", "further", "proportions"):
         layer.register_buffer(name, None, persistent=False)
     layer.register_forward_hook(_gate)
 
 
-def _gate(layer: nn.Module, _, out: Tensor) -> Tensor:
+def _gate(layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
     if layer.scale is None:
         return out
+    if layer.further is not None:
+        low = torch.is_autocast_enabled(out.device.type) and not getattr(layer, "full", False)
+        with torch.autocast(out.device.type, enabled=low):
+            out = out + mixture(layer, inputs[0].to(out.dtype)).view_as(out)
     scale, shift = (t.to(out.dtype).view(*t.shape, *[1] * (out.dim() - 2)) for t in (layer.scale, layer.shift))
     return torch.addcmul(shift, out, scale)
+
+
+def mixture(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the further weights of a layer give for x (B, ...), in their proportions: (B, outputs)."""
+    weight = torch.cat(layer.further.unbind(), output_dimension(layer))
+    if isinstance(layer, nn.Linear):
+        each = functional.linear(x, weight)
+    elif isinstance(layer, nn.ConvTranspose2d):
+        how = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        each = functional.conv_transpose2d(x, weight, None, *how)
+    else:
+        each = functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    proportions = layer.proportions.to(each.dtype)
+    return torch.einsum("bk,bkn->bn", proportions, each.view(*proportions.shape, -1))

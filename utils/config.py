@@ -123,6 +123,7 @@ class Config:
     target_rate_y: float | None = _flag(None, None, "objective", above=0)  # nats; the betas are those of such rates
     target_rate_z: float | None = _flag(None, None, "objective", above=0)
     init_from: str | None = _flag(None, None, "training")  # the digest of the weights that the training started from
+    sharing: int | None = _flag(None, None, "training")  # what betas share in a multi-rate model (conditioned.py)
     source: str | None = _flag(None, None, "repeat")  # an unfolded cell's: that of the conditioned model's weights
 
     def __post_init__(self):
@@ -202,7 +203,7 @@ class Config:
 
     def _check_betas(self) -> None:
         schedule, optimizer = ("tail", "muon") if self.multi_rate else ("constant", "adam")
-        self._default(lr_schedule=schedule, optimizer=optimizer)
+        self._default(lr_schedule=schedule, optimizer=optimizer, sharing=2 if self.multi_rate else None)
         if self.refine_epochs and not self.multi_rate:
             raise UserError("--refine_epochs: trains cells that --multi_rate unfolds; add it")
         if not self.is_conditioned:
@@ -408,7 +409,8 @@ class Config:
             raise UserError(f"{path}: damaged or edited by hand (its sha256 does not match its settings)")
         for name in set(settings) - set(fields_of()) if digest is not None else ():
             raise UserError(f"{path}: has --{name}, which this version of the code does not know; use a newer one")
-        settings = {"optimizer": "adam", **settings}  # as all runs were trained that do not say
+        earlier = {"optimizer": "adam", "sharing": 1 if settings.get("multi_rate") else None}
+        settings = earlier | settings  # runs that do not say were trained so
         try:
             return cls(**{name: settings[name] for name in fields_of() if name in settings})
         except UserError as e:

@@ -41,9 +41,9 @@ def conditioned(kind: str = "HVAE") -> tuple[Conditioned, torch.Tensor, Noise]:
     """A model in float64 whose gates are far from doing nothing; three images and their noise."""
     torch.manual_seed(0)
     config = Config(conv_channels=3, z_dims=4, **KINDS[kind])
-    model = Conditioned(build_model(config), RANGE).double()
+    model = Conditioned(build_model(config), RANGE, config.image_shape).double()
     with torch.no_grad():
-        for p in model.gates.parameters():
+        for p in (*model.gates.parameters(), *model.further):
             p.normal_(0, 0.2)
         for name in model.others:
             model.model.get_parameter(name).fill_(-0.7)
@@ -88,7 +88,7 @@ def test_each_image_has_betas_of_its_own(kind):
 
 
 def test_without_training_the_betas_change_nothing():
-    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), RANGE)
+    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), RANGE, (1, 28, 28))
     plain = {name: p.clone() for name, p in model.model.named_parameters()}
     for name, p in model.weights_at(torch.tensor([0.5, -1.0])).items():
         assert torch.equal(p, plain[name])
@@ -132,7 +132,7 @@ def test_gates_do_nothing_on_average(spread):
     scales, shifts = (torch.cat(t, -1) for t in zip(*model.scales_and_shifts(grid).values(), strict=True))
 
     def weigh(log_betas):
-        return 10 ** (spread * (log_betas[:, 1:] / 2 - 0.15 * log_betas[:, :1]))
+        return 10 ** (spread * -0.15 * log_betas[:, :1])
 
     weights = torch.tensor([0.75, 0.25]).double().repeat_interleave(64)[:, None] * weigh(grid)
     mean = (weights * scales).sum(0) / weights.sum()
@@ -152,7 +152,7 @@ def test_images_weigh_by_their_betas_in_steps_not_in_sums(spread):
     noise = noise._replace(log_betas=LOG_BETAS)
     beta_y, beta_z = (10**LOG_BETAS).unbind(1)
     loss = model(x, noise).loss(beta_y, beta_z)
-    weights = (beta_z.sqrt() / beta_y**0.15) ** spread
+    weights = beta_y ** (-0.15 * spread)
     gradients = torch.autograd.grad((loss * weights).mean(), [*model.parameters()])
     before = [p.detach().clone() for p in model.parameters()]
     training = training_of(Config(conv_channels=3, z_dims=4))

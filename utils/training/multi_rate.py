@@ -126,7 +126,7 @@ def _existing(cells: list[Config], runs_dir: str) -> Run | None:
     for run in runs_in(batch)[0]:
         other = run.config
         different = set(other.differs_in(cells[0], "model", "training", "data", "repeat"))
-        if different <= {"data_digest", "source", "refine_epochs"} and other.run_name == cells[0].run_name:
+        if different <= {"data_digest", "source", "refine_epochs", "sharing"} and other.run_name == cells[0].run_name:
             orphans |= other.source is not None
             if other.is_conditioned and all(_holds(other, c) for c in cells):
                 models.append(run)
@@ -156,7 +156,8 @@ def cells_of(
     asking = [c for c in cells if c.has_target]
     if asking:
         cells = [c for c in cells if not c.has_target] + with_betas(load_model(source, device), asking, data)
-    comes_from = {"source": digest_of(source.path / "vae.pth"), "data_digest": source.config.data_digest}
+    comes_from = {name: getattr(source.config, name) for name in ("data_digest", "sharing")}
+    comes_from["source"] = digest_of(source.path / "vae.pth")
     return [Run.of(dataclasses.replace(cell, **comes_from), runs_dir) for cell in cells]
 
 
