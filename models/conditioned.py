@@ -188,7 +188,7 @@ class Conditioned(nn.Module):
 
 def coarse_layers(model: nn.Module, layers: list[str], image_shape: tuple[int, int, int]) -> list[str]:
     """Those of the layers that work on no more positions than y has."""
-    positions, handles = {}, []
+    positions, model = {}, copy.deepcopy(model).to_empty(device="cpu")  # from a meta device, too
 
     def count(name: str):
         def hook(layer, inputs, out):
@@ -198,11 +198,9 @@ def coarse_layers(model: nn.Module, layers: list[str], image_shape: tuple[int, i
         return hook
 
     for name in layers:
-        handles.append(model.get_submodule(name).register_forward_hook(count(name)))
-    with torch.no_grad():
+        model.get_submodule(name).register_forward_hook(count(name))
+    with torch.no_grad(), torch.device("cpu"):
         model(torch.zeros(1, *image_shape), model.noise(1, torch.Generator(), torch.ones(())))
-    for handle in handles:
-        handle.remove()
     return [name for name in layers if positions.get(name, math.inf) <= math.prod(model.y_shape[1:])]
 
 
