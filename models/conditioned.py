@@ -31,10 +31,13 @@ class Sharing(NamedTuple):
 
     further: int  # weights that layers at the resolution of y have besides their own
     exponents: tuple[float, float]  # of beta_y and beta_z, by which images weigh in the objective
-    faster: float  # how many times --learning_rate Muon's is
+    rates: tuple[float, float]  # of learning, over --learning_rate: until betas spread, and then
 
 
-SHARING = {1: Sharing(0, (-0.15, 0.5), 3.5), 2: Sharing(3, (-0.15, 0.0), 8.0)}  # that of earlier versions, today's
+SHARING = {  # that of earlier versions, and today's
+    1: Sharing(0, (-0.15, 0.5), (1.0, 3.5)),
+    2: Sharing(3, (-0.15, 0.0), (0.25, 1.0)),
+}
 MIX = 0.5  # of the further weights at the corners of the range, where the layer's own count as 1
 
 

@@ -93,7 +93,8 @@ def test_two_processes_give_what_one_gives(passes, interrupted):
     for name in names:
         ours, expected = (load_tensors(Path(root, "shared", name, "vae.pth")) for root in ("runs", "alone"))
         for name, weights in expected.items():  # as wholes: of a gradient of almost 0, Adam's steps are rounding
-            assert (ours[name] - weights).norm() <= 1e-5 * weights.norm(), name
+            share = 1e-4 if name.startswith("further.") else 1e-5  # these have only been added to from 0
+            assert (ours[name] - weights).norm() <= share * weights.norm(), name
     assert len(names) == 5  # two cells, and two of a multi-rate model
     assert "rerun to continue" in err and "resuming at epoch" in out
     assert "resuming at epoch 3 of 4" in passes(train.main, *LONGER, "--run_batch_name", "switched")

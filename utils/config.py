@@ -21,7 +21,7 @@ from utils.errors import UserError, nearest
 from utils.files import read_json
 
 USUAL = {"num_epochs": 200, "batch_size": 256, "learning_rate": 3e-4, "z_dims": 10, "sigma": 0.03}  # the paper's
-FASTER = 3.5  # times the usual learning rate: Muon's
+MUONS_RATE = 7e-3  # the usual learning rate of Muon, whatever the data set
 HUGE = 1e30  # beyond which float32 overflows
 BOUNDS = (("least", operator.lt, ">="), ("above", operator.le, ">"), ("most", operator.gt, "at most"))
 
@@ -82,8 +82,7 @@ class Config:
     num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
     batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
     learning_rate: float = _usual(
-        "learning_rate", f"the learning rate; --multi_rate uses {FASTER} times it once z is in use, and --optimizer "
-        f"muon has a default {FASTER} times as large, but for Gaussian", "training", above=0, most=HUGE,
+        "learning_rate", f"the learning rate; that of Muon is by default {MUONS_RATE:g}", "training", above=0, most=HUGE
     )  # fmt: skip
     optimizer: str | None = _flag(
         None, "adam; muon: far ahead in short trainings of Gaussian z, each at its default rate (default: adam, muon "
@@ -127,8 +126,13 @@ class Config:
     source: str | None = _flag(None, None, "repeat")  # an unfolded cell's: that of the conditioned model's weights
 
     def __post_init__(self):
-        usual = USUAL | self._of_data_set
-        self._default(**usual | {"learning_rate": self.rate_factor * usual["learning_rate"]})
+        of_data_set = DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {}
+        if self.multi_rate:
+            self._default(optimizer="muon", lr_schedule="tail", sharing=2)
+        usual = USUAL | {"optimizer": "adam", "lr_schedule": "constant"} | of_data_set
+        self._default(optimizer=usual["optimizer"])
+        self._default(learning_rate=MUONS_RATE if self.optimizer == "muon" else None)
+        self._default(**usual)
         for field in dataclasses.fields(self):
             self._check(field)
         self._check_names()
@@ -202,8 +206,6 @@ class Config:
             raise UserError(f"--image_channels: must be 1 or 3, got {self.image_channels}")
 
     def _check_betas(self) -> None:
-        schedule, optimizer = ("tail", "muon") if self.multi_rate else ("constant", "adam")
-        self._default(lr_schedule=schedule, optimizer=optimizer, sharing=2 if self.multi_rate else None)
         if self.refine_epochs and not self.multi_rate:
             raise UserError("--refine_epochs: trains cells that --multi_rate unfolds; add it")
         if not self.is_conditioned:
@@ -274,17 +276,6 @@ class Config:
     def is_conditioned(self) -> bool:
         """Whether it is the model of a whole range of betas."""
         return self.beta_max_y is not None
-
-    @property
-    def rate_factor(self) -> float:
-        """The default learning rate over the usual one, which is Adam's, unless the data set's own is for Muon."""
-        is_muons = self.optimizer == "muon" and not self.multi_rate and "optimizer" not in self._of_data_set
-        return FASTER if is_muons else 1.0
-
-    @property
-    def _of_data_set(self) -> dict:
-        """The defaults that the data set has of its own."""
-        return DATASETS[str(self.dataset)].settings if str(self.dataset) in DATASETS else {}
 
     @property
     def first_epoch(self) -> int:

@@ -62,9 +62,9 @@ def test_a_real_batch_of_both_kinds(passes):
         (config,) = grid_configs(train.parse_args(shlex.split(training(cell, BATCH))[2:]))
         (run,) = [Run.open(Path("runs/b", name)) for name in cell.runs]
         assert config.warmup_epochs == config.default_warmup == 0
-        differences = ["learning_rate", "warmup_epochs", "multi_rate", "data_digest", "source"]
+        differences = ["warmup_epochs", "multi_rate", "data_digest", "sharing", "source"]
         assert config.differs_in(run.config) == differences
-    assert "--learning_rate 0.00175" in training(unfolded[0], BATCH)
+    assert "--learning_rate 0.0005" in training(unfolded[0], BATCH)
     assert "--vae_type" not in training(unfolded[0], BATCH)
     assert max(map(len, out.splitlines())) <= 100
     advised = [line for line in out.replace(" \\\n    ", " ").splitlines() if line.startswith("python train.py")]

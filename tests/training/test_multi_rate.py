@@ -158,7 +158,7 @@ def test_it_is_resumed_bit_for_bit(passes, interrupted):
 
 
 def test_refined_cells_go_on_from_what_is_unfolded(unfolded, passes, monkeypatch):
-    """With Muon, along a cosine from 3.5 times the learning rate, after the model's epochs; beside unrefined ones."""
+    """With Muon, along a cosine from the learning rate, after the model's epochs; beside unrefined ones."""
     before, real, rates, starts = all_weights(), Training.update, [], {}
 
     def update(self, *inputs):
@@ -171,7 +171,7 @@ def test_refined_cells_go_on_from_what_is_unfolded(unfolded, passes, monkeypatch
     passes(train.main, *flags)
     refined = {run.config.beta_y: run for run in map(Run.open, Path("runs/m").glob("*refine_epochs_2"))}
     unrefined, (source,) = cells_of()
-    assert rates == approx([3.5 * 9e-4 / 2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)] * 2)
+    assert rates == approx([7e-3 / 2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)] * 2)
     assert set(refined) == set(starts) == {0.1, 10} and before.items() < all_weights().items()
     for beta_y, run in refined.items():
         (path,) = Path("runs/m").glob(f"*Beta_y_{beta_y:.1f}-Beta_z_0.5-z_dim_3-muon-multi_rate")

@@ -99,14 +99,15 @@ def test_warmup_weights(passes, monkeypatch):
 
 @pytest.mark.parametrize("schedule, start", [("constant", 10), ("cosine", 0), ("tail", 7)])
 def test_the_learning_rate_follows_its_schedule(schedule, start):
-    """As torch's scheduler: constant, then down to 0 along a cosine; 8 times as large once betas spread."""
-    config = Config(lr_schedule=schedule, **ENDS)
+    """As torch's scheduler: constant, then down to 0 along a cosine; four times as large once betas spread."""
+    configs = [Config(lr_schedule=schedule, sharing=sharing, **ENDS) for sharing in (1, 2)]
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, 10 - start))
     for step in range(10):
         usual = optimizer.param_groups[0]["lr"]
-        for spread, factor in ((0.0, 1.0), (0.1, 8.0)):
-            assert lr_factor(config, step / 10, spread) == approx(factor * usual, abs=1e-12)
+        for spread, factors in ((0.0, [1.0, 0.25]), (0.1, [3.5, 1.0])):
+            rates = [lr_factor(config, step / 10, spread) for config in configs]
+            assert rates == approx([factor * usual for factor in factors], abs=1e-12)
         if step >= start:
             optimizer.step()
             falling.step()

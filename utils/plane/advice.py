@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.conditioned import SHARING
 from models.own import from_copy
 from utils.cli import wrapped, wrapped_command
 from utils.config import FLAGS, Config, fields_of
@@ -124,8 +125,8 @@ def training(cell: Cell, folder: Path | None) -> str:
     unused = {"multi_rate", "refine_epochs", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
     names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
     separate = Config(**{n: getattr(config, n) for n in names})
-    if config.multi_rate:
-        separate = replace(separate, learning_rate=separate.rate_factor * separate.learning_rate)
+    if config.sharing is not None:
+        separate = replace(separate, learning_rate=SHARING[config.sharing].rates[1] * config.learning_rate)
     words = from_copy(separate.flags(without=(*BETAS, "seed")), config.networks, path)
     for name in BETAS:  # those that were searched have more digits than they are known to
         beta = cell.median[name]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.conditioned import OWN, SHARING
-from utils.config import FASTER, Config
+from utils.config import Config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam; Muon leaves the second of layers' weights at 0
 REFINING = "cosine"  # the schedule of cells that are refined
@@ -143,9 +143,10 @@ def lr_factor(config: Config, progress: float, spread: float = 0.0) -> float:
     """
     schedule = REFINING if config.refine_epochs else config.lr_schedule
     start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
-    peak = FASTER if config.refine_epochs else 1.0
-    if spread > 0:
-        peak = SHARING[config.sharing].faster
+    peak = 1.0
+    if config.multi_rate:
+        adams, muons = SHARING[config.sharing].rates
+        peak = muons if spread > 0 or config.refine_epochs else adams
     if progress < start or start == 1:
         return peak
     return peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
