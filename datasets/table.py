@@ -10,7 +10,6 @@ from .gaussian import Gaussian, Optimum
 
 GREY, COLOUR, LARGE = (1, 28, 28), (3, 32, 32), (3, 256, 256)
 LEARNED = "GaussianLearnedSigma"
-QUICK = {"optimizer": "muon", "lr_schedule": "tail"}  # for trainings that learn much in a few epochs
 MNIST_FILES = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
 
@@ -107,7 +106,7 @@ def _gaussian() -> DataSet:
         "nothing: it is made from a seed",
         n_classes=4,
         recipe=Recipe("small_conv_net", "sgd", 0.02, 64, num_epochs=3, decay=None),
-        settings={"sigma": 0.2, "num_epochs": 5, "batch_size": 128, "learning_rate": 2e-3} | QUICK,  # within a minute
+        settings={"sigma": 0.2, "num_epochs": 5, "batch_size": 128, "optimizer": "muon", "lr_schedule": "tail"},
         optimum=gaussian.optimum,
     )
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from pytest import approx
 
 import train
 from tests.conftest import ROOT, TINY, python

@@ -81,11 +81,12 @@ class Config:
     )
     num_epochs: int = _usual("num_epochs", "epochs to train", "training", least=1, most=10**9)
     batch_size: int = _usual("batch_size", "images per batch", "training", least=1, most=2**31 - 1)
-    learning_rate: float = _usual(
-        "learning_rate", f"the learning rate; that of Muon is by default {MUONS_RATE:g}", "training", above=0, most=HUGE
+    learning_rate: float = _flag(
+        None, f"the learning rate (default: {USUAL['learning_rate']:g}{_of_data_sets('learning_rate')}; with Muon "
+        f"{MUONS_RATE:g})", "training", above=0, most=HUGE,
     )  # fmt: skip
     optimizer: str | None = _flag(
-        None, "adam; muon: far ahead in short trainings of Gaussian z, each at its default rate (default: adam, muon "
+        None, "adam; muon: far ahead in short trainings of Gaussian z (default: adam, muon "
         f"with --multi_rate{_of_data_sets('optimizer')})", "training", choices=("adam", "muon"),
     )  # fmt: skip
     warmup_epochs: int | None = _flag(

@@ -106,7 +106,8 @@ class Run:
                 f"{self.path}: trained with --networks of {theirs.networks}, whose copy is {own.COPY} there, not of "
                 f"{self.config.networks}; choose another --run_name or --run_batch_name, or --overwrite it"
             )
-        free = {"run_batch_name", "data_digest"}  # a folder may be renamed, and say nothing of its images
+        # a folder may be renamed, and say nothing of its images; `sharing` is that of the version
+        free = {"run_batch_name", "data_digest", "sharing"}
         free |= {f"beta_{n}" for n in "yz" if getattr(theirs, f"target_rate_{n}") is not None}  # steered
         different = [f"--{n} {getattr(theirs, n)}" for n in self.config.differs_in(theirs) if n not in free]
         if different:
