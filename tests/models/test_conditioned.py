@@ -20,6 +20,7 @@ from utils.config import Config
 from utils.seeds import generator
 from utils.training.multi_rate import terms_at_points
 
+GREY = (1, 28, 28)
 RANGE = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
 LOG_BETAS = torch.tensor([[-1.0, 1.0], [0.2, 0.1], [0.9, -1.0]], dtype=torch.float64)
 KINDS = {
@@ -87,8 +88,23 @@ def test_each_image_has_betas_of_its_own(kind):
         assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def test_further_weights_of_coarse_layers_are_mixed_by_the_betas():
+    """Linearly in each log beta and in their product; 0 at the centre, 0.5 at the corners."""
+    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), torch.tensor([[-1.0, 0.0], [2.0, 1.0]]), GREY)
+    fine = {"trunk.0", "trunk.2", "x_branch.0", "x_branch.2", "decoder.1.0", "decoder.1.2"}
+    assert {*model.layers} - {*model.mixed} == fine
+    for p in model.further:
+        torch.nn.init.normal_(p)
+    for y, z in ((-1, -1), (1, -1), (0, 0), (0.5, -0.25)):
+        folded = model.weights_at(torch.tensor([0.5 + 1.5 * y, 0.5 + 0.5 * z]))
+        for i, name in enumerate(model.mixed):
+            a, b, c = (p.detach() for p in model.further[3 * i : 3 * i + 3])
+            more = folded[f"{name}.weight"].detach() - model.model.get_parameter(f"{name}.weight").detach()
+            assert_close(more, 0.5 * (y * a + z * b + y * z * c), rtol=0, atol=1e-5)
+
+
 def test_without_training_the_betas_change_nothing():
-    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), RANGE, (1, 28, 28))
+    model = Conditioned(build_model(Config(conv_channels=3, z_dims=4)), RANGE, GREY)
     plain = {name: p.clone() for name, p in model.model.named_parameters()}
     for name, p in model.weights_at(torch.tensor([0.5, -1.0])).items():
         assert torch.equal(p, plain[name])
