@@ -33,6 +33,12 @@ def test_95_percent_of_values_that_are_left_out_are_within_the_intervals(step):
     assert 0.92 <= np.mean(np.abs(z) < 1.96) <= (0.98 if step == 1 else 1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_is_the_same_in_all_cells_is_the_same_in_others():
+    mean, error = interpolated(AT[:40], np.full(40, 2560.0), AT[40:])
+    assert mean == approx(2560) and error == approx(0)
+
+
 def batch(multi_rate, missing=range(0, 49, 5)):
     """A map whose PSNR is missing in some cells."""
     rows = [{"beta_y": 10**y, "beta_z": 10**z, "kl_y": 20 - 9 * y, "kl_z": 9 - 6 * z} for y, z in AT]

@@ -26,7 +26,7 @@ def cases():
     gaps = [row | {"psnr": v} for row, v in zip(ROWS[::2], (20, "nan", 21, "inf", 22), strict=True)]
     gaps += [{"run": run, "status": "failed", "beta_y": 1, "beta_z": 1} for run in "fg"]
     gaps += [ROWS[0] | {"beta_y": 0, "beta_z": 0, "mi_q_mc": 1.0}]
-    notes = ["2 run(s) (f, g) left out, without rates: failed", "(psnr) is missing in 2 of 6 cells"]
+    notes = ["2 run(s) (f, g) left out, without rates: failed", "missing in 2 of 6 cells: psnr"]
     yield "gaps", gaps, ["--metrics", "psnr", "mi_q_mc", "lr_acc_mean"], notes
     without = [{k: v for k, v in row.items() if k not in ("ll", *HEADER[10:])} for row in ROWS]
     yield "no metrics", without, [], []

@@ -29,6 +29,8 @@ def interpolated(at: np.ndarray, values: np.ndarray, where: np.ndarray) -> tuple
     A Gaussian process whose lengths and noise have the largest likelihood. Its errors are scaled so that 1.96 of them
     hold 95 % of the values that are left out, one at a time (Rasmussen & Williams 2006, eq. 5.12).
     """
+    if np.ptp(values) == 0:  # such as numbers of images
+        return np.full(len(where), values[0]), np.zeros(len(where))
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel

@@ -171,7 +171,8 @@ def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
         if some := sum(0 < n < len(c.runs) for n, c in zip(counts, plane.cells, strict=True)):
             few = f"{metric(rate).label} < {COLLAPSED} nats in {sum(counts)} run(s)"
             yield f"in {some} cell(s) some seeds collapse, others do not: {few}"
-    for name in METRICS:
-        missing = int(np.isnan(plane.values(name)).sum())
-        if 0 < missing < cells and not saturated.get(name):
-            yield f"{metric(name).label} ({name}) is missing in {missing} of {cells} cells"
+    missing = {}
+    for name in (name for name in METRICS if not saturated.get(name)):
+        missing.setdefault(int(np.isnan(plane.values(name)).sum()), []).append(name)
+    for count in missing.keys() - {0, cells}:
+        yield f"missing in {count} of {cells} cells: {', '.join(missing[count])}"
