@@ -1,7 +1,7 @@
 """One model for the whole plane of betas: every layer's outputs are scaled and shifted by a function of the betas.
 
 The scale and shift of a layer's output channel fold into that channel's weights and bias. Layers that work at the
-resolution of y or below, where computing is cheap, have further weights, which add up in proportions that depend on the
+resolution of y or below, a third of the computing, have further weights, which add up in proportions that depend on the
 betas. So at fixed betas the conditioned model *is* an ordinary one, with an ordinary state_dict. It knows layers, not
 models. (You Only Train Once: Dosovitskiy & Djolonga, ICLR 2020; for one beta of a VAE, by gates: Multi-Rate VAE, Bae et
 al., ICLR 2023.)
