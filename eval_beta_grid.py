@@ -15,6 +15,7 @@ batch's eval_results.csv, one row per run. Without --exclude_mi, step 1 includes
 """
 
 import math
+from collections import Counter
 from functools import partial
 
 from utils.cli import Parser, add_bench_flags, at_least_0, batch_folder, positive, whole
@@ -119,9 +120,11 @@ def main(argv=None) -> int:
     finally:  # in every process, so that the table is complete whoever is last
         table = gather()
     if missing:
-        of_steps = ", ".join(f"{step} of {k}" for step, k in missing.items())
+        lacking = Counter(name for _, name in missing)
+        of_steps = ", ".join(f"{step.name} of {lacking[step.name]}" for step in steps if lacking[step.name])
         print(f"\nstopped after {args.max_hours:g} hours; runs that still lack a step: {of_steps}")
-    print(f"\n{n - len(problems)} of {n} runs evaluated: {table}")
+    done = n - len({*problems} | {path for path, _ in missing})
+    print(f"\n{done} of {n} runs evaluated: {table}")
     return batch.report(problems)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from pytest import approx
 
 from eval_beta_grid import main as grid
 from tests.evaluation.conftest import FAST, PROBES, rows, runs
+from utils.evaluation import batch as batch_module
 from utils.evaluation import images
 from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import per_image
+from utils.evaluation.run import EvaluatedRun
 from utils.evaluation.steps import STEPS
 
 ALL = [*FAST, "--all"]
@@ -74,7 +77,7 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
         assert np.isfinite(terms).sum() == n and np.nanmean(terms) == approx(float(row["recons_acc"]))
         assert np.isfinite(per_image(path)["ll"]).all() and np.isfinite(per_image(path)["kNN_acc"]).all()
     with monkeypatch.context() as m:
-        m.setattr("utils.evaluation.run.EvaluatedRun.record", None)  # nothing is done twice
+        m.setattr(EvaluatedRun, "record", None)  # nothing is done twice
         passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
     passes(grid, *ALL, "--error", "0", "--n_samples", "200", "--probe_images", "500")
     for row in rows():
@@ -83,7 +86,7 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
             assert abs(before - float(row[name])) < 4 * se + 1e-6
             assert float(row[f"{name}_se"]) <= se * 1.1 + 1e-6
     with monkeypatch.context() as m:
-        m.setattr("utils.evaluation.run.EvaluatedRun.record", None)  # all images are as many as any error asks for
+        m.setattr(EvaluatedRun, "record", None)  # all images are as many as any error asks for
         passes(grid, *ALL, "--n_samples", "200", "--probe_images", "500")
 
 
@@ -108,6 +111,39 @@ def test_processes_that_share_the_cells_write_what_one_writes(made, batch, scrip
     ours = [row for row in rows() if row["run"] != "broken"]
     shutil.copy(made / "evaluated/b/eval_results.csv", "runs/b")
     assert ours == rows()
+
+
+def test_an_evaluation_that_is_stopped_while_it_tries_numbers_goes_on(batch, few_images, passes, monkeypatch):
+    """What was measured by fewer images is kept, until the numbers are chosen; nothing is told before."""
+    flags, real, computed = [*ALL, "--error", "0.5", "--n_samples", "200"], EvaluatedRun.compute, []
+
+    def compute(self, steps):
+        real(self, steps)
+        computed.append(self.evaluation.probe_images)
+        if len(computed) in (4 + 4, 4 + 4 + 3):  # the rates of four cells, and the first number; a part of the next
+            monkeypatch.setattr(batch_module, "monotonic", lambda: math.inf)
+
+    monkeypatch.setattr(EvaluatedRun, "compute", compute)
+    for _ in range(2):
+        out = passes(grid, *flags, "--max_hours", "1")
+        assert "--error" not in out and "0 of 4 runs evaluated" in out and "probes of 4" in out
+        monkeypatch.setattr(batch_module, "monotonic", time.monotonic)
+    assert "--error 0.5: " in passes(grid, *flags) and "tried" not in Path("runs/b/images.json").read_text()
+    assert computed.count(45) <= 8 and len(runs()) == 4
+
+
+@pytest.mark.parametrize("text", ["", '{"error": 0.5, "n_samples": -5}', '{"error": 0.5, "test_images": "x"}'])
+def test_a_damaged_choice_is_refused(text, batch, few_images, refused):
+    Path("runs/b/images.json").write_text(text)
+    assert "images.json: damaged; remove it" in refused(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+
+
+def test_results_of_all_images_are_kept(batch, few_images, passes, monkeypatch):
+    """Also where fewer were chosen before."""
+    passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    passes(grid, *ALL, "--error", "0", "--n_samples", "200")
+    monkeypatch.setattr(EvaluatedRun, "record", None)
+    passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
 
 
 def test_odd_errors(refused):

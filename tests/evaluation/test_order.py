@@ -26,6 +26,7 @@ def test_every_beginning_of_the_order_fills_the_plane_evenly():
     assert {tuple(p) for p in abs(at[5:9])} == {(0, 1), (1, 0)}
     for n, farthest in ((4, 2**0.5), (5, 1.01), (9, 0.75), (25, 0.48)):
         assert np.linalg.norm(at[:, None] - at[:n], axis=2).min(1).max() <= farthest
+    assert (abs(np.sign(at[:25]).sum(0)) <= 5).all()
 
 
 def test_a_map_that_is_stopped_is_a_coarser_one_and_goes_on(passes, monkeypatch):

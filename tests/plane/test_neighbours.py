@@ -60,6 +60,16 @@ def test_cells_of_a_multi_rate_model_that_were_not_evaluated_are_drawn_hollow_an
     assert "psnr" in cell.median
 
 
+def test_nothing_is_predicted_where_an_estimate_is_saturated():
+    """It was evaluated, and says nothing there."""
+    rows = [{"beta_y": 10**y, "beta_z": 10**z, "kl_y": 20 - 9 * y, "kl_z": 9 - 6 * z, "mi_q_mc": y} for y, z in AT]
+    for row in rows[:9]:
+        row["mi_q_mc_saturated"] = 1.0
+    del rows[20]["mi_q_mc"]
+    plane = plane_of(rows, *[{"multi_rate": "True"}] * 49)
+    assert np.flatnonzero(np.isfinite(predictions(plane, "mi_q_mc")[0])).tolist() == [20]
+
+
 @pytest.mark.parametrize("multi_rate, missing", [(False, range(0, 49, 5)), (True, range(0, 42)), (True, [])])
 def test_nothing_is_predicted_of_separate_trainings_or_from_few_cells(multi_rate, missing):
     assert np.isnan(predictions(batch(multi_rate, missing), "psnr")).all()

@@ -67,7 +67,8 @@ def find_runs(runs_dir: str, batch: str) -> tuple[list[Run], dict[Path, str]]:
 def coarse_first(runs: list[Run]) -> list[Run]:
     """The runs in an order that fills the plane evenly: corners first, then what is farthest from those before.
 
-    So an evaluation that is stopped leaves a coarser map. Repeats of a cell follow after all cells.
+    So an evaluation that is stopped leaves a coarser map; of those as far, chance decides. Repeats of a cell follow
+    after all cells.
     """
     rounds: dict[int, list[Run]] = {}
     seen = Counter()
@@ -79,12 +80,13 @@ def coarse_first(runs: list[Run]) -> list[Run]:
     for of_round in rounds.values():
         at = np.log10(np.maximum([[run.config.beta_y, run.config.beta_z] for run in of_round], 1e-9))
         at = (at - at.min(0)) / np.maximum(np.ptp(at, 0), 1e-9)
+        chance = 1e-6 * np.random.default_rng(0).random(len(at))
         nearest, i = np.full(len(at), math.inf), int(at.sum(1).argmin())
         for _ in of_round:
             ordered.append(of_round[i])
             nearest = np.minimum(nearest, np.linalg.norm(at - at[i], axis=1).round(6))
             nearest[i] = -1
-            i = int(nearest.argmax())
+            i = int((nearest + chance).argmax())
     return ordered
 
 
@@ -141,10 +143,11 @@ def evaluate(
     grow: Callable = lambda: None,
     hours: float = math.inf,
     choose: Callable = lambda compute: None,
-) -> dict[str, int]:
+) -> set[tuple[Path, str]]:
     """Computes steps that are not up to date: of all runs first what takes seconds, then `choose(compute)`, the rest.
 
-    See `Work`. Returns how many runs lack each step after so many hours. Raises UserError without a classifier.
+    See `Work`. Returns what is missing after so many hours: runs' paths, and steps. Raises UserError without a
+    classifier.
     """
     cells, work = [], Work(evaluation, problems, grow, hours)
     for run in runs:
@@ -156,8 +159,7 @@ def evaluate(
         work.compute(cells, [step for step in steps if step.name in AT_ONCE])
         choose(work.compute)
         work.compute(cells, [step for step in steps if step.name not in AT_ONCE])
-    missing = Counter(name for _, name in work.missing)
-    return {step.name: missing[step.name] for step in steps if missing[step.name]}
+    return work.missing
 
 
 def in_worker(settings: dict, run: Run, names: list[str]) -> set[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,44 +37,79 @@ def choose(
     some were evaluated with all. A batch keeps what was chosen for an error.
     """
     file, cells, told = folder / FILE, [], []
-    known = read_json(file) if file.exists() and not evaluation.force else {}
-    known = {k: n for k, n in known.items() if k in SIZES and isinstance(n, int)} if known.get("error") == error else {}
+    known = {} if evaluation.force else _kept(file, error)
     for run in runs:
         with contextlib.suppress(UserError):
             read_metrics(run.path)  # which may be damaged
             cells.append(EvaluatedRun(run, evaluation))
     for name in names:
         sized = [step for step in steps if name in step.settings]
-        if not sized or len(cells) < CELLS:
+        if not sized or len(cells) < CELLS or not all(cell.needs(step) for cell in cells for step in sized):
             continue
-        if name not in known and all(cell.needs(step) for cell in cells for step in sized):
-            first = [step for step in steps if step.name == "rates"]
-            n = _smallest(name, error, cells, first, sized, evaluation, compute)
+        if name not in known:
+            rates = [step for step in steps if step.name == "rates"]
+            measured = partial(_measured, file, known, name, cells[:CELLS], rates, sized, evaluation, compute)
+            n = _smallest(name, _most(name, cells[0]), sized, error, measured)
+            if n is None:
+                return
             known |= {name: n} if n else {}
             told.append(f"{n:,} {SIZES[name]}" if n else f"all {SIZES[name]}")
         setattr(evaluation, name, known.get(name, getattr(evaluation, name)))
     if told:
-        write_json(file, {"error": error, **known})
+        write_json(file, {k: v for k, v in known.items() if k != "tried"})
         print(f"--error {error:g}: {', '.join(told)}", flush=True)
 
 
-def _smallest(name, error, cells, first, sized, evaluation, compute) -> int | None:
-    fixed, n, before = getattr(evaluation, name), LEAST, None
-    most = fixed or max(len(cell.test) for cell in cells)
+def _kept(file: Path, error: float) -> dict:
+    """What a batch keeps of an error. Raises UserError if it is damaged."""
     try:
-        while n < most:
-            setattr(evaluation, name, n)
-            if not compute(cells[:CELLS], first + sized):
-                break
-            after = [dict(cell.metrics) for cell in cells[:CELLS]]
-            left = 1 if name == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
-            error_of_n = error_left(before, after, sized, error, left) if before else math.inf
-            if error_of_n <= 1:
-                return n // 2 if 2 * error_of_n <= 1 else n  # it is at most twice as much
-            n, before = 2 * n, after
-        return None
-    finally:
-        setattr(evaluation, name, fixed)
+        kept = read_json(file) if file.exists() else {}
+        is_right = all(type(kept.get(name, 1)) is int and kept.get(name, 1) > 0 for name in SIZES)
+    except UserError:
+        is_right = False
+    if not is_right:
+        raise UserError(f"{file}: damaged; remove it, the numbers of images are then chosen anew")
+    return kept if kept.get("error") == error else {"error": error}
+
+
+def _most(name: str, cell: EvaluatedRun) -> int:
+    evaluation = cell.evaluation
+    data = evaluation.data(cell.config)
+    if name == "test_images":
+        return len(data.test)
+    return min(evaluation.probe_images, len(data.train)) if name == "probe_images" else evaluation.n_samples
+
+
+def _smallest(name: str, most: int, steps: list[Step], error: float, measured: Callable) -> int | None:
+    """The number of images; 0 for all, None if there was no time."""
+    n, before = LEAST, None
+    while n < most:
+        if (after := measured(n)) is None:
+            return None
+        left = 1 if name == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
+        error_of_n = error_left(before, after, steps, error, left) if before else math.inf
+        if error_of_n <= 1:
+            return n // 2 if 2 * error_of_n <= 1 else n  # it is at most twice as much
+        n, before = 2 * n, after
+    return 0
+
+
+def _measured(file, known, name, cells, rates, sized, evaluation, compute, n) -> list[dict[str, float]] | None:
+    """The cells' metrics by n images, which the file keeps while more are tried; None if there was no time."""
+    of_n = known.setdefault("tried", {}).setdefault(name, {}).setdefault(str(n), {})
+    if any(cell.weights not in of_n for cell in cells):
+        most = getattr(evaluation, name)
+        setattr(evaluation, name, n)
+        try:
+            if not compute(cells, rates + sized):
+                return None
+            for cell in cells:  # none of one that failed, or was evaluated by another number, in another process
+                values = {} if any(map(cell.needs, sized)) else cell.metrics
+                of_n[cell.weights] = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        finally:
+            setattr(evaluation, name, most)
+        write_json(file, known)
+    return [of_n[cell.weights] for cell in cells]
 
 
 def error_left(before: list[dict], after: list[dict], steps: list[Step], error: float, left: float) -> float:

@@ -11,12 +11,13 @@ LEAST_CELLS = 8  # to learn a function of two betas from
 
 
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a multi-rate model's other cells predict where a metric is missing, and errors, (N,)."""
+    """What a multi-rate model's other cells predict where a metric is missing, not saturated, and errors, (N,)."""
+    is_saturated = plane.values(f"{name}_saturated") > 0
     values, errors = np.full((2, len(plane.cells)), math.nan)
     betas = plane.betas.T
     for mask in plane.kinds.values():
         known = mask & np.isfinite(plane.values(name)) & (betas > 0).all(1)
-        wanted = mask & ~known & (betas > 0).all(1)
+        wanted = mask & ~known & (betas > 0).all(1) & ~is_saturated
         if plane.unfolded[mask].all() and known.sum() >= LEAST_CELLS and wanted.any():
             points = np.log10(betas[known]), plane.values(name)[known], np.log10(betas[wanted])
             values[wanted], errors[wanted] = interpolated(*points)
