@@ -51,6 +51,12 @@ def test_a_finished_run_stays_unless_it_is_overwritten(trained, passes, refused)
     assert Run.open(path).config.learning_rate == 0.01
 
 
+def test_a_learning_rate_that_is_small_for_muon_is_noted(passes):
+    for flags, is_noted in ((["--optimizer", "muon"], True), ([], False)):
+        out = passes(train.main, *TINY, *flags, "--learning_rate", "9e-4", "--dry_run")
+        assert ("--learning_rate 0.0009 is small for Muon, whose usual one is 0.007" in out) is is_noted
+
+
 def test_one_command_equals_the_bash_loop(trained):
     for beta_y in ("0.1", "10"):
         paths = trained("--beta_y", beta_y, batch="loop")

@@ -15,7 +15,7 @@ from models import own
 from models.build import build_model
 from utils import locks
 from utils.cli import next_command, wrapped, wrapped_command
-from utils.config import FLAGS, Config, what_differs
+from utils.config import FLAGS, MUONS_RATE, Config, what_differs
 from utils.distributed import duration, is_first, progress
 from utils.errors import UserError
 from utils.runs import Run, runs_in
@@ -38,6 +38,9 @@ def describe(configs: list[Config], device: torch.device, cells: list[Config]) -
     lines |= {"parameters": f"{sum(p.numel() for p in model.parameters()):,}", "cells": len(cells)}
     for name, value in lines.items():
         print(wrapped(f"  {name:20s} {value}", indent=23), flush=True)
+    config = configs[0]
+    if config.optimizer == "muon" and config.sharing != 1 and config.learning_rate < MUONS_RATE / 3:
+        print(f"note: --learning_rate {config.learning_rate:g} is small for Muon, whose usual one is {MUONS_RATE:g}")
 
 
 def show_status(runs: list[Run], overwrite: bool, starts: Mapping[Path, Run]) -> int:
