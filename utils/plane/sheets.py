@@ -200,7 +200,7 @@ def overview(plane: Plane, names: Sequence[str], device: torch.device, x: torch.
         task = TASK_OF.get(name, "reconstruction")
         kind = "samples" if x is None or task == "generation" else "reconstructions"
         value = f"{plane.values(name)[i]:.3g} {plane.unit_of(name)}"
-        title = f"best {task.replace(', ', ' ')} ({kind}): {metric(name).label} {value}"
+        title = f"best {task.replace(', ', ' ')} ({kind}):\n{metric(name).label} {value}"
         show(places[name], together(images[name][kind], OVERVIEW), "")
         places[name].set_title(title, fontsize=7)
         places[name].set(xticks=[], yticks=[])
