@@ -76,6 +76,8 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
         assert row["probe_images"] == str(of_probes) and row["n_samples"] == "200"
         assert np.isfinite(terms).sum() == n and np.nanmean(terms) == approx(float(row["recons_acc"]))
         assert np.isfinite(per_image(path)["ll"]).all() and np.isfinite(per_image(path)["kNN_acc"]).all()
+    passes(grid, *ALL, "--error", "0.5", "--n_samples", "200", "--force")
+    assert json.loads(Path("runs/b/images.json").read_text()) == chosen
     with monkeypatch.context() as m:
         m.setattr(EvaluatedRun, "record", None)  # nothing is done twice
         passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")

@@ -37,7 +37,7 @@ def choose(
     some were evaluated with all. A batch keeps what was chosen for an error.
     """
     file, cells, told = folder / FILE, [], []
-    known = {} if evaluation.force else _kept(file, error)
+    known = {"error": error} if evaluation.force else _kept(file, error)
     for run in runs:
         with contextlib.suppress(UserError):
             read_metrics(run.path)  # which may be damaged
@@ -104,7 +104,7 @@ def _measured(file, known, name, cells, rates, sized, evaluation, compute, n) ->
             if not compute(cells, rates + sized):
                 return None
             for cell in cells:  # none of one that failed, or was evaluated by another number, in another process
-                values = {} if any(map(cell.needs, sized)) else cell.metrics
+                values = {} if any(cell.needs(step) and not cell.has(step) for step in sized) else cell.metrics
                 of_n[cell.weights] = {k: v for k, v in values.items() if isinstance(v, int | float)}
         finally:
             setattr(evaluation, name, most)

@@ -214,12 +214,13 @@ class EvaluatedRun:
         """Whether a Step applies, and is not up to date, with intact files, or is to be redone."""
         if step.labels and not self.evaluation.has_labels(self.config):
             return False
+        return self.evaluation.force or not self.has(step)
+
+    def has(self, step) -> bool:
+        """Whether a Step is up to date, with intact files."""
         digests, made_of = self.metrics.get("files", {}), self.metrics.get("steps", {}).get(step.name)
-        return (
-            self.evaluation.force
-            or made_of not in (self._fingerprint(step), self._fingerprint(step, OF_SOME))
-            or any(digests.get(name) != digest_of(self.path / name) for name in step.files)
-        )
+        is_current = made_of in (self._fingerprint(step), self._fingerprint(step, OF_SOME))
+        return is_current and all(digests.get(name) == digest_of(self.path / name) for name in step.files)
 
     def _fingerprint(self, step, without: tuple[str, ...] = ()) -> str:
         """Of all that its metrics depend on: weights, settings that are given, classifiers, other metrics."""
