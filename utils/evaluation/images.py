@@ -3,8 +3,8 @@
 import contextlib
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,7 @@ def choose(
             continue
         if name not in known:
             rates = [step for step in steps if step.name == "rates"]
-            measured = partial(_measured, file, known, name, cells[:CELLS], rates, sized, evaluation, compute)
-            n = _smallest(name, _most(name, cells[0]), sized, error, measured)
+            n = _smallest(Pilot(file, known, name, cells[:CELLS], rates, sized, compute), error)
             if n is None:
                 return
             known |= {name: n} if n else {}
@@ -72,44 +71,57 @@ def _kept(file: Path, error: float) -> dict:
     return kept if kept.get("error") == error else {"error": error}
 
 
-def _most(name: str, cell: EvaluatedRun) -> int:
-    evaluation = cell.evaluation
-    data = evaluation.data(cell.config)
-    if name == "test_images":
-        return len(data.test)
-    return min(evaluation.probe_images, len(data.train)) if name == "probe_images" else evaluation.n_samples
+class Pilot(NamedTuple):
+    """The cells by which one of SIZES is chosen."""
+
+    file: Path
+    known: dict  # what it holds: all that was measured, under `tried`, until the numbers are chosen
+    size: str
+    cells: list[EvaluatedRun]
+    rates: list[Step]  # on which others depend
+    sized: list[Step]  # the steps that use so many images
+    compute: Compute
+
+    @property
+    def most(self) -> int:
+        """The number of images without an error to choose by."""
+        evaluation = self.cells[0].evaluation
+        data = evaluation.data(self.cells[0].config)
+        of_probes = min(evaluation.probe_images, len(data.train))
+        return {"n_samples": evaluation.n_samples, "probe_images": of_probes, "test_images": len(data.test)}[self.size]
+
+    def measured(self, n: int) -> list[dict[str, float]] | None:
+        """The cells' metrics by n images; None if there was no time."""
+        of_n = self.known.setdefault("tried", {}).setdefault(self.size, {}).setdefault(str(n), {})
+        if any(cell.weights not in of_n for cell in self.cells):
+            evaluation = self.cells[0].evaluation
+            before = getattr(evaluation, self.size)
+            setattr(evaluation, self.size, n)
+            try:
+                if not self.compute(self.cells, self.rates + self.sized):
+                    return None
+                for cell in self.cells:  # none of one that failed, or that another process has by another number
+                    lacks = any(cell.needs(step) and not cell.has(step) for step in self.sized)
+                    values = {} if lacks else cell.metrics
+                    of_n[cell.weights] = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            finally:
+                setattr(evaluation, self.size, before)
+            write_json(self.file, self.known)
+        return [of_n[cell.weights] for cell in self.cells]
 
 
-def _smallest(name: str, most: int, steps: list[Step], error: float, measured: Callable) -> int | None:
+def _smallest(pilot: Pilot, error: float) -> int | None:
     """The number of images; 0 for all, None if there was no time."""
-    n, before = LEAST, None
+    n, before, most = LEAST, None, pilot.most
     while n < most:
-        if (after := measured(n)) is None:
+        if (after := pilot.measured(n)) is None:
             return None
-        left = 1 if name == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
-        error_of_n = error_left(before, after, steps, error, left) if before else math.inf
+        left = 1 if pilot.size == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
+        error_of_n = error_left(before, after, pilot.sized, error, left) if before else math.inf
         if error_of_n <= 1:
             return n // 2 if 2 * error_of_n <= 1 else n  # it is at most twice as much
         n, before = 2 * n, after
     return 0
-
-
-def _measured(file, known, name, cells, rates, sized, evaluation, compute, n) -> list[dict[str, float]] | None:
-    """The cells' metrics by n images, which the file keeps while more are tried; None if there was no time."""
-    of_n = known.setdefault("tried", {}).setdefault(name, {}).setdefault(str(n), {})
-    if any(cell.weights not in of_n for cell in cells):
-        most = getattr(evaluation, name)
-        setattr(evaluation, name, n)
-        try:
-            if not compute(cells, rates + sized):
-                return None
-            for cell in cells:  # none of one that failed, or was evaluated by another number, in another process
-                values = {} if any(cell.needs(step) and not cell.has(step) for step in sized) else cell.metrics
-                of_n[cell.weights] = {k: v for k, v in values.items() if isinstance(v, int | float)}
-        finally:
-            setattr(evaluation, name, most)
-        write_json(file, known)
-    return [of_n[cell.weights] for cell in cells]
 
 
 def error_left(before: list[dict], after: list[dict], steps: list[Step], error: float, left: float) -> float:
