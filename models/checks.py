@@ -32,7 +32,7 @@ def check_networks(config, stacked: bool) -> None:
     if not model.family.convolutional and model.z_shape != (config.z_dims,):
         raise UserError(f"--networks: {config.qz_family} needs z_shape ({config.z_dims},), got {model.z_shape}")
     watch = Watch(model, config)
-    conditioned = with_gates(watch, config.image_shape) if config.is_conditioned else None
+    conditioned = with_gates(watch, config) if config.is_conditioned else None
     watch.begin()
     with own.told(watch.path), torch.no_grad():
         for p in model.parameters():  # of layers that start at 0, nothing would show
@@ -176,7 +176,7 @@ def check_gradients(watch: Watch, stack: Stack, x: Tensor, noise: Noise) -> None
         watch.refuse(name.removeprefix("model."), "has no part in the loss; leave it out")
 
 
-def with_gates(watch: Watch, image_shape: tuple[int, int, int]) -> Conditioned:
+def with_gates(watch: Watch, config) -> Conditioned:
     """The model with gates far from doing nothing. Refuses layers whose weights have none."""
     for name, module in watch.model.named_modules():
         if isinstance(module, LAYERS) and module.bias is None:
@@ -186,7 +186,7 @@ def with_gates(watch: Watch, image_shape: tuple[int, int, int]) -> Conditioned:
             gated = "Conv2d, ConvTranspose2d and Linear; without weights (affine=False) it may stay"
             watch.refuse(name, f"--multi_rate scales and shifts the weights of {gated}")
     with own.told(watch.path):
-        conditioned = Conditioned(watch.model, RANGE, image_shape)
+        conditioned = Conditioned(watch.model, RANGE, config.image_shape, config.sharing)
     for p in (conditioned.gates.weight, *conditioned.further):
         nn.init.normal_(p, 0, 0.1)
     return conditioned

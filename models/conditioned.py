@@ -31,7 +31,7 @@ class Sharing(NamedTuple):
 
     further: int  # weights that layers at the resolution of y have besides their own
     exponents: tuple[float, float]  # of beta_y and beta_z, by which images weigh in the objective
-    rates: tuple[float, float]  # of learning, over --learning_rate: until betas spread, and then
+    learning_rates: tuple[float, float]  # over --learning_rate: until betas spread, and then
 
 
 SHARING = {  # that of earlier versions, and today's
@@ -70,8 +70,10 @@ class Conditioned(nn.Module):
         self.gates = nn.Linear(HIDDEN, 2 * sum(self.sizes), bias=False)
         nn.init.zeros_(self.gates.weight)  # so that training starts at the ordinary model, whatever the betas
         self.family, self.z_shape, self.y_shape = model.family, model.z_shape, model.y_shape
-        self.mixed = coarse_layers(model, self.layers, image_shape) if self.sharing.further else []
-        weights = (model.get_submodule(name).weight for name in self.mixed for _ in range(self.sharing.further))
+        n = self.sharing.further
+        coarse = coarse_layers(model, self.layers, image_shape) if n else []
+        self.mixed = {name: range(n * i, n * i + n) for i, name in enumerate(coarse)}  # where their further weights are
+        weights = (model.get_submodule(name).weight for name, indices in self.mixed.items() for _ in indices)
         self.further = nn.ParameterList([torch.zeros_like(weight) for weight in weights])
         for name in self.layers:
             add_gate(model.get_submodule(name))
@@ -114,9 +116,7 @@ class Conditioned(nn.Module):
 
     def further_of(self, name: str) -> list[Tensor]:
         """The further weights of a layer, none if it has none."""
-        n = self.sharing.further
-        start = self.mixed.index(name) * n if name in self.mixed else len(self.further)
-        return [self.further[i] for i in range(start, min(start + n, len(self.further)))]
+        return [self.further[i] for i in self.mixed.get(name, ())]
 
     def points(self) -> dict[str, Tensor]:
         """The corners of the range, its centre, and betas of 1 if they lie within; log10 of the betas, (2,)."""

@@ -94,11 +94,14 @@ def test_the_advice_of_a_batch_with_terms_of_single_images():
 
 TWO = {"vae_type": "LVAE", "run_name": "a b"}
 UNFOLDED = {"multi_rate": True, "source": "x", "init_from": "0f"}
+EARLIER = UNFOLDED | {"sharing": 1, "learning_rate": 1e-3}
 COMMANDS = [
     ({"num_epochs": 7}, "2", (1, 1), " --num_epochs 7"),
     ({}, "252", (10**-0.5, 3), f" --beta_y {10**-0.5} --beta_z 3.0 --seed 2 5"),
     ({"target_rate_z": 8.0}, "4", (0.123456789, 1), " --beta_y 0.123457 --seed 4"),
     (UNFOLDED, "?", (1, 1 / 3), " --optimizer muon --lr_schedule tail --beta_z 0.333333"),
+    (EARLIER, "2", (1, 1), " --learning_rate 0.0035 --optimizer muon --lr_schedule tail"),
+    (EARLIER | {"optimizer": "adam"}, "2", (1, 1), " --learning_rate 0.001 --lr_schedule tail"),
     (TWO, "", (1, 1), " --vae_type LVAE --run_name 'a b'"),
 ]
 

@@ -125,8 +125,9 @@ def training(cell: Cell, folder: Path | None) -> str:
     unused = {"multi_rate", "refine_epochs", "no_warmup", *(["warmup_epochs"] if config.multi_rate else [])}
     names = [n for n in fields_of("model", "training", "data", "name") if n in {*FLAGS} - unused]
     separate = Config(**{n: getattr(config, n) for n in names})
-    if config.sharing is not None:
-        separate = replace(separate, learning_rate=SHARING[config.sharing].rates[1] * config.learning_rate)
+    if config.multi_rate and config.optimizer == "muon":  # of earlier versions a multiple of --learning_rate
+        faster = SHARING[config.sharing].learning_rates[1]
+        separate = replace(separate, learning_rate=faster * config.learning_rate)
     words = from_copy(separate.flags(without=(*BETAS, "seed")), config.networks, path)
     for name in BETAS:  # those that were searched have more digits than they are known to
         beta = cell.median[name]

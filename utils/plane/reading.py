@@ -174,5 +174,5 @@ def _notes(plane: Plane, without: list[dict[str, str]]) -> Iterator[str]:
     missing = {}
     for name in (name for name in METRICS if not saturated.get(name)):
         missing.setdefault(int(np.isnan(plane.values(name)).sum()), []).append(name)
-    for count in missing.keys() - {0, cells}:
+    for count in sorted(missing.keys() - {0, cells}):
         yield f"missing in {count} of {cells} cells: {', '.join(missing[count])}"

@@ -145,8 +145,8 @@ def lr_factor(config: Config, progress: float, spread: float = 0.0) -> float:
     start = {"constant": 1.0, "cosine": 0.0, "tail": 0.7}[schedule]
     peak = 1.0
     if config.multi_rate:
-        adams, muons = SHARING[config.sharing].rates
-        peak = muons if spread > 0 or config.refine_epochs else adams
+        before, after = SHARING[config.sharing].learning_rates
+        peak = after if spread > 0 or config.refine_epochs else before
     if progress < start or start == 1:
         return peak
     return peak / 2 * (1 + math.cos(math.pi * (progress - start) / (1 - start)))
