@@ -55,6 +55,9 @@ def test_cells_of_a_multi_rate_model_that_were_not_evaluated_are_drawn_hollow_an
     figure, rows = figures.rate_planes(plane, ["psnr"])
     hollow = [line for line in figure.axes[0].lines if line.get_label() == figures.PREDICTED]
     assert len(hollow) == 10 == sum(row["what"] == "predicted" for row in rows)
+    figure, rows = figures.heat_maps(plane, ["psnr"])
+    hollow = [patch for ax in figure.axes for patch in ax.patches if patch.get_label() == figures.PREDICTED]
+    assert len(hollow) == 10 == sum(row["what"] == "predicted" for row in rows)
     (row,) = advice(plane)
     cell = next(c for c in plane.cells if (c.median["beta_y"], c.median["beta_z"]) == (row["beta_y"], row["beta_z"]))
     assert "psnr" in cell.median

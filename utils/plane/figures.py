@@ -84,6 +84,17 @@ def draw_errors(ax: Axes, plane: Plane, x: str, low: str, high: str) -> None:
         ax.vlines(at, low, high, colors=GREY, lw=0.6, zorder=1, label=f"standard error over {of}")
 
 
+def predicted(plane: Plane, name: str) -> dict[int, dict]:
+    """Rows of the cells, by their indices, in which others predict a metric."""
+    rows = {}
+    for i, (value, se) in enumerate(zip(*predictions(plane, name), strict=True)):
+        if math.isfinite(value):
+            where = {n: plane.values(n)[i] for n in (*BETAS, "kl_z", "kl_y")}
+            rows[i] = {"what": "predicted", "runs": " ".join(plane.cells[i].runs), **where, name: value}
+            rows[i][f"{name}_se"] = se
+    return rows
+
+
 def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
     """Each metric over the rate plane, with R(z) along x and R(y|z) along y."""
     r_z, r_y = plane.values("kl_z"), plane.values("kl_y")
@@ -91,18 +102,18 @@ def rate_planes(plane: Plane, names: Sequence[str]) -> Drawing:
 
     def draw(ax: Axes, name: str) -> None:
         draw_seeds(ax, plane, "kl_z", "kl_y")
-        values, (predicted, errors) = plane.values(name), predictions(plane, name)
-        unknown = ~np.isfinite(values) & ~np.isfinite(predicted)
+        values, of_others = plane.values(name), predicted(plane, name)
+        unknown = ~np.isfinite(values)
+        unknown[list(of_others)] = False
         if unknown.any():
             label = "not evaluated, or saturated"
             ax.plot(r_z[unknown], r_y[unknown], "x", ms=2.5, c=GREY, mew=0.5, ls="none", label=label)
         norm = Normalize(np.nanmin(values), np.nanmax(values))
         look = {"cmap": COLOURS[metric(name).better], "norm": norm}
         dots(ax, plane, "kl_z", "kl_y", values, lw=0, s=14, **look)
-        for i in np.flatnonzero(np.isfinite(predicted)):
-            rows.append({"what": "predicted", "runs": plane.cells[i].runs[0], "kl_z": r_z[i], "kl_y": r_y[i]})
-            rows[-1] |= {name: predicted[i], f"{name}_se": errors[i]}
-            colour = matplotlib.colormaps[look["cmap"]](norm(predicted[i]))
+        rows.extend(of_others.values())
+        for i, row in of_others.items():
+            colour = matplotlib.colormaps[look["cmap"]](norm(row[name]))
             ax.plot(r_z[i], r_y[i], "o", ms=3.5, mew=0.9, mec=colour, mfc="none", ls="none", label=PREDICTED)
         for z, y, (target_y, target_z) in zip(r_z, r_y, plane.asked, strict=True):
             if (target_y, target_z) != (y, z):
@@ -260,7 +271,7 @@ def tasks(plane: Plane, names: Sequence[str]) -> Drawing:
 
 
 class Map(NamedTuple):
-    """A heat map over the grid of betas: cells' values, their colours, and the best."""
+    """A heat map over the grid of betas: cells' values, their colours, the best, what is predicted, by indices."""
 
     title: str
     grid: Grid
@@ -268,6 +279,7 @@ class Map(NamedTuple):
     cmap: str
     norm: Normalize
     best: Sequence[int] = ()
+    predicted: dict[int, float] = {}
 
 
 def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
@@ -275,7 +287,7 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
     room = 5 if len(layers) > 4 else 7
 
     def draw(ax: Axes, layer: Map) -> None:
-        title, grid, values, cmap, norm, best = layer
+        title, grid, values, cmap, norm, best, of_others = layer
         image = grid.image(values)
         ax.set_facecolor("0.9")
         if np.isnan(image).any():
@@ -292,6 +304,9 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
         for i in best:
             corner, label = (grid.column[i] - 0.5, grid.row[i] - 0.5), "best of this grid"
             ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=RED, lw=1.6, clip_on=False, label=label))
+        for i, value in of_others.items():
+            corner, colour = (grid.column[i] - 0.35, grid.row[i] - 0.35), colours.cmap(colours.norm(value))
+            ax.add_patch(Rectangle(corner, 0.7, 0.7, fill=False, ec=colour, lw=1.6, label=PREDICTED))
         for (i, j), v in np.ndenumerate(image):
             if grid.shape[1] <= room and grid.shape[0] <= 11 and math.isfinite(v):
                 r, g, b, _ = colours.cmap(colours.norm(v))
@@ -303,12 +318,15 @@ def maps(plane: Plane, layers: Sequence[Map]) -> Figure:
 
 def heat_maps(plane: Plane, names: Sequence[str]) -> Drawing:
     """Rates and metrics over the grid of betas; the cells have one setting but for these."""
-    grid, layers = Grid(*plane.betas), []
+    grid, layers, rows = Grid(*plane.betas), [], cells_of(plane, names)
     for name in dict.fromkeys(("kl_z", "kl_y", *names)):
+        of_others = predicted(plane, name)
+        rows.extend(of_others.values())
         norm = rate_norm(plane, name) if name in ("kl_z", "kl_y") else Normalize()
         cmap = COLOURS[metric(name).better]
-        layers.append(Map(plane.title(name), grid, plane.values(name), cmap, norm, plane.ties(name)))
-    return Drawing(maps(plane, layers), cells_of(plane, names))
+        values = {i: row[name] for i, row in of_others.items()}
+        layers.append(Map(plane.title(name), grid, plane.values(name), cmap, norm, plane.ties(name), values))
+    return Drawing(maps(plane, layers), rows)
 
 
 def slope_maps(plane: Plane, rows: list[dict]) -> Drawing:

@@ -1,4 +1,4 @@
-"""What evaluated cells say of their neighbours: metrics are smooth functions of the betas."""
+"""What evaluated cells say of their neighbours: metrics are smooth functions of the rates."""
 
 import math
 import warnings
@@ -7,20 +7,20 @@ import numpy as np
 
 from utils.plane.cells import Plane
 
-LEAST_CELLS = 8  # to learn a function of two betas from
+LEAST_CELLS = 8  # to learn a function of two rates from
 
 
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
     """What a multi-rate model's other cells predict where a metric is missing, not saturated, and errors, (N,)."""
     is_saturated = plane.values(f"{name}_saturated") > 0
     values, errors = np.full((2, len(plane.cells)), math.nan)
-    betas = plane.betas.T
+    # of the rates and not of the betas: where a layer is given up, metrics change within a short way of its beta
+    at = np.log1p([[cell.median[rate] for rate in ("kl_y", "kl_z")] for cell in plane.cells])
     for mask in plane.kinds.values():
-        known = mask & np.isfinite(plane.values(name)) & (betas > 0).all(1)
-        wanted = mask & ~known & (betas > 0).all(1) & ~is_saturated
+        known = mask & np.isfinite(plane.values(name))
+        wanted = mask & ~known & ~is_saturated
         if plane.unfolded[mask].all() and known.sum() >= LEAST_CELLS and wanted.any():
-            points = np.log10(betas[known]), plane.values(name)[known], np.log10(betas[wanted])
-            values[wanted], errors[wanted] = interpolated(*points)
+            values[wanted], errors[wanted] = interpolated(at[known], plane.values(name)[known], at[wanted])
     return values, errors
 
 
