@@ -24,7 +24,7 @@ TRAIN += "--cells_at_once 4 --beta_y 0.1 5 --beta_z 0.1 5 --run_batch_name b"
 
 def runs(folder="runs") -> list[Path]:
     """The batch's run folders."""
-    return sorted(p for p in Path(folder, "b").iterdir() if p.is_dir())
+    return sorted(p for p in Path(folder, "b").iterdir() if p.is_dir() and p.name != ".images")
 
 
 def rows() -> list[dict]:

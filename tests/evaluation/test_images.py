@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from utils.evaluation.information import gaussian_mi
 from utils.evaluation.metrics import per_image
 from utils.evaluation.run import EvaluatedRun
 from utils.evaluation.steps import STEPS
+from utils.locks import locked
 
 ALL = [*FAST, "--all"]
 
@@ -132,6 +135,26 @@ def test_an_evaluation_that_is_stopped_while_it_tries_numbers_goes_on(batch, few
         monkeypatch.setattr(batch_module, "monotonic", time.monotonic)
     assert "--error 0.5: " in passes(grid, *flags) and "tried" not in Path("runs/b/images.json").read_text()
     assert computed.count(45) <= 8 and len(runs()) == 4
+
+
+def test_a_process_waits_for_another_ones_choice_and_uses_it(batch, few_images, passes, monkeypatch):
+    chosen = {"error": 0.5, "probe_images": 90, "test_images": 0}  # 0: all
+    Path("runs/b/.images").mkdir()
+
+    def choose(held):
+        with locked(Path("runs/b/.images")):
+            held.set()
+            time.sleep(3)
+            assert not list(Path("runs/b").glob("*/per_image_probes.npz"))
+            Path("runs/b/images.json").write_text(json.dumps(chosen))
+
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(choose, held := threading.Event())
+        held.wait()
+        monkeypatch.setattr(images, "_smallest", None)
+        out = passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    assert other.result() is None and "--error" not in out and {row["probe_images"] for row in rows()} == {"90"}
+    assert all(np.isfinite(per_image(path)["recons_acc"]).all() for path in runs())
 
 
 @pytest.mark.parametrize("text", ["", '{"error": 0.5, "n_samples": -5}', '{"error": 0.5, "test_images": "x"}'])

@@ -13,6 +13,7 @@ from utils.evaluation.metrics import columns_of, metric, read_metrics
 from utils.evaluation.run import BATCH, EvaluatedRun, Evaluation
 from utils.evaluation.steps import Step
 from utils.files import read_json, write_json
+from utils.locks import locked
 from utils.runs import Run
 
 SIZES = {"n_samples": "samples", "probe_images": "probe images", "test_images": "test images"}  # of an Evaluation
@@ -36,34 +37,40 @@ def choose(
     The error is relative to the spread of each metric over the cells. All images are used where there are few cells, or
     some were evaluated with all. A batch keeps what was chosen for an error.
     """
-    file, cells, told = folder / FILE, [], []
-    known = {"error": error} if evaluation.force else _kept(file, error)
+    file, cells, told, alone = folder / FILE, [], [], contextlib.nullcontext()
     for run in runs:
         with contextlib.suppress(UserError):
             read_metrics(run.path)  # which may be damaged
             cells.append(EvaluatedRun(run, evaluation))
-    for name in names:
-        sized = [step for step in steps if name in step.settings]
-        if not sized or len(cells) < CELLS or not all(cell.needs(step) for cell in cells for step in sized):
-            continue
-        if name not in known:
-            rates = [step for step in steps if step.name == "rates"]
-            n = _smallest(Pilot(file, known, name, cells[:CELLS], rates, sized, compute), error)
-            if n is None:
-                return
-            known |= {name: n} if n else {}
-            told.append(f"{n:,} {SIZES[name]}" if n else f"all {SIZES[name]}")
-        setattr(evaluation, name, known.get(name, getattr(evaluation, name)))
-    if told:
-        write_json(file, {k: v for k, v in known.items() if k != "tried"})
-        print(f"--error {error:g}: {', '.join(told)}", flush=True)
+    using = {name: [step for step in steps if name in step.settings] for name in names}
+    if len(cells) < CELLS or not any(using.values()):
+        return
+    if not evaluation.force:  # other processes of the batch wait, and use what the first one chose
+        (folder / ".images").mkdir(exist_ok=True)
+        alone = locked(folder / ".images", math.inf)
+    with alone:
+        known = {"error": error} if evaluation.force else _kept(file, error)
+        for name, sized in using.items():
+            if not sized or not all(cell.needs(step) for cell in cells for step in sized):
+                continue
+            if name not in known:
+                rates = [step for step in steps if step.name == "rates"]
+                n = _smallest(Pilot(file, known, name, cells[:CELLS], rates, sized, compute), error)
+                if n is None:
+                    return
+                known[name] = n
+                told.append(f"{n:,} {SIZES[name]}" if n else f"all {SIZES[name]}")
+            setattr(evaluation, name, known[name] or getattr(evaluation, name))
+        if told:
+            write_json(file, {k: v for k, v in known.items() if k != "tried"})
+            print(f"--error {error:g}: {', '.join(told)}", flush=True)
 
 
 def _kept(file: Path, error: float) -> dict:
     """What a batch keeps of an error. Raises UserError if it is damaged."""
     try:
         kept = read_json(file) if file.exists() else {}
-        is_right = all(type(kept.get(name, 1)) is int and kept.get(name, 1) > 0 for name in SIZES)
+        is_right = all(type(kept.get(name, 0)) is int and kept.get(name, 0) >= 0 for name in SIZES)
     except UserError:
         is_right = False
     if not is_right:
