@@ -1,7 +1,9 @@
 """Images of a known Gaussian; the best of all models of them, against numerical optima and samples."""
 
+import importlib.util
 import math
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from scipy.stats import norm
 from datasets.gaussian import PIXELS, ROUNDING, STEP_B, STEP_S, Gaussian
 from datasets.table import optimum
 from tests.datasets.files import load
+from train import main as train
 from utils.config import Config
 
 SIGMA, BETAS = 0.2, (0.1, 1.0, 10.0, 40.0)  # which code 8, 6, 3 and 1 of the patterns
@@ -153,3 +156,38 @@ def test_the_best_is_only_told_where_it_is_known():
     assert optimum(Config(px_y_family_ll="GaussianFixedSigma")) is None
     for k, beta in product((1, 12), BETAS):
         assert math.isfinite(Gaussian(k).optimum(beta, SIGMA).loss)
+
+
+@pytest.fixture
+def known_plane():
+    """The script docs/known_plane.py."""
+    spec = importlib.util.spec_from_file_location("known_plane", Path(__file__).parents[2] / "docs/known_plane.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_the_documents_trainings_are_possible(known_plane, passes):
+    for name, (*_, seeds) in known_plane.TRAININGS.items():
+        assert "new" in passes(train, *known_plane.flags(name), "--dry_run"), (name, seeds)
+
+
+def test_the_documents_script_takes_an_excess_apart(known_plane, monkeypatch, capsys):
+    excess = {"Adam": [3], "Muon": [1, 2, 3], "Muon, 64 epochs": [0.5], "unfolded": [2, 3, 4], "LVAE, Muon": [1]}
+    excess = dict.fromkeys(known_plane.TRAININGS, [4]) | excess
+    tests = {
+        name: {
+            (y, z): [{"above_bound": of_seed + y, "above_bound_se": 0.1, "kl_y": 7, "kl_z": 5.25} for of_seed in of]
+            for y, z in product((0.1, 1.0, 10.0), (0.1, 10.0) if "64" in name else (0.1, 1.0, 10.0))
+        }
+        for name, of in excess.items()
+    }
+    monkeypatch.setattr(known_plane, "results", tests.get)
+    monkeypatch.setattr(known_plane.subprocess, "run", lambda *_, check: None)
+    known_plane.main()
+    out = capsys.readouterr().out
+    best = optimum(Config(dataset="Gaussian", beta_y=1.0, beta_z=10.0))
+    assert f"| 1, 10 | {best.loss:.2f} | 4.00 +- 0.10 | 3.00 +- 0.58 | 4.00 +- 0.58 | 1.50 +- 0.10 | " in out
+    three = " | ".join(["7.0 + 5.2"] * 3)
+    assert f"| 1, 10 | {best.rate:.2f} | {three} | 7" in out and f"| 1, 1 | {best.rate:.2f} | {three} |  |  | 7" in out
+    assert "| architecture, at most | 6 | 4.20 +- 2.00 | 10.50 |" in out
+    assert "| training for 16 epochs, not 64 | 6 | 1.50 +- 0.00 | 1.50 |" in out and "| sharing | 9 | 1.00 +- " in out
