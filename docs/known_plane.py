@@ -17,7 +17,7 @@ from datasets.table import optimum  # noqa: E402
 from utils.config import Config  # noqa: E402
 from utils.runs import runs_in  # noqa: E402
 
-ADAM, MUON, MULTI_RATE = ["--optimizer", "adam", "--learning_rate", "2e-3"], [], ["--multi_rate"]
+ADAM, MUON, MULTI_RATE = ["--optimizer", "adam", "--learning_rate", "2e-3"], [], ["--multi_rate", "--force"]
 ENDS, THREE, FIVE, SEEDS = ["0.1", "10"], ["0.1", "1", "10"], ["0.1:10:5"], ["1", "2", "3"]
 TRAININGS = {  # by heading: the model, epochs, how, beta_y, beta_z, seeds
     "Adam": ("HVAE", 16, ADAM, THREE, THREE, SEEDS[:1]),
@@ -84,13 +84,13 @@ def main() -> None:
     for name in TRAININGS:
         subprocess.run([sys.executable, str(ROOT / "train.py"), *flags(name)], check=True)
     tests = {name: results(name) for name in TRAININGS}
-    for text, least in ((with_error, "loss"), (rates, "rate")):
-        print(f"\n| beta_y, beta_z | least {least} | {' | '.join(tests)} |\n|---|" + "---:|" * (1 + len(tests)))
+    for text, least, heading in ((with_error, "loss", "least loss"), (rates, "rate", "R at least loss")):
+        print(f"\n| beta_y, beta_z | {heading} | {' | '.join(tests)} |\n|---|" + "---:|" * (1 + len(tests)))
         for y, z in sorted(tests["unfolded"]):
             best = getattr(optimum(Config(dataset="Gaussian", beta_y=y, beta_z=z)), least)
             of_cell = (text(of[y, z]) if (y, z) in of else "" for of in tests.values())
             print(f"| {y:.3g}, {z:.3g} | {best:.2f} | {' | '.join(of_cell)} |")
-    print("\nExcess, nats: mean over the cells that both have, its standard error over these, the largest")
+    print("\nExcess, nats, over the cells that both have: how many, mean with its standard error over them, largest")
     for part, (name, other) in PARTS.items():
         shared = [cell for cell in tests[name] if other is None or cell in tests[other]]
         more = np.array([values(tests[name][cell], "above_bound").mean() for cell in shared])

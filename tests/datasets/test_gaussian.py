@@ -153,6 +153,7 @@ def test_the_best_is_only_told_where_it_is_known():
     for other in ({"px_y_family_ll": "Bernoulli"}, {"beta_max_y": 5.0, "beta_max_z": 5.0, "multi_rate": True}):
         assert optimum(Config(**config, **other)) is None
     assert optimum(Config(**config | {"beta_z": 0.0})) is None  # rounding would be coded
+    assert optimum(Config(**config, sigma=0.05)) is None  # and known
     assert optimum(Config(px_y_family_ll="GaussianFixedSigma")) is None
     for k, beta in product((1, 12), BETAS):
         assert math.isfinite(Gaussian(k).optimum(beta, SIGMA).loss)

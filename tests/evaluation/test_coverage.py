@@ -9,8 +9,9 @@ import torch
 from scipy.integrate import quad
 from scipy.special import entr, logsumexp
 
+from datasets.gaussian import Gaussian
 from tests.reliability.trials import first
-from utils.evaluation.information import channel_bound, gaussian_mi, upper_end
+from utils.evaluation.information import accuracy_bound, channel_bound, gaussian_mi, upper_end
 from utils.evaluation.probes import fit_latent
 
 EVEN, RARE, SKEWED = (0.1,) * 10, (0.98, 0.02), (0.91, *[0.01] * 9)  # frequencies of classes
@@ -91,3 +92,24 @@ def test_the_upper_end_of_a_categorical_z(p, n, noise, trials):
     q = (1 - noise) * np.eye(len(p)) + noise / len(p)
     truth = entr(np.array(p) @ q).sum() - np.array(p) @ entr(q).sum(1)
     assert covered(partial(channel_upper, q, p, n), trials, truth) >= 0.93
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.3, 1, 3, 10, 30])
+def test_the_least_loss_of_the_known_plane(beta):
+    """Both ends of the information on label and image, accuracy and its bound, of the best model."""
+    rng, n, best = np.random.default_rng(0), 2000, Gaussian().optimum(beta, 0.2)
+    s = rng.normal(size=(3 * n, 8))  # in units of their stds
+    noise = (best.errors / best.variances)[:8] ** 0.5
+    means, labels = s * (1 - noise**2) ** 0.5, 2 * (s[:, 0] > 0) + (s[:, 1] > 0)
+    z = means + noise * rng.normal(size=s.shape)
+    arrays = {"z": z[:n], "labels": labels[:n], "z_train": z[n:], "labels_train": labels[n:]}
+    scores, _ = fit_latent("lr", arrays, "z", "_sample")
+    stds = np.broadcast_to(noise, (n, 1, 8)).copy()
+    mi = gaussian_mi(*map(torch.tensor, (z[:n], means[:n, None], stds, labels[:n])))
+    high, se = upper_end(labels[:n], (mi.upper, mi.upper_se))
+    assert scores["mi_z_low"] - 3 * scores["mi_z_low_se"] <= best.information <= high + 3 * se
+    (low, low_se), (high, se) = mi.image_low, mi.image_high
+    assert low - 3 * low_se <= best.rate <= high + 3 * se
+    assert abs(scores["lr_acc_mean_sample"] - best.accuracy) <= 3 * scores["lr_acc_mean_sample_se"] + 0.005
+    assert best.accuracy <= accuracy_bound(best.information, labels[:n]) + 0.01
+    assert mi.is_saturated or abs(mi.mi - best.information) <= 3 * mi.se + mi.bias

@@ -177,16 +177,16 @@ def test_tables_for_latex_have_errors_behind_their_values_and_those_in_markdown_
     assert line == "| psnr     | 719.3  | 0.5    | 3       | 0.01235   |"
 
 
-def test_the_best_possible_is_a_curve_where_it_is_known():
+def test_the_least_loss_is_a_curve_where_it_is_known():
     """D of rates between those of betas of 0.1 and 10, by the Gaussian's theory; in bits."""
     settings = {"dataset": "Gaussian", "px_y_family_ll": "GaussianFixedSigma", "sigma": "0.2", "vae_type": "HVAE"}
     rows = [row | {"D": -500.0, "is_mean": 3.0} for row in grid([0.1, 1, 10])]
 
     def curves(*of_cells):
         figure, data = figures.total_rates(plane_of(rows, *of_cells, unit="bits"), ["D", "is_mean"])
-        drawn = [line for line in figure.axes[0].lines if line.get_label() == "best possible"]
-        assert not [line for line in figure.axes[1].lines if line.get_label() == "best possible"]
-        assert sum(row.get("what") == "best possible" for row in data) == sum(len(c.get_xdata()) for c in drawn)
+        drawn = [line for line in figure.axes[0].lines if line.get_label() == "least loss possible"]
+        assert not [line for line in figure.axes[1].lines if line.get_label() == "least loss possible"]
+        assert sum(row.get("what") == "least loss possible" for row in data) == sum(len(c.get_xdata()) for c in drawn)
         return drawn
 
     (curve,) = curves(*[settings] * 9)

@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval_beta_grid
 import train
+from datasets.gaussian import Gaussian
 from datasets.loading import load_data
 from tests.conftest import GRID, TINY, UNFOLDED, all_weights, folder_of
 from tests.reliability.trials import first
@@ -116,6 +118,20 @@ def test_a_layer_that_is_given_up_where_it_pays_is_told():
     assert collapsed(config, planted((5, 10), (0.1, 10), "z", [(5, 0.1), (10, 0.1)])) == []  # y is not needed there
     assert len(collapsed(config, planted((30, 50), (30, 50)))) == 2
     assert collapsed(Config("BVAE"), planted((0.1, 10), (1,), "y", [(0.1, 1), (10, 1)])) == []
+
+
+def test_nothing_is_told_of_the_least_loss_of_the_known_plane():
+    """At equal betas any layer may have the rate."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        (y, y_max), (z, z_max) = (sorted(10 ** rng.uniform(-1.5, 1.5, size=2)) for _ in range(2))
+        points = {}
+        for beta_y, beta_z in product((y, y_max), (z, z_max, y, y_max)):
+            best = Gaussian().optimum(min(beta_y, beta_z), 0.2)
+            of_z = rng.random() if beta_y == beta_z else float(beta_z < beta_y)
+            terms = {"loss": best.loss, "ll": -best.D, "kl_y": (1 - of_z) * best.rate, "kl_z": of_z * best.rate}
+            points[f"beta_y {beta_y:.6g}, beta_z {beta_z:.6g}"] = terms
+        assert collapsed(Config(), points) == []
 
 
 def test_what_was_seen_of_an_lvae_is_told(capsys):

@@ -175,7 +175,7 @@ def with_ends(names: Sequence[str]) -> list[str]:
 
 def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
     """Each metric against the total rate, with what mixtures of all and of ordinary cells reach."""
-    rows, best = [], best_possible(plane)
+    rows, best = [], least_loss(plane)
 
     def line(ax: Axes, name: str, points: list[dict], label: str, **look) -> None:
         if points:
@@ -187,13 +187,13 @@ def total_rates(plane: Plane, names: Sequence[str]) -> Drawing:
         line(ax, name, hull(plane, name), "hull of all cells", c=RED, lw=2, alpha=0.6)
         of_ordinary = hull(plane, name, plane.diagonal)
         line(ax, name, of_ordinary, f"hull of {drawing.DIAGONAL}", c="k", lw=0.9, ls="--")
-        line(ax, name, [row for row in best if name in row], "best possible", c="k", lw=1.2, ls=":")
+        line(ax, name, [row for row in best if name in row], "least loss possible", c="k", lw=1.2, ls=":")
 
     figure = against(plane, names, "rate", "kl_z", lines)
     return Drawing(figure, cells_of(plane, with_ends(names)) + rows)
 
 
-def best_possible(plane: Plane) -> list[dict[str, float]]:
+def least_loss(plane: Plane) -> list[dict[str, float]]:
     """Metrics of the best of all models at 100 betas of the cells' range, where they are known."""
     kinds = {tuple(cell.settings.get(n) for n in ("dataset", *OF_LIKELIHOOD)) for cell in plane.cells}
     (dataset, likelihood, sigma), *others = kinds

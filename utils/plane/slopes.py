@@ -11,7 +11,7 @@ from utils.plane.tables import Table
 
 FAR_OFF = 2.0  # report a slope that differs from its beta by more than this factor
 FAR_EXCESS = 0.1  # and an excess of more than this share of the neighbours' difference in D
-LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ; of a layer with less, a slope may be low
+LEAST_RATE = 0.1  # nats by which the rates of neighbours must differ; with less, a layer is given up
 ALARM = 0.05 / 3  # chance of a false alarm of each of a cell's tests: two slopes, the excess
 SLOPES = {  # columns and headings of slopes.csv
     "run": "run", "beta_y": "beta_y", "beta_z": "beta_z", "slope_y": "-dD/dR(y|z)", "se_y": "+- of y",
@@ -45,6 +45,9 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
         at = np.unique(b, return_inverse=True)[1]
         near = near & (abs(at[:, None] - at) <= 1)
     np.fill_diagonal(near, False)
+    # where a layer is given up between two cells, its slope is not a mean of their betas
+    used = np.array([plane.values(rate) >= LEAST_RATE * plane.scale(rate) for rate in ("kl_y", "kl_z")])
+    alike = near & (used[:, :, None] == used[:, None]).all(0)
     of_y, of_z = (b[:, None] * r[:, None] for b, r in zip(betas, rates, strict=True))
     losses = d[:, None] + of_y + of_z  # (seeds, i, j): of cell j at the betas of i
     worse = _mean(losses.diagonal(axis1=1, axis2=2)[:, :, None] - losses)  # over shared seeds
@@ -54,8 +57,8 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
     candidates = excess > FAR_EXCESS * typical
 
     def fit(i: int, outliers: np.ndarray) -> tuple:
-        well = near[i] & ~outliers  # outliers count only if hardly any others are left
-        js = np.r_[i, np.flatnonzero(well if well.sum() > 1 else near[i])]
+        well = alike[i] & ~outliers  # outliers count only if hardly any others are left
+        js = np.r_[i, np.flatnonzero(well if well.sum() > 1 else alike[i])]
         columns, identified = [], []
         for b, r in zip(betas, rates, strict=True):
             differences = r[:, js] - r[:, [i]]
@@ -73,9 +76,7 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
         columns = (*BETAS, "slope_y", "slope_z", "excess", "above_bound", "se_y", "se_z")
         numbers = zip(columns, map(float, [*numbers, *errors * betas[:, i]]), strict=True)
         rows.append({"run": cell.runs[0], **{name: value for name, value in numbers if math.isfinite(value)}})
-        # a layer without a rate has none to give up, however low its slope
-        used = np.array([cell.median[rate] >= LEAST_RATE for rate in ("kl_y", "kl_z")])
-        off = (ratios < 1 / FAR_OFF) & used | (ratios > FAR_OFF)
+        off = (ratios < 1 / FAR_OFF) | (ratios > FAR_OFF)
         off &= ~(abs(ratios - 1) <= student.ppf(1 - ALARM / 2, freedom) * errors)  # by more than noise
         rows[-1]["far_off"] = "yes" if under_trained[i] or off.any() else ""
     return rows
