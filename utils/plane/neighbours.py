@@ -8,6 +8,7 @@ import numpy as np
 from utils.plane.cells import Plane
 
 LEAST_CELLS = 8  # to learn a function of two rates from
+SMALL = 0.1  # nats; smaller rates are hardly told apart
 
 
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -15,7 +16,7 @@ def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
     is_saturated = plane.values(f"{name}_saturated") > 0
     values, errors = np.full((2, len(plane.cells)), math.nan)
     # of the rates and not of the betas: where a layer is given up, metrics change within a short way of its beta
-    at = np.log1p([[cell.median[rate] for rate in ("kl_y", "kl_z")] for cell in plane.cells])
+    at = np.log([[cell.median[rate] + SMALL for rate in ("kl_y", "kl_z")] for cell in plane.cells])
     for mask in plane.kinds.values():
         known = mask & np.isfinite(plane.values(name))
         wanted = mask & ~known & ~is_saturated
