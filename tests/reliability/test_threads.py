@@ -36,6 +36,13 @@ def test_threads_are_a_setting(monkeypatch):
         assert torch.get_num_threads() == threads
 
 
+def test_numbers_that_are_nearly_0_are_0_in_all_threads():
+    """A layer that is given up has such gradients, and their products take twenty times as long."""
+    says = "prepare('cpu', 2); print((torch.full((2**20,), 1e-40) * 1).any().item())"
+    code = f"import torch\nfrom utils.machine import prepare\n{says}"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+
+
 def test_openmp_is_told_to_wait_passively_before_torch_is_loaded():
     """A torch that says what it finds, and is no more; so are numpy's and scipy's products told of their thread."""
     says = "print(os.environ.get('GOMP_SPINCOUNT'), os.environ['OPENBLAS_NUM_THREADS'])"
