@@ -72,8 +72,8 @@ class Optimum(NamedTuple):
     as R(z) >= I(x; z) and R(y|z) >= I(x; y|z). The least of the last is a point of the Gaussian's rate-distortion
     function (reverse water-filling; Cover & Thomas, 10.3): dimension i is coded with a squared error of
     d_i = min(lambda_i, beta sigma^2). Linear encoders and a linear decoder come as near as one likes, with all of the
-    rate in the layer of the smaller beta, if it has K dimensions. As if images had a Gaussian error for their rounding:
-    the bound is lower by less than NEGLIGIBLE.
+    rate in the layer of the smaller beta, if it has K dimensions. This takes rounding for Gaussian noise; a decoder
+    that rounds as well could gain less than NEGLIGIBLE.
     """
 
     source: Gaussian

@@ -1,6 +1,6 @@
 """Trains on --dataset Gaussian, and prints how far above the least possible loss trainings end (known_plane.md).
 
-python docs/known_plane.py      about four hours of one core; killed, the same command goes on
+python docs/known_plane.py      about three hours of one core; killed, the same command goes on
 """
 
 import subprocess

@@ -168,8 +168,8 @@ def known_plane():
 
 
 def test_the_documents_trainings_are_possible(known_plane, passes):
-    for name, (*_, seeds) in known_plane.TRAININGS.items():
-        assert "new" in passes(train, *known_plane.flags(name), "--dry_run"), (name, seeds)
+    for name in known_plane.TRAININGS:
+        assert "new" in passes(train, *known_plane.flags(name), "--dry_run"), name
 
 
 def test_the_documents_script_takes_an_excess_apart(known_plane, monkeypatch, capsys):

@@ -86,12 +86,11 @@ def draw_errors(ax: Axes, plane: Plane, x: str, low: str, high: str) -> None:
 
 def predicted(plane: Plane, name: str) -> dict[int, dict]:
     """Rows of the cells, by their indices, in which others predict a metric."""
-    rows = {}
-    for i, (value, se) in enumerate(zip(*predictions(plane, name), strict=True)):
-        if math.isfinite(value):
-            where = {n: plane.values(n)[i] for n in (*BETAS, "kl_z", "kl_y")}
-            rows[i] = {"what": "predicted", "runs": " ".join(plane.cells[i].runs), **where, name: value}
-            rows[i][f"{name}_se"] = se
+    values, errors = predictions(plane, name)
+    columns, rows = {n: plane.values(n) for n in (*BETAS, "kl_z", "kl_y")} | {name: values, f"{name}_se": errors}, {}
+    for i in np.flatnonzero(np.isfinite(values)):
+        of_cell = {n: column[i] for n, column in columns.items()}
+        rows[i] = {"what": "predicted", "runs": " ".join(plane.cells[i].runs), **of_cell}
     return rows
 
 

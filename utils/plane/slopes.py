@@ -46,7 +46,7 @@ def _slopes_of(plane: Plane, names: list[str]) -> list[dict]:
         near = near & (abs(at[:, None] - at) <= 1)
     np.fill_diagonal(near, False)
     # where a layer is given up between two cells, its slope is not a mean of their betas
-    used = np.array([plane.values(rate) >= LEAST_RATE * plane.scale(rate) for rate in ("kl_y", "kl_z")])
+    used = np.array([[cell.median[rate] >= LEAST_RATE for cell in plane.cells] for rate in ("kl_y", "kl_z")])
     alike = near & (used[:, :, None] == used[:, None]).all(0)
     of_y, of_z = (b[:, None] * r[:, None] for b, r in zip(betas, rates, strict=True))
     losses = d[:, None] + of_y + of_z  # (seeds, i, j): of cell j at the betas of i
