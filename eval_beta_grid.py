@@ -103,16 +103,17 @@ def main(argv=None) -> int:
     evaluation, name = Evaluation.of(vars(args), device), args.run_batch_name
     runs, problems = batch.find_runs(args.runs_dir, name)
     steps = possible(step_names(args), evaluation)
+    sizes = [size for size in images.SIZES if vars(args).get(size) is None] if args.error else []
     if is_first():
         names = ", ".join(step.name for step in steps)
-        print(f"{len(runs) + len(problems)} runs of {name}; steps: {names}; on {device}", flush=True)
+        error = f"; --error {args.error:g}" if sizes and len(runs) >= images.CELLS else ""
+        print(f"{len(runs) + len(problems)} runs of {name}; steps: {names}; on {device}{error}", flush=True)
     else:
         problems = {}
     ordered = batch.coarse_first(runs)
     runs, folder = share(ordered), batch_folder(args.runs_dir, name)
     n = len(runs) + len(problems)
     gather = partial(batch.gather, args.runs_dir, name)
-    sizes = [size for size in images.SIZES if vars(args).get(size) is None] if args.error else []
     choose = partial(images.choose, folder, ordered, steps, evaluation, args.error, sizes)
     try:
         missing = batch.evaluate(runs, steps, evaluation, problems, gather, args.max_hours or math.inf, choose)
@@ -121,8 +122,9 @@ def main(argv=None) -> int:
         table = gather()
     if missing:
         lacking = Counter(name for _, name in missing)
-        of_steps = ", ".join(f"{step.name} of {lacking[step.name]}" for step in steps if lacking[step.name])
-        print(f"\nstopped after {args.max_hours:g} hours; runs that still lack a step: {of_steps}")
+        print(f"\nstopped after {args.max_hours:g} hours; runs that still lack a step:")
+        for step in (step for step in steps if lacking[step.name]):
+            print(f"  {step.name:14} {lacking[step.name]:4} of {n}")
     done = n - len({*problems} | {path for path, _ in missing})
     print(f"\n{done} of {n} runs evaluated: {table}")
     return batch.report(problems)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,17 +63,27 @@ def test_information_of_some_images_is_the_same_on_average():
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """Four cells decide, from 45 images on."""
+    """Four cells decide, from 45 images on, of which the first choice is twice."""
     monkeypatch.setattr(images, "CELLS", 4)
     monkeypatch.setattr(images, "LEAST", 45)
 
 
 def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, passes, monkeypatch):
-    out = passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    real, computed = EvaluatedRun.record, Counter()
+
+    def record(self, step, results):
+        computed[self.path, step.name, self.evaluation.probe_images if step.name == "probes" else 0] += 1
+        real(self, step, results)
+
+    with monkeypatch.context() as m:
+        m.setattr(EvaluatedRun, "record", record)
+        out = passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    sizes = {n for _, step, n in computed if step == "probes"}
+    assert all(n == 1 for (_, step, _), n in computed.items() if step in ("rates", "is", "probes")) and len(sizes) > 1
     chosen = json.loads(Path("runs/b/images.json").read_text())
     assert "n_samples" not in chosen and chosen["error"] == 0.5
     n, of_probes = chosen["test_images"], chosen["probe_images"]
-    assert 45 <= n < 360 and 45 <= of_probes < 1437, chosen
+    assert 90 <= n < 360 and 90 <= of_probes < 1437, chosen
     assert f"--error 0.5: {of_probes:,} probe images, {n} test images" in out
     some = {row["run"]: row for row in rows()}
     for path in runs():
@@ -82,14 +94,16 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
     passes(grid, *ALL, "--error", "0.5", "--n_samples", "200", "--force")
     assert json.loads(Path("runs/b/images.json").read_text()) == chosen
     with monkeypatch.context() as m:
-        m.setattr(EvaluatedRun, "record", None)  # nothing is done twice
-        passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+        m.setattr(EvaluatedRun, "record", None)  # nothing is done twice, but told again
+        assert f"--error 0.5: {of_probes:,} probe images" in passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
+    assert {row[f"{name}_images"] for row in rows() for name in ("mi_y", "recons")} == {str(n)}
     passes(grid, *ALL, "--error", "0", "--n_samples", "200", "--probe_images", "500")
     for row in rows():
         for name in ("recons_acc", "recons_pred_entropy", "mi_q_mc_y", "mi_yx_high"):
             before, se = (float(some[row["run"]][name + end]) for end in ("", "_se"))
             assert abs(before - float(row[name])) < 4 * se + 1e-6
             assert float(row[f"{name}_se"]) <= se * 1.1 + 1e-6
+        assert row["mi_y_images"] == row["recons_images"] == ""  # all
     with monkeypatch.context() as m:
         m.setattr(EvaluatedRun, "record", None)  # all images are as many as any error asks for
         passes(grid, *ALL, "--n_samples", "200", "--probe_images", "500")
@@ -103,7 +117,8 @@ def test_few_cells_use_all_images_and_so_does_a_batch_that_did(batch, few_images
     assert "--error" not in passes(grid, *flags) and not Path("runs/b/images.json").exists()
     for path in others:
         shutil.move(path.name, path)
-    assert "--error" not in passes(grid, *flags)
+    assert "note: all test images are used, as some cells have them; --force" in passes(grid, *flags)
+    assert "--error 0.1:" not in passes(grid, *flags)
     assert all(np.isfinite(per_image(path)["recons_acc"]).all() for path in runs())
 
 
@@ -131,7 +146,8 @@ def test_an_evaluation_that_is_stopped_while_it_tries_numbers_goes_on(batch, few
     monkeypatch.setattr(EvaluatedRun, "compute", compute)
     for _ in range(2):
         out = passes(grid, *flags, "--max_hours", "1")
-        assert "--error" not in out and "0 of 4 runs evaluated" in out and "probes of 4" in out
+        assert "; --error 0.5" in out and "--error 0.5:" not in out
+        assert "0 of 4 runs evaluated" in out and re.search("probes +4 of 4", out)
         monkeypatch.setattr(batch_module, "monotonic", time.monotonic)
     assert "--error 0.5: " in passes(grid, *flags) and "tried" not in Path("runs/b/images.json").read_text()
     assert computed.count(45) <= 8 and len(runs()) == 4
@@ -153,7 +169,8 @@ def test_a_process_waits_for_another_ones_choice_and_uses_it(batch, few_images, 
         held.wait()
         monkeypatch.setattr(images, "_smallest", None)
         out = passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
-    assert other.result() is None and "--error" not in out and {row["probe_images"] for row in rows()} == {"90"}
+    assert other.result() is None and "--error 0.5: 90 probe images, all test images" in out
+    assert {row["probe_images"] for row in rows()} == {"90"}
     assert all(np.isfinite(per_image(path)["recons_acc"]).all() for path in runs())
 
 

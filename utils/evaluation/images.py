@@ -10,14 +10,14 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.evaluation.metrics import columns_of, metric, read_metrics
-from utils.evaluation.run import BATCH, EvaluatedRun, Evaluation
+from utils.evaluation.run import EvaluatedRun, Evaluation
 from utils.evaluation.steps import Step
 from utils.files import read_json, write_json
 from utils.locks import locked
 from utils.runs import Run
 
 SIZES = {"n_samples": "samples", "probe_images": "probe images", "test_images": "test images"}  # of an Evaluation
-LEAST = 5 * BATCH  # images, doubled until the error is reached
+LEAST = 640  # images, doubled until the error is reached
 CELLS = 5  # that tell it: corners and centre of the plane
 FILE = "images.json"  # in which a batch keeps what was chosen
 Compute = Callable[[list[EvaluatedRun], list[Step]], bool]  # evaluates cells; whether there was time
@@ -35,7 +35,7 @@ def choose(
     """Sets the named SIZES of an Evaluation to the least by which a batch's cells differ with such errors; says so.
 
     The error is relative to the spread of each metric over the cells. All images are used where there are few cells, or
-    some were evaluated with all. A batch keeps what was chosen for an error.
+    some were evaluated with all (a note says so). A batch keeps what was chosen for an error.
     """
     file, cells, told, alone = folder / FILE, [], [], contextlib.nullcontext()
     for run in runs:
@@ -43,7 +43,8 @@ def choose(
             read_metrics(run.path)  # which may be damaged
             cells.append(EvaluatedRun(run, evaluation))
     using = {name: [step for step in steps if name in step.settings] for name in names}
-    if len(cells) < CELLS or not any(using.values()):
+    using = {name: sized for name, sized in using.items() if sized}
+    if len(cells) < CELLS or not using:
         return
     if not evaluation.force:  # other processes of the batch wait, and use what the first one chose
         (folder / ".images").mkdir(exist_ok=True)
@@ -51,15 +52,16 @@ def choose(
     with alone:
         known = {"error": error} if evaluation.force else _kept(file, error)
         for name, sized in using.items():
-            if not sized or not all(cell.needs(step) for cell in cells for step in sized):
+            needs = [cell.needs(step) for cell in cells for step in sized]
+            if not all(needs):
+                if any(needs):
+                    evaluation.note(f"all {SIZES[name]} are used, as some cells have them; --force chooses anew")
                 continue
             if name not in known:
-                rates = [step for step in steps if step.name == "rates"]
-                n = _smallest(Pilot(file, known, name, cells[:CELLS], rates, sized, compute), error)
-                if n is None:
-                    return
-                known[name] = n
-                told.append(f"{n:,} {SIZES[name]}" if n else f"all {SIZES[name]}")
+                known[name] = _smallest(Pilot(file, known, name, cells[:CELLS], sized, compute), error)
+            if known[name] is None:
+                return
+            told.append(f"{known[name]:,} {SIZES[name]}" if known[name] else f"all {SIZES[name]}")
             setattr(evaluation, name, known[name] or getattr(evaluation, name))
         if told:
             write_json(file, {k: v for k, v in known.items() if k != "tried"})
@@ -85,7 +87,6 @@ class Pilot(NamedTuple):
     known: dict  # what it holds: all that was measured, under `tried`, until the numbers are chosen
     size: str
     cells: list[EvaluatedRun]
-    rates: list[Step]  # on which others depend
     sized: list[Step]  # the steps that use so many images
     compute: Compute
 
@@ -105,7 +106,7 @@ class Pilot(NamedTuple):
             before = getattr(evaluation, self.size)
             setattr(evaluation, self.size, n)
             try:
-                if not self.compute(self.cells, self.rates + self.sized):
+                if not self.compute(self.cells, self.sized):
                     return None
                 for cell in self.cells:  # none of one that failed, or that another process has by another number
                     lacks = any(cell.needs(step) and not cell.has(step) for step in self.sized)
@@ -126,7 +127,7 @@ def _smallest(pilot: Pilot, error: float) -> int | None:
         left = 1 if pilot.size == "probe_images" else math.sqrt(n / most)  # probes are tested on all test images
         error_of_n = error_left(before, after, pilot.sized, error, left) if before else math.inf
         if error_of_n <= 1:
-            return n // 2 if 2 * error_of_n <= 1 else n  # it is at most twice as much
+            return n
         n, before = 2 * n, after
     return 0
 

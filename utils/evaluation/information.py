@@ -51,7 +51,8 @@ def mi_y(run: EvaluatedRun) -> dict[str, float]:
     *posteriors, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     mi = gaussian_mi(*posteriors, labels, run.chosen.to(labels.device))
     of_image = _of_image("y", _rate(run, "kl_z", "kl_y"), mi.image_low, mi.image_high)
-    return {**_bracket(run, "y", labels.cpu().numpy(), mi), **of_image, "y_samples": n}
+    some = {"mi_y_images": len(run.chosen)} if len(run.chosen) < len(labels) else {}
+    return {**_bracket(run, "y", labels.cpu().numpy(), mi), **of_image, **some, "y_samples": n}
 
 
 def _of_image(layer: str, rate: tuple, low: tuple, high: tuple) -> dict[str, float]:

@@ -262,7 +262,8 @@ def reconstructions(run: EvaluatedRun) -> dict:
     calibration = {"clsfr_ece": probes.calibration_error(p, labels), "clsfr_ece_null": probes.calibration_null(p)}
     of_images = np.full(len(labels), math.nan, np.float32)
     of_images[chosen] = terms["recons_acc"]
-    return {**mean_and_error(terms), **calibration, "per_image_recons.npz": npz({"recons_acc": of_images})}
+    some = {"recons_images": len(chosen)} if len(chosen) < len(labels) else {}
+    return {**mean_and_error(terms), **calibration, **some, "per_image_recons.npz": npz({"recons_acc": of_images})}
 
 
 @torch.no_grad()
