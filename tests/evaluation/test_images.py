@@ -65,7 +65,7 @@ def test_information_of_some_images_is_the_same_on_average():
 def few_images(monkeypatch):
     """Four cells decide, from 45 images on, of which the first choice is twice."""
     monkeypatch.setattr(images, "CELLS", 4)
-    monkeypatch.setattr(images, "LEAST", 45)
+    monkeypatch.setattr(images, "LEAST", dict.fromkeys(images.SIZES, 45))
 
 
 def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, passes, monkeypatch):

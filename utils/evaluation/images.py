@@ -17,7 +17,8 @@ from utils.locks import locked
 from utils.runs import Run
 
 SIZES = {"n_samples": "samples", "probe_images": "probe images", "test_images": "test images"}  # of an Evaluation
-LEAST = 640  # images, doubled until the error is reached
+# that are tried first, then doubled until the error is reached; of fewer, learning curves do not tell how they go on
+LEAST = {"n_samples": 640, "probe_images": 1280, "test_images": 640}
 CELLS = 5  # that tell it: corners and centre of the plane
 FILE = "images.json"  # in which a batch keeps what was chosen
 Compute = Callable[[list[EvaluatedRun], list[Step]], bool]  # evaluates cells; whether there was time
@@ -120,7 +121,7 @@ class Pilot(NamedTuple):
 
 def _smallest(pilot: Pilot, error: float) -> int | None:
     """The number of images; 0 for all, None if there was no time."""
-    n, before, most = LEAST, None, pilot.most
+    n, before, most = LEAST[pilot.size], None, pilot.most
     while n < most:
         if (after := pilot.measured(n)) is None:
             return None
