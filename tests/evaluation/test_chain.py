@@ -34,7 +34,7 @@ from utils.runs import Run, load_model
 EMPTY = """
 beta_max_y beta_max_z target_rate_y target_rate_z init_from source bpd bpd_se ll_iw ll_iw_se iw_samples
 fid fid_se fid_floor fid_features fid_samples kid kid_se mi_q mi_p is_mean_se run_name image_size image_channels
-networks above_bound above_bound_se refine_epochs sharing
+networks above_bound above_bound_se refine_epochs sharing mi_y_images recons_images
 """
 ACCURACIES = ("lr_acc_mean", "svm_rbf_acc", "svm_linear_acc", "kNN_acc")
 H, INF = math.log(10), math.inf

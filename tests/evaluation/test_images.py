@@ -97,7 +97,7 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
         m.setattr(EvaluatedRun, "record", None)  # nothing is done twice, but told again
         assert f"--error 0.5: {of_probes:,} probe images" in passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
     assert {row[f"{name}_images"] for row in rows() for name in ("mi_y", "recons")} == {str(n)}
-    passes(grid, *ALL, "--error", "0", "--n_samples", "200", "--probe_images", "500")
+    passes(grid, *ALL, "--error", "0", "--n_samples", "200")
     for row in rows():
         for name in ("recons_acc", "recons_pred_entropy", "mi_q_mc_y", "mi_yx_high"):
             before, se = (float(some[row["run"]][name + end]) for end in ("", "_se"))
@@ -106,7 +106,7 @@ def test_a_batch_uses_as_many_images_as_its_error_asks_for(batch, few_images, pa
         assert row["mi_y_images"] == row["recons_images"] == ""  # all
     with monkeypatch.context() as m:
         m.setattr(EvaluatedRun, "record", None)  # all images are as many as any error asks for
-        passes(grid, *ALL, "--n_samples", "200", "--probe_images", "500")
+        assert "as some cells" not in passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
 
 
 def test_few_cells_use_all_images_and_so_does_a_batch_that_did(batch, few_images, passes):
@@ -178,14 +178,6 @@ def test_a_process_waits_for_another_ones_choice_and_uses_it(batch, few_images, 
 def test_a_damaged_choice_is_refused(text, batch, few_images, refused):
     Path("runs/b/images.json").write_text(text)
     assert "images.json: damaged; remove it" in refused(grid, *ALL, "--error", "0.5", "--n_samples", "200")
-
-
-def test_results_of_all_images_are_kept(batch, few_images, passes, monkeypatch):
-    """Also where fewer were chosen before."""
-    passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
-    passes(grid, *ALL, "--error", "0", "--n_samples", "200")
-    monkeypatch.setattr(EvaluatedRun, "record", None)
-    passes(grid, *ALL, "--error", "0.5", "--n_samples", "200")
 
 
 def test_odd_errors(refused):
