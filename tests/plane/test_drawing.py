@@ -99,6 +99,7 @@ def test_every_figure_comes_with_what_it_shows(passes):
     one = [r for r in rows if r["beta_y"] == r["beta_z"] == "1.0"]
     values = [(r["what"], r["PSNR (dB)"]) for r in one]
     assert values == [("median", "30.5"), ("seed", "21.0"), ("seed", "40.0")]
+    assert [r["standard error of PSNR (dB)"] for r in one] == ["9.5", "", ""]
     assert float(one[0]["R(z) (bits)"]) == approx(exponential(1, 1)["kl_z"] / math.log(2))
     assert {"hull of all cells", "hull of beta_y = beta_z"} <= {r["what"] for r in rows}
     passes(plot_eval.main, "--run_batch_name", "b", *flags[2:], "--no_header", "--format", "tex")

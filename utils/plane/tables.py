@@ -12,6 +12,7 @@ from utils.evaluation.probes import standard_error
 from utils.files import to_csv, write_text
 from utils.plane.cells import BETAS, Plane
 from utils.plane.drawing import Output
+from utils.plane.gains import errors
 from utils.plane.metrics import metric
 
 ROUGH = ("se", "gain", "low", "high")  # of errors and differences, two digits say all
@@ -97,9 +98,10 @@ def text_of(row: dict, name: str) -> str:
 
 
 def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:
-    """What a figure of cells shows: each one's medians, and its runs where there are several."""
+    """What a figure of cells shows: each one's medians with `errors`, and its runs where there are several."""
     columns, rows = dict.fromkeys((*BETAS, "kl_z", "kl_y", "rate", *names)), []
-    for cell in plane.cells:
+    of_medians = {f"{name}_se": errors(plane, name) for name in names}
+    for i, cell in enumerate(plane.cells):
         settings = {n: cell.settings.get(n) for n in plane.differing}
         several = len(cell.runs) > 1
         lines = [("median" if several else "run", " ".join(cell.runs), cell.median)]
@@ -108,6 +110,8 @@ def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:
         for what, runs, values in lines:
             shown = {n: plane.scale(n) * values[n] for n in columns if n in values}
             rows.append({"what": what, "runs": runs, **settings, **shown})
+            if what != "seed":
+                rows[-1] |= {n: float(values[i]) for n, values in of_medians.items() if math.isfinite(values[i])}
     return rows
 
 
