@@ -84,8 +84,9 @@ def test_nothing_is_predicted_that_is_no_property_of_a_cell_and_nothing_less_tha
     for i, (row, (y, z)) in enumerate(zip(rows, AT, strict=True)):
         if i not in (0, 6, 24, 42, 48):
             row |= {"n_samples": 1280, "mi_q_mc_y_saturated": float(y > 0), "psnr": y, "mi_z_low": max(0, y - z) ** 2}
+            row |= {"mi_q_mc": 1.0, "probe_images": 2560 if i < 9 else 10_000}
     plane = plane_of(rows, *[{"multi_rate": "True"}] * 49)
-    for name in ("n_samples", "mi_q_mc_y_saturated"):
+    for name in ("n_samples", "mi_q_mc_y_saturated", "mi_q_mc", "probe_images"):
         assert np.isnan(predictions(plane, name)[0]).all()
     least = {name: np.nanmin(predictions(plane, name)[0]) for name in ("psnr", "mi_z_low")}
     assert least["psnr"] < -0.8 and 0 <= least["mi_z_low"] < 0.1

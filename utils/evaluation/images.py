@@ -38,7 +38,7 @@ def choose(
     The error is relative to the spread of each metric over the cells. All images are used where there are few cells, or
     some were evaluated with all (a note says so). A batch keeps what was chosen for an error.
     """
-    file, cells, told, alone = folder / FILE, [], [], contextlib.nullcontext()
+    file, cells, told, full, alone = folder / FILE, [], [], [], contextlib.nullcontext()
     for run in runs:
         with contextlib.suppress(UserError):
             read_metrics(run.path)  # which may be damaged
@@ -54,9 +54,8 @@ def choose(
         known = {"error": error} if evaluation.force else _kept(file, error)
         for name, sized in using.items():
             needs = [cell.needs(step) for cell in cells for step in sized]
-            if not all(needs):
-                if any(needs):
-                    evaluation.note(f"all {SIZES[name]} are used, as some cells have them; --force chooses anew")
+            if not all(needs) and known.get(name) != 0:
+                full += [SIZES[name]] * any(needs)
                 continue
             if name not in known:
                 known[name] = _smallest(Pilot(file, known, name, cells[:CELLS], sized, compute), error)
@@ -64,6 +63,8 @@ def choose(
                 return
             told.append(f"{known[name]:,} {SIZES[name]}" if known[name] else f"all {SIZES[name]}")
             setattr(evaluation, name, known[name] or getattr(evaluation, name))
+        if full:
+            evaluation.note(f"all {', '.join(full)} are used, as some cells have them; --force chooses anew")
         if told:
             write_json(file, {k: v for k, v in known.items() if k != "tried"})
             print(f"--error {error:g}: {', '.join(told)}", flush=True)
@@ -122,6 +123,8 @@ class Pilot(NamedTuple):
 def _smallest(pilot: Pilot, error: float) -> int | None:
     """The number of images; 0 for all, None if there was no time."""
     n, before, most = LEAST[pilot.size], None, pilot.most
+    if 2 * n >= most:  # the least that can be chosen
+        return 0
     while n < most:
         if (after := pilot.measured(n)) is None:
             return None

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 from scipy.stats import t as student
 
-from utils.evaluation.metrics import DERIVED
 from utils.plane.cells import Plane
+from utils.plane.metrics import metric
 
 LEAST_CELLS = 8  # to learn a function of two rates from
 SMALL = 0.1  # nats; smaller rates are hardly told apart
@@ -17,11 +17,11 @@ LEARNT = 4  # parameters of the process
 def predictions(plane: Plane, name: str) -> tuple[np.ndarray, np.ndarray]:
     """What a multi-rate model's other cells predict where a metric is missing, not saturated, and errors, (N,).
 
-    Of no column that says how another was computed, or that is the same in all cells.
+    Of no column that says how others were computed, or that is the same in all cells.
     """
     is_saturated = plane.values(f"{name}_saturated") > 0
     values, errors = np.full((2, len(plane.cells)), math.nan)
-    if name.endswith(tuple(DERIVED)):
+    if not (metric(name).better or metric(name).unit):  # such as numbers of images
         return values, errors
     # of the rates and not of the betas: where a layer is given up, metrics change within a short way of its beta
     at = np.log([[cell.median[rate] + SMALL for rate in ("kl_y", "kl_z")] for cell in plane.cells])

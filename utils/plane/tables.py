@@ -91,7 +91,7 @@ def _escaped(text: str) -> str:
 
 def text_of(row: dict, name: str) -> str:
     """A row's number to four digits, or two of ROUGH ones, a text unchanged, and "" for None."""
-    value, digits = row.get(name), 2 if name in ROUGH else 4
+    value, digits = row.get(name), 2 if name in ROUGH or name.endswith("_se") else 4
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     return "" if value is None else str(value)
@@ -100,7 +100,7 @@ def text_of(row: dict, name: str) -> str:
 def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:
     """What a figure of cells shows: each one's medians with `errors`, and its runs where there are several."""
     columns, rows = dict.fromkeys((*BETAS, "kl_z", "kl_y", "rate", *names)), []
-    of_medians = {f"{name}_se": errors(plane, name) for name in names}
+    of_medians = {name: errors(plane, name) for name in names}
     for i, cell in enumerate(plane.cells):
         settings = {n: cell.settings.get(n) for n in plane.differing}
         several = len(cell.runs) > 1
@@ -108,10 +108,12 @@ def cells_of(plane: Plane, names: Sequence[str]) -> list[dict]:
         if several:
             lines += [("seed", *run) for run in zip(cell.runs, cell.repeats, strict=True)]
         for what, runs, values in lines:
-            shown = {n: plane.scale(n) * values[n] for n in columns if n in values}
-            rows.append({"what": what, "runs": runs, **settings, **shown})
-            if what != "seed":
-                rows[-1] |= {n: float(values[i]) for n, values in of_medians.items() if math.isfinite(values[i])}
+            row = {"what": what, "runs": runs, **settings}
+            for n in (n for n in columns if n in values):
+                row[n] = plane.scale(n) * values[n]
+                if what != "seed" and n in of_medians and math.isfinite(of_medians[n][i]):
+                    row[f"{n}_se"] = float(of_medians[n][i])
+            rows.append(row)
     return rows
 
 
