@@ -115,7 +115,7 @@ def write_tables(out: Output, plane: Plane, names: list[str], advised: list, slo
         "Advice": Table(advised, headings_of(plane), "advice"),
         "Commands that train these cells separately": to_train,
         "Rank correlations with the rates": Table(drivers(plane, of_tasks), of_drivers, "drivers"),
-        "Cells": Table(cells, {n: plane.title(n) for row in cells for n in row}),
+        "Cells": Table(cells, {n: plane.title(n) for row in cells for n in row if not n.endswith("_se")}),
         "Slopes": Table(slopes, SLOPES, "slopes"),
         "Multi-rate cells and separately trained ones": Table(excess, EXCESS, "excess" if excess else ""),
     }

@@ -91,7 +91,7 @@ def _escaped(text: str) -> str:
 
 def text_of(row: dict, name: str) -> str:
     """A row's number to four digits, or two of ROUGH ones, a text unchanged, and "" for None."""
-    value, digits = row.get(name), 2 if name in ROUGH or name.endswith("_se") else 4
+    value, digits = row.get(name), 2 if name in ROUGH else 4
     if isinstance(value, float):
         return f"{value:.{digits}g}"
     return "" if value is None else str(value)
