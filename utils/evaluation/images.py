@@ -55,7 +55,8 @@ def choose(
         for name, sized in using.items():
             needs = [cell.needs(step) for cell in cells for step in sized]
             if not all(needs) and known.get(name) != 0:
-                full += [SIZES[name]] * any(needs)
+                if any(needs):
+                    full.append(SIZES[name])
                 continue
             if name not in known:
                 known[name] = _smallest(Pilot(file, known, name, cells[:CELLS], sized, compute), error)
