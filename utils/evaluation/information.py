@@ -49,9 +49,10 @@ def mi_y(run: EvaluatedRun) -> dict[str, float]:
         stds = torch.stack([q.std.flatten(1) for q in mixture], 1)
         batches.append((sample, means, stds, label))
     *posteriors, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    mi = gaussian_mi(*posteriors, labels, run.chosen.to(labels.device))
+    chosen = run.chosen
+    mi = gaussian_mi(*posteriors, labels, chosen.to(labels.device))
     of_image = _of_image("y", _rate(run, "kl_z", "kl_y"), mi.image_low, mi.image_high)
-    some = {"mi_y_images": len(run.chosen)} if len(run.chosen) < len(labels) else {}
+    some = {"mi_y_images": len(chosen)} if len(chosen) < len(labels) else {}
     return {**_bracket(run, "y", labels.cpu().numpy(), mi), **of_image, **some, "y_samples": n}
 
 
