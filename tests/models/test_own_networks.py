@@ -1,7 +1,6 @@
 """Own networks: the documented example from training to reload; what cannot be trained is told before it is."""
 
 import csv
-import re
 import shlex
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from utils.errors import UserError
 from utils.explore import load
 from utils.files import digest, read_json
 
-EXAMPLE = re.search("```python\n(.+?)```", (ROOT / "docs" / "own_networks.md").read_text(), re.DOTALL)[1]
+EXAMPLE = (ROOT / "docs" / "residual.py").read_text()
 FLAGS = [*TINY, "--num_epochs", "1", "--networks", "residual.py:Residual"]
 STACKED = ["--beta_y", "1", "2", "--cells_at_once", "2"]
 MULTI_RATE = ["--multi_rate", "--force", "--beta_y", "0.1:10:2"]
