@@ -3,7 +3,8 @@
 # and how far its cells are behind separate trainings by the same optimiser, which are trained after it, untimed.
 #
 #   docs/record.sh                   in README's environment, on an idle machine: about three hours of two cores
-#   docs/record.sh Digits 60 3 5     maps of 3 x 3 and 5 x 5 cells of another data set, trained for 60 epochs
+#   docs/record.sh Digits 60 3 5     maps of 3 x 3 and 5 x 5 cells of another data set, trained for 60 epochs; odd
+#                                    numbers, so that betas of 1 are among them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-FashionMNIST} epochs=${2:-16} axes=("${@:3}") hours=
@@ -22,6 +23,7 @@ for n in "${axes[@]}"; do
     "${train[@]}" --beta_y "0.1:10:$n" --beta_z "0.1:10:$n" --multi_rate --run_batch_name "record_${data}_$n"
     python eval_beta_grid.py --run_batch_name "record_${data}_$n" --all --cpu_n "$(nproc)"
     hours+=" $(python -c "import time; print(f'{(time.time() - $start) / 3600:.2f}')") |"
+    echo "hours to the evaluated map: $hours"
 done
 "${train[@]}" --beta_y 0.1 1 10 --beta_z 0.1 1 10 --optimizer muon --lr_schedule tail --run_batch_name "$first"
 python eval_beta_grid.py --run_batch_name "$first" --exclude_mi --exclude_fid
@@ -34,9 +36,10 @@ from utils.plane.excess import areas, excess_rows
 from utils.plane.reading import read_plane
 
 plane = read_plane(Path("runs", sys.argv[1], "eval_results.csv"))
-session = read_json(plane.folder / plane.cells[0].runs[0] / "training.json")["sessions"][-1]
+cell = plane.cells[0]
+device = read_json(plane.folder / cell.runs[0] / "training.json")["sessions"][-1]["device"]
 excess = [row["excess"] for row in excess_rows(plane)]
 ((area, of_separate),) = areas(plane).values()
-row = f"| {session['end'][:10]} | {session['commit'][:7]} | {session['device']} |{sys.argv[2]}"
+row = f"| {cell.settings.get('date')} | {cell.settings.get('commit')} | {device} |{sys.argv[2]}"
 print(f"{row} {sum(excess) / len(excess):+.1f} | {max(excess):+.1f} | {100 * area.mean() / of_separate.mean():.0f} % |")
 END

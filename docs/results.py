@@ -32,7 +32,7 @@ SHOWN = [
 ]
 DRAWN = ["psnr", "is_mean", "svm_rbf_acc", "svm_rbf_acc_y"]
 COMPARED = {"loss": 1, "kl_z": 1, "kl_y": 1, "psnr": 2, "is_mean": 2, "fid_classifier": 2}  # digits
-TESTED = {"se", "gain", "low", "high", "told", "chosen_kl_z", "command"}  # by single images, which are not kept
+TESTED = {"se", "gain", "low", "high", "told", "chosen_kl_z"}  # by single images, which are not kept
 
 
 def kinds_of(plane: Plane) -> dict[str, Plane]:
@@ -45,10 +45,11 @@ def kinds_of(plane: Plane) -> dict[str, Plane]:
 def files_of(plane: Plane) -> dict[str, Table]:
     """The files behind the page, as plot_eval.py makes them; the advice is of unfolded cells."""
     kinds = kinds_of(plane)
-    advised = [row for most in BUDGETS for row in advice(kinds["unfolded"], {"rate": most}) if row["budget"]]
+    advised = [advice(kinds["unfolded"], {"rate": most}) for most in BUDGETS]
+    within = [row for rows in advised[1:] for row in rows if row["budget"]]
     of_kinds = [{"cells": kind} | row for kind, cells in kinds.items() for row in drivers(cells, SHOWN)]
     return {
-        "advice": Table(advice(kinds["unfolded"]) + advised, ADVICE),
+        "advice": Table(advised[0] + within, ADVICE),
         "drivers": Table(of_kinds, {"cells": "cells"} | DRIVERS),
         "excess": Table(excess_rows(plane), EXCESS),
     }
@@ -72,14 +73,16 @@ def rows_of(file: str) -> list[dict[str, str]]:
 
 
 def with_error(value: float, error: float, digits: int) -> str:
-    """A number and its standard error, where that is known."""
-    return f"{value:.{digits}f}" + (f" +- {error:.{digits}f}" if np.isfinite(error) else "")
+    """A number and its standard error, where they are known."""
+    texts = [f"{number:.{digits}f}" for number in (value, error) if np.isfinite(number)]
+    return " +- ".join(texts)
 
 
 def mean_of(cell: Cell, name: str) -> tuple[float, float]:
-    """A metric's mean over a cell's seeds, and its standard error."""
+    """A metric's mean over a cell's seeds, and its standard error; of one seed over test images, or classifiers."""
     values = np.array([row.get(name, np.nan) for row in cell.repeats])
-    return float(values.mean()), standard_error(values)
+    several = len(values) > 1
+    return float(values.mean()), standard_error(values) if several else cell.median.get(f"{name}_se", np.nan)
 
 
 def correlations() -> list[dict[str, str]]:
@@ -98,7 +101,7 @@ def best_cells() -> list[dict[str, str]]:
         of = {name: number(row[name]) for name in ("kl_z", "kl_y", "value", "se", "gain", "low", "high")}
         line = {"task": row["task"], "metric": metric(row["metric"]).label, "budget": row["budget"] or "none"}
         line |= {"R(z), R(y|z)": f"{of['kl_z']:.1f}, {of['kl_y']:.1f}", "best": with_error(of["value"], of["se"], 3)}
-        line |= {"gain": f"{of['gain']:.3f}", "95 %": f"{of['low']:.3f} to {of['high']:.3f}"}
+        line |= {"gain": f"{of['gain']:.3f}", "95 %": f"{of['low']:.3f} to {of['high']:.3f}".replace("nan", "")}
         lines.append(line | {"better?": row["told"], "R(z) of choices": row["chosen_kl_z"]})
     return lines
 
@@ -151,7 +154,7 @@ def page(plane: Plane) -> str:
     parts = {
         "Rank correlations of metrics with rates (1: always better at more rate), means over seeds": correlations(),
         "The best unfolded cells, and their gains over ordinary beta-VAEs of equal rate": best_cells(),
-        "Cells beside separate trainings, means over seeds": beside_separate(plane),
+        "Cells beside separate trainings: means over seeds; errors of one are over images": beside_separate(plane),
         "By how much these are above separate ones: mean over cells with its error, range": above_separate(plane),
         "Areas of the corners in (R(z), R(y|z)), nats^2": of_corners(plane),
     }
