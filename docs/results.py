@@ -4,7 +4,6 @@ python docs/results.py                  from the files in docs/results/, which i
 python docs/results.py runs/results     from an evaluated batch, whose files it puts there
 """
 
-import csv
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from utils.plane.drawing import styled  # noqa: E402
 from utils.plane.excess import EXCESS, areas, excess_rows  # noqa: E402
 from utils.plane.figures import rate_planes  # noqa: E402
 from utils.plane.metrics import metric  # noqa: E402
-from utils.plane.reading import read_plane  # noqa: E402
+from utils.plane.reading import read_plane, read_rows  # noqa: E402
 from utils.plane.tables import DRIVERS, RATES, Table, drivers  # noqa: E402
 
 FOLDER, BUDGETS = ROOT / "docs" / "results", (10.0, 20.0, 40.0)
@@ -69,7 +68,7 @@ def check(file: str, table: Table) -> None:
 
 def rows_of(file: str) -> list[dict[str, str]]:
     """The rows of a committed file."""
-    return list(csv.DictReader((FOLDER / f"{file}.csv").open(newline="")))
+    return read_rows(FOLDER / f"{file}.csv")
 
 
 def with_error(value: float, error: float, digits: int) -> str:
@@ -120,14 +119,14 @@ def beside_separate(plane: Plane) -> list[dict[str, str]]:
 def above_separate(plane: Plane) -> list[dict[str, str]]:
     """By how much others are above them: the mean over cells with its error, and the range."""
     lines, cells = [], by_betas(plane).values()
-    for kind in next(iter(cells)).keys() - {"separate"}:
+    for kind in sorted(next(iter(cells)).keys() - {"separate"}):
         line = {"cells": kind}
         for name, digits in COMPARED.items():
             more = np.array([mean_of(of[kind], name)[0] - mean_of(of["separate"], name)[0] for of in cells])
             mean = with_error(more.mean(), standard_error(more), digits)
             line[metric(name).label] = f"{mean}, {more.min():+.{digits}f} to {more.max():+.{digits}f}"
         lines.append(line)
-    return sorted(lines, key=lambda line: line["cells"])
+    return lines
 
 
 def by_betas(plane: Plane) -> dict[str, dict[str, Cell]]:
@@ -172,7 +171,8 @@ def main(argv: list[str]) -> int:
     for file, table in files_of(plane).items():
         if argv:
             write_text(FOLDER / f"{file}.csv", to_csv(table.rows, table.headings))
-        check(file, table)
+        else:
+            check(file, table)
     if argv:
         write_atomic(FOLDER / "eval_results.csv", (batch / "eval_results.csv").read_bytes())
     write_text(FOLDER / "README.md", page(plane))

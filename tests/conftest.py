@@ -1,6 +1,7 @@
 """What the tests share: tiny configurations, and the scripts run inside this process or as one of their own."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -166,6 +167,13 @@ def trained(passes, tiny):
 def weights(path: Path) -> str:
     """The digest of a run's weights."""
     return hashlib.sha256((path / "vae.pth").read_bytes()).hexdigest()
+
+
+def of_documents(name: str):
+    """A script in docs/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 
 def all_weights(folder: str = "runs") -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What the documents tell of results: the page of FashionMNIST and its files, and the script of README's record."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import eval_beta_grid
 import train
 import train_classifier
-from tests.conftest import ROOT
+from tests.conftest import ROOT, of_documents
 from tests.plane.planes import write_csv
 from utils.errors import UserError
 from utils.files import write_json
@@ -30,8 +29,7 @@ cp -r made runs/record_Digits_3
 @pytest.fixture
 def results(monkeypatch):
     """The script docs/results.py, on copies of its files."""
-    spec = importlib.util.spec_from_file_location("results", ROOT / "docs/results.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    module = of_documents("results")
     shutil.copytree(ROOT / "docs/results", "docs/results")
     monkeypatch.setattr(module, "ROOT", Path())
     monkeypatch.setattr(module, "FOLDER", Path("docs/results"))
@@ -51,10 +49,8 @@ def test_the_page_of_results_is_that_of_its_files(results):
 
 @pytest.mark.parametrize("file", ["advice", "drivers", "excess"])
 def test_a_file_that_does_not_follow_from_the_metrics_is_found(results, file):
-    path, column = (
-        Path("docs/results", f"{file}.csv"),
-        {"advice": "value", "drivers": "rate", "excess": "own_kl_z"}[file],
-    )
+    path = Path("docs/results", f"{file}.csv")
+    column = {"advice": "value", "drivers": "rate", "excess": "own_kl_z"}[file]
     value = results.rows_of(file)[0][column]
     path.write_text(path.read_text().replace(value, f"{1.001 * float(value)}", 1))
     with pytest.raises(UserError, match=rf"{file}.csv, line 2: {column}"):

@@ -1,9 +1,7 @@
 """Images of a known Gaussian; the best of all models of them, against numerical optima and samples."""
 
-import importlib.util
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from scipy.stats import norm
 
 from datasets.gaussian import PIXELS, ROUNDING, STEP_B, STEP_S, Gaussian
 from datasets.table import optimum
+from tests.conftest import of_documents
 from tests.datasets.files import load
 from train import main as train
 from utils.config import Config
@@ -162,9 +161,7 @@ def test_the_best_is_only_told_where_it_is_known():
 @pytest.fixture
 def known_plane():
     """The script docs/known_plane.py."""
-    spec = importlib.util.spec_from_file_location("known_plane", Path(__file__).parents[2] / "docs/known_plane.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+    return of_documents("known_plane")
 
 
 def test_the_documents_trainings_are_possible(known_plane, passes):
