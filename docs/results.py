@@ -44,11 +44,9 @@ def kinds_of(plane: Plane) -> dict[str, Plane]:
 def files_of(plane: Plane) -> dict[str, Table]:
     """The files behind the page, as plot_eval.py makes them; the advice is of unfolded cells."""
     kinds = kinds_of(plane)
-    advised = [advice(kinds["unfolded"], {"rate": most}) for most in BUDGETS]
-    within = [row for rows in advised[1:] for row in rows if row["budget"]]
     of_kinds = [{"cells": kind} | row for kind, cells in kinds.items() for row in drivers(cells, SHOWN)]
     return {
-        "advice": Table(advised[0] + within, ADVICE),
+        "advice": Table(advice(kinds["unfolded"], *({"rate": most} for most in BUDGETS)), ADVICE),
         "drivers": Table(of_kinds, {"cells": "cells"} | DRIVERS),
         "excess": Table(excess_rows(plane), EXCESS),
     }

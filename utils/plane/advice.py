@@ -45,10 +45,10 @@ TASK_OF = {
 }
 
 
-def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
+def advice(plane: Plane, *budgets: dict[str, float]) -> list[dict]:
     """A row for each task, metric and `comparable` cells: the best, what ordinary ones reach, the gain.
 
-    `budget` limits rates, in the plane's unit; rows of the cells within it follow those of all.
+    `budgets` limit rates, in the plane's unit; rows of the cells within each follow those of all.
     Values are those of all test images. Where runs have terms of single images, the gain is tested, with an interval.
     """
     rows = []
@@ -59,7 +59,7 @@ def advice(plane: Plane, budget: dict[str, float] | None = None) -> list[dict]:
         )
     names = [name for name in TASK_OF if name in plane.names]
     of_names = {name: (terms_of(plane, name), errors(plane, name)) for name in names}
-    for limits in [{}, budget] if budget else [{}]:
+    for limits in ({}, *filter(None, budgets)):
         masks = {rate: plane.values(rate) <= most for rate, most in limits.items()}
         within = np.all([np.isfinite(plane.values("rate")), *masks.values()], axis=0)
         masks.pop("rate", None)  # ordinary cells of too large a total, mixed, may be within
