@@ -74,8 +74,9 @@ def test_a_captured_step_is_the_eager_one(compile, capturing, monkeypatch):
     assert_close(history, expected, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_plain_gradients():
-    """With the code that inductor generates, which takes it longer than five seconds."""
+    """With the code that inductor generates, which takes it half a minute."""
     noise = build_model(TINY).noise(8, generator("cpu", 0))
     noise, results = noise._replace(z=noise.z.double(), y=noise.y.double()), []
     for how in (torch.compile, lambda terms: terms):
