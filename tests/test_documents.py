@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval_beta_grid
@@ -17,6 +18,8 @@ from tests.plane.planes import write_csv
 from utils.errors import UserError
 from utils.files import write_json
 from utils.plane.cells import SETTINGS
+from utils.plane.excess import areas, excess_rows
+from utils.plane.reading import read_plane
 
 SCRIPTS = {"train.py": train, "train_classifier.py": train_classifier, "eval_beta_grid.py": eval_beta_grid}
 PYTHON = """#!/bin/sh
@@ -45,6 +48,18 @@ def test_the_page_of_results_is_that_of_its_files(results):
     told += [" | ".join(gain) for gain in re.findall(r"(\d\.\d+) \((\d\.\d+ to \d\.\d+)\)", text)]
     told += re.findall(r"-?\d+\.\d+", text.partition("| statement")[2])
     assert len(told) > 40 and [number for number in told if f" {number}" not in tables] == []
+    shares = {f"{float(row['kl_z']):.0f} of {float(row['rate']):.0f}" for row in results.rows_of("advice")}
+    told = re.findall(r"\d+ of \d+", text)
+    assert len(told) == 6 and shares.issuperset(told)
+
+
+def test_the_record_of_the_readme_is_of_one_seed_of_these_files(results):
+    rows = [row for row in results.rows_of("eval_results") if row["seed"] == "1" and not row["refine_epochs"]]
+    plane = read_plane(write_csv(rows, "one", [*rows[0]]))
+    excess = [row["excess"] for row in excess_rows(plane)]
+    ((area, separate),) = areas(plane).values()
+    told = f"| {np.mean(excess):.1f} | {max(excess):.1f} | {100 * area.mean() / separate.mean():.0f} % |"
+    assert len(excess) == 9 and told in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("file", ["advice", "drivers", "excess"])
