@@ -240,6 +240,8 @@ def test_in_a_grid_it_is_a_note(with_flock, script, refused, monkeypatch):
         assert status == 0 and "it trains that one" in err and "error" not in err
         monkeypatch.delenv("WORLD_SIZE")
         assert "locked by" in refused(train.main, *ONE, "--overwrite")
+        status, out, _ = script(train.main, *GRID, "--overwrite")
+        assert status == 0 and "cells at once" not in out  # the others are trained as all would be, one by one
 
 
 @times(5, few=1)

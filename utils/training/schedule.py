@@ -56,12 +56,12 @@ def train_all(runs: list[Run], data, setup: Setup, starts: Mapping[Path, Run]) -
     return problems
 
 
-def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> int:
+def train_cells(cells: list[Cell], data, setup: Setup, signals: Signals, bar: GridBar) -> float:
     """Trains cells, those at one position in the data together, in halves if the GPU's memory is too small.
 
-    Returns how many fit. Raises UserError if a single one does not.
+    Returns how many fit, inf if no number is known not to. Raises UserError if a single one does not.
     """
-    most, usual = STACKED * len(cells), torch.get_num_threads()
+    most, usual = math.inf, torch.get_num_threads()
     for p in sorted({position(state) for _, state in cells}):
         together = [(run, state) for run, state in cells if position(state) == p]
         runs, states = (list(of_cells) for of_cells in zip(*together, strict=True))
