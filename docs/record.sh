@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 
 from utils.files import read_json
-from utils.plane.excess import areas, excess_rows
+from utils.plane.excess import areas, excess_rows, share
 from utils.plane.reading import read_plane
 
 plane = read_plane(Path("runs", sys.argv[1], "eval_results.csv"))
@@ -41,5 +41,5 @@ device = read_json(plane.folder / cell.runs[0] / "training.json")["sessions"][-1
 excess = [row["excess"] for row in excess_rows(plane)]
 ((area, of_separate),) = areas(plane).values()
 row = f"| {cell.settings.get('date')} | {cell.settings.get('commit')} | {device} |{sys.argv[2]}"
-print(f"{row} {sum(excess) / len(excess):+.1f} | {max(excess):+.1f} | {100 * area.mean() / of_separate.mean():.0f} % |")
+print(f"{row} {sum(excess) / len(excess):+.1f} | {max(excess):+.1f} | {share(area, of_separate)} |")
 END

@@ -18,7 +18,7 @@ from utils.files import to_csv, write_atomic, write_text  # noqa: E402
 from utils.plane.advice import ADVICE, advice  # noqa: E402
 from utils.plane.cells import Cell, Plane, number  # noqa: E402
 from utils.plane.drawing import styled  # noqa: E402
-from utils.plane.excess import EXCESS, areas, excess_rows  # noqa: E402
+from utils.plane.excess import EXCESS, areas, excess_rows, share  # noqa: E402
 from utils.plane.figures import rate_planes  # noqa: E402
 from utils.plane.metrics import metric  # noqa: E402
 from utils.plane.reading import read_plane, read_rows  # noqa: E402
@@ -142,7 +142,7 @@ def of_corners(plane: Plane) -> list[dict[str, str]]:
     for (shared, separate), pair in areas(plane).items():
         line = {"map": shared, "separate": separate}
         line |= zip(("area", "of separate"), (with_error(a.mean(), standard_error(a), 0) for a in pair), strict=True)
-        lines.append(line | {"share": f"{100 * pair[0].mean() / pair[1].mean():.0f} %"})
+        lines.append(line | {"share": share(*pair)})
     return lines
 
 
